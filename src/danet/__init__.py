@@ -1,0 +1,48 @@
+"""Scene segmentation with dual attention networks (DANet, CVPR 2019).
+
+Names are imported when they are first used, so that `import danet` is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from danet import data, functional
+    from danet.attention import ChannelAttention, PositionAttention
+    from danet.errors import UserError
+    from danet.model import DANet, DANetOutput
+    from danet.predict import Predictor, Segmentation
+
+__all__ = [
+    "ChannelAttention",
+    "DANet",
+    "DANetOutput",
+    "PositionAttention",
+    "Predictor",
+    "Segmentation",
+    "UserError",
+    "data",
+    "functional",
+]
+
+_HOME = {
+    "ChannelAttention": "danet.attention",
+    "DANet": "danet.model",
+    "DANetOutput": "danet.model",
+    "PositionAttention": "danet.attention",
+    "Predictor": "danet.predict",
+    "Segmentation": "danet.predict",
+    "UserError": "danet.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("data", "functional"):
+        return importlib.import_module(f"danet.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'danet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,3 @@
+from danet.cli import main
+
+main()

@@ -1,0 +1,158 @@
+"""Position and channel attention of dual attention networks (arXiv 1809.02983, section 3).
+
+Shapes: B batch, C channels, D key width, H W height and width, N = H W positions, M key positions.
+
+Where the paper and the code behind its published numbers differ:
+- Channel attention: the paper weighs channels by softmax(A A^T), the released code by
+  softmax(max(A A^T) - A A^T), so that the least similar channels weigh most. Both are here,
+  `affinity="paper"` and `affinity="reference"`.
+- Neither scales scores by 1 / sqrt(D), unlike later attention.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from danet import kernels
+
+Affinity = Literal["reference", "paper"]
+
+
+def position_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Gathers values from all positions by similarity; exact, in O(N) memory in both directions.
+
+    Equations (1) and (2) without the residual: s_ji = exp(B_i . C_j) / sum_i exp(B_i . C_j) and
+    E_j = sum_i s_ji D_i, where j runs over the queries and i over the keys and values.
+
+    Args:
+        query: B D N, any floating dtype.
+        key: B D M.
+        value: B C M.
+
+    Returns:
+        B C N in the inputs' dtype (autocast's where it is on).
+
+    Raises:
+        ValueError: shapes do not fit, M is 0, or dtypes or devices differ.
+    """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    _check(query, key, value)
+    output: Tensor
+    output, _ = kernels.attend(query, key, value)
+    return output
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.ndim == key.ndim == value.ndim == 3:
+        raise ValueError(f"position attention takes B D N, B D M and B C M, not {shapes}")
+    if query.shape[:2] != key.shape[:2] or key.shape[::2] != value.shape[::2]:
+        raise ValueError(f"position attention: batch, key width or M differ in {shapes}")
+    if key.shape[2] == 0:
+        raise ValueError(f"position attention: no positions to attend to in {shapes}")
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ValueError(
+            "position attention takes one floating dtype, "
+            f"not {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if not query.device == key.device == value.device:
+        raise ValueError(
+            f"position attention: devices differ ({query.device}, {key.device}, {value.device})"
+        )
+
+
+def channel_attention(features: Tensor, affinity: Affinity = "reference") -> Tensor:
+    """Relates every channel to every other.
+
+    Equations (3) and (4) without the residual: with energies e_ji = A_j . A_i,
+    E_j = sum_i x_ji A_i, where over i
+
+        affinity="paper":      x_j = softmax(e_j)
+        affinity="reference":  x_j = softmax(max(e_j) - e_j), as every released network has it
+
+    Energies are sums over N products, so they are formed in float32 whatever the input's dtype.
+
+    Args:
+        features: B C N, any floating dtype.
+
+    Returns:
+        B C N in the input's dtype (autocast's where it is on).
+
+    Raises:
+        ValueError: not three axes, not floating, or an unknown affinity.
+    """
+    if affinity not in get_args(Affinity):
+        raise ValueError(f"affinity must be one of {get_args(Affinity)}, not {affinity!r}")
+    if features.ndim != 3 or not features.is_floating_point():
+        raise ValueError(
+            "channel attention takes floating B C N, "
+            f"not {features.dtype} {tuple(features.shape)}"
+        )
+    with torch.autocast(features.device.type, enabled=False):
+        exact_BCN = features.to(torch.promote_types(features.dtype, torch.float32))
+        energy_BCC = exact_BCN @ exact_BCN.transpose(1, 2)
+        if affinity == "reference":
+            # softmax does not see a constant added to a row: this is softmax(max - energy).
+            energy_BCC = -energy_BCC
+        attention_BCC = energy_BCC.softmax(-1)
+    return attention_BCC.to(features.dtype) @ features
+
+
+class PositionAttention(nn.Module):
+    """E = alpha * position_attention(B(A), C(A), D(A)) + A, with alpha starting at 0 (eq. 2).
+
+    B, C and D are 1x1 convolutions with bias. B C H W -> the same shape, any H and W.
+
+    Args:
+        channels: C of the input.
+        key_channels: width of query and key; channels // 8 as in the paper where None.
+    """
+
+    def __init__(self, channels: int, key_channels: int | None = None) -> None:
+        super().__init__()
+        key_channels = max(channels // 8, 1) if key_channels is None else key_channels
+        self.query = nn.Conv2d(channels, key_channels, 1)
+        self.key = nn.Conv2d(channels, key_channels, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.residual_weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        attended = position_attention(
+            self.query(features).flatten(2),
+            self.key(features).flatten(2),
+            self.value(features).flatten(2),
+        )
+        return _add_residual(attended, self.residual_weight, features)
+
+
+class ChannelAttention(nn.Module):
+    """E = beta * channel_attention(A) + A, with beta starting at 0 (eq. 4).
+
+    B C H W -> the same shape, any H and W.
+
+    Args:
+        affinity: see `channel_attention`.
+    """
+
+    def __init__(self, affinity: Affinity = "reference") -> None:
+        super().__init__()
+        if affinity not in get_args(Affinity):
+            raise ValueError(f"affinity must be one of {get_args(Affinity)}, not {affinity!r}")
+        self.affinity: Affinity = affinity
+        self.residual_weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        attended = channel_attention(features.flatten(2), self.affinity)
+        return _add_residual(attended, self.residual_weight, features)
+
+    def extra_repr(self) -> str:
+        return f"affinity={self.affinity!r}"
+
+
+def _add_residual(attended_BCN: Tensor, weight: Tensor, features_BCHW: Tensor) -> Tensor:
+    # As a scalar the float32 weight does not promote half-precision features.
+    return weight.squeeze() * attended_BCN.reshape(features_BCHW.shape) + features_BCHW

@@ -1,0 +1,188 @@
+"""Any timm backbone as a source of c3 and c4 at a given output stride.
+
+Shapes: B batch, H W the image, h w = ceil(H / output stride), ceil(W / output stride).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch.nn.functional as F
+from timm.models import load_state_dict
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from danet.errors import UserError
+
+OUTPUT_STRIDES = (8, 16, 32)
+
+# How families that cannot be dilated are told to take images of any size, first fit first: plain
+# transformers resample their position embeddings, windowed ones move their windows.
+_ANY_SIZE_OPTIONS: tuple[Mapping[str, Any], ...] = (
+    {"dynamic_img_size": True},
+    {"strict_img_size": False},
+    {},
+)
+
+# Convolutional families that need sides divisible by the stride: HRNet adds up maps of several
+# strides, and ConvNeXt's patches drop what is left over.
+_WHOLE_STRIDE_PREFIXES = ("hrnet", "convnext")
+
+
+class BackboneFeatures(NamedTuple):
+    """The last two stages' features, both B C h w."""
+
+    c3: Tensor
+    c4: Tensor
+
+
+class Backbone(nn.Module):
+    """A timm network up to its last two stages.
+
+    Families that cannot be dilated (transformers, HRNet, VGG) keep their own stride: the image is
+    padded with zeros on the right and below to a multiple of it, and the features are upsampled
+    bilinearly to the output stride and cropped.
+
+    Args:
+        name: a timm model name.
+        pretrained: load timm's ImageNet weights from the hub.
+        weights: load them from this file instead (safetensors, or a torch file of plain tensors).
+        multi_grid: absolute dilations of the three blocks of a ResNet's last stage, such as
+            (4, 8, 16) in the authors' networks.
+
+    Raises:
+        UserError: unknown name, no features, weights out of reach or not fitting.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool,
+        output_stride: int = 8,
+        multi_grid: Sequence[int] | None = None,
+        weights: Path | None = None,
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+            raise UserError(
+                f"model.backbone: timm has no {name!r}{'; close: ' + close if close else ''}"
+            )
+        if output_stride not in OUTPUT_STRIDES:
+            raise UserError(f"model.output_stride must be one of {OUTPUT_STRIDES}")
+        self.output_stride = output_stride
+        options = _pretrained_options(name, pretrained, weights)
+        self.body, dilated = _build(name, output_stride, options)
+        info = self.body.feature_info
+        if len(info.channels()) < 2:
+            raise UserError(f"model.backbone: {name} gives fewer than two feature maps")
+        self.c3_channels, self.c4_channels = info.channels()[-2:]
+        if info.reduction()[-1] < output_stride:
+            raise UserError(
+                f"model.output_stride={output_stride}: {name} has stride {info.reduction()[-1]}; "
+                "choose that or less"
+            )
+        takes_any_size = dilated and not name.startswith(_WHOLE_STRIDE_PREFIXES)
+        self.size_multiple = 1 if takes_any_size else math.lcm(*info.reduction())
+        if multi_grid is not None:
+            _set_multi_grid(self.body, name, multi_grid)
+
+    def forward(self, images: Tensor) -> BackboneFeatures:
+        """B 3 H W -> c3 and c4."""
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % self.size_multiple, 0, -height % self.size_multiple))
+        c3, c4 = self.body(images)[-2:]
+        return BackboneFeatures(
+            c3=self._resample(_channels_first(c3, self.c3_channels), height, width),
+            c4=self._resample(_channels_first(c4, self.c4_channels), height, width),
+        )
+
+    def _resample(self, features: Tensor, height: int, width: int) -> Tensor:
+        """To the output stride of an image of this height and width before padding."""
+        if self.size_multiple > 1:
+            padded = [
+                math.ceil(side / self.size_multiple) * self.size_multiple // self.output_stride
+                for side in (height, width)
+            ]
+            features = F.interpolate(features, size=padded, mode="bilinear", align_corners=False)
+            features = features[
+                ...,
+                : math.ceil(height / self.output_stride),
+                : math.ceil(width / self.output_stride),
+            ]
+        return features
+
+
+def _build(
+    name: str, output_stride: int, options: Mapping[str, Any]
+) -> tuple[nn.Module, bool]:
+    """The network, and whether it is dilated to the output stride."""
+    attempts = [{"output_stride": output_stride}, *_ANY_SIZE_OPTIONS]
+    for attempt in attempts:
+        try:
+            body = timm.create_model(name, features_only=True, **attempt, **options)
+            return body, "output_stride" in attempt
+        # How timm's constructors say that they do not know an option, or do not support it.
+        except (TypeError, AssertionError, NotImplementedError):
+            continue
+        # The hub's clients raise many types, and weights that do not fit raise others.
+        except Exception as error:
+            raise UserError(
+                f"model.backbone: {name} could not be built with its weights "
+                f"({_first_line(error)}); where the hub cannot be reached, give "
+                "model.backbone_weights=FILE or model.pretrained_backbone=false"
+            ) from error
+    raise UserError(f"model.backbone: timm's {name} does not give feature maps")
+
+
+def _pretrained_options(name: str, pretrained: bool, weights: Path | None) -> dict[str, Any]:
+    if weights is None:
+        if pretrained and not timm.is_model_pretrained(name):
+            raise UserError(
+                f"model.backbone: timm has no weights for {name}; "
+                "set model.pretrained_backbone=false"
+            )
+        return {"pretrained": pretrained}
+    if not weights.is_file():
+        raise UserError(f"model.backbone_weights: {weights} is not a file")
+    try:
+        state = load_state_dict(str(weights))
+    # timm and its readers raise many types on a damaged or foreign file.
+    except Exception as error:
+        raise UserError(
+            f"model.backbone_weights: {weights} is not a checkpoint of plain tensors "
+            f"({_first_line(error)})"
+        ) from error
+    missing = timm.create_model(name, num_classes=0).state_dict().keys() - state.keys()
+    if missing:
+        raise UserError(
+            f"model.backbone_weights: {weights} lacks {len(missing)} tensors of timm's {name}, "
+            f"first {min(missing)}"
+        )
+    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _set_multi_grid(body: nn.Module, name: str, dilations: Sequence[int]) -> None:
+    blocks = list(getattr(body, "layer4", ()))
+    is_resnet = all(isinstance(block, BasicBlock | Bottleneck) for block in blocks)
+    if not is_resnet or len(blocks) != len(dilations):
+        raise UserError(
+            f"model.multi_grid={list(dilations)}: needs a ResNet whose last stage has "
+            f"{len(dilations)} blocks; {name} has not"
+        )
+    for block, dilation in zip(blocks, dilations, strict=True):
+        block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+
+
+def _channels_first(features: Tensor, channels: int) -> Tensor:
+    if features.shape[1] != channels and features.shape[-1] == channels:
+        return features.permute(0, 3, 1, 2)
+    return features
+

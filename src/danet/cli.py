@@ -1,0 +1,276 @@
+"""The command: parses, calls one function, prints."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from danet.errors import TrainingDiverged, UserError
+
+if TYPE_CHECKING:
+    from danet.config import TestConfig
+    from danet.evaluation.evaluate import Evaluation
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Scene segmentation with dual attention networks.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Datasets.")
+app.add_typer(data_app, name="data")
+
+Model = Annotated[str, typer.Argument(help="A model folder, a run folder, or a hub id.")]
+Recipe = Annotated[str, typer.Argument(help="A built-in recipe (danet recipes) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's key.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; runs/RECIPE unless given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in it.")] = False,
+) -> None:
+    """Train a network by a recipe."""
+    from danet.config import load_recipe
+    from danet.training.loop import train as run_training
+
+    folder = Path("runs") / Path(recipe).stem if out is None else out
+    run = run_training(load_recipe(recipe, overrides or ()), folder, resume)
+    print(f"model: {run.model}")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Dataset; the model's own unless given.")] = None,
+    root: Annotated[Path | None, typer.Option(help="The folder of the dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split to score.")] = "val",
+    mode: Annotated[str | None, typer.Option(help="whole or slide.")] = None,
+    multi_scale: Annotated[
+        bool, typer.Option("--multi-scale", help="Average over the six published scales.")
+    ] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")] = False,
+    branches: Annotated[
+        bool, typer.Option("--branches", help="Score each branch's classifier too.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the scores.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML report with pictures.")
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Score a model on a dataset by the published protocol."""
+    from danet.data import open_dataset
+    from danet.evaluation import evaluate as evaluation
+    from danet.predict import Predictor
+    from danet.progress import ProgressReport
+    from danet.training.checkpoint import RunFolder
+
+    _check_precision(precision)
+    predictor = Predictor(model, device, precision)
+    test = _changed_test(predictor.test, mode, multi_scale, flip)
+    run = RunFolder(Path(model))
+    name, folder = _dataset_of(predictor.model.metadata.dataset, run, data, root)
+    dataset = open_dataset(name, folder, split)
+    wanted = evaluation.available_branches(predictor.model) if branches else ("fused",)
+    with ProgressReport(f"evaluate {name} {split}", len(dataset)) as progress:
+        result = evaluation.evaluate(
+            predictor.model,
+            dataset,
+            test,
+            precision=precision,
+            branches=wanted,
+            on_picture=progress.advance,
+        )
+    _print_scores(result)
+    if json_file is not None:
+        protocol = {"dataset": name, "split": split, "test": test.model_dump(mode="json")}
+        evaluation.write_json(json_file, {**evaluation.scores_as_json(result), **protocol})
+    if report is not None:
+        from danet.evaluation.report import write_report
+
+        facts = {
+            "Model": model,
+            "Backbone": predictor.model.config.backbone,
+            "Dataset": f"{name}, {split}, {len(dataset)} pictures",
+            "Protocol": _describe(test),
+        }
+        write_report(
+            report,
+            title=f"danet on {name} {split}",
+            spec=dataset.spec,
+            confusion=result.confusion["fused"],
+            branch_mean_iou={b: result.scores(b).mean_iou for b in result.confusion},
+            cases=evaluation.report_cases(
+                predictor.model, dataset, test, result.pictures, precision=precision
+            ),
+            history=run.read_metrics() if run.metrics.is_file() else [],
+            facts=facts,
+        )
+        print(f"report: {report}")
+
+
+@app.command()
+def predict(
+    model: Model,
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Pictures, folders, globs.")],
+    out: Annotated[Path, typer.Option(help="The folder for the masks.")],
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write the picture with the classes over it.")
+    ] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Segment photos: a palette PNG of class ids for each, at its own size."""
+    from danet.data.images import open_image
+    from danet.predict import Predictor, find_inputs, output_stems, write_segmentation
+    from danet.progress import ProgressReport
+
+    _check_precision(precision)
+    paths, problems = find_inputs(inputs)
+    predictor = Predictor(model, device, precision) if paths else None
+    stems = output_stems(paths)
+    written = 0
+    with ProgressReport("predict", len(paths)) as progress:
+        for problem in problems:
+            progress.say(f"error: {problem}")
+        for path in paths:
+            assert predictor is not None
+            try:
+                image = open_image(path)
+                segmentation = predictor(image)
+                write_segmentation(segmentation, image if overlay else None, out, stems[path])
+            except UserError as error:
+                problems.append(str(error))
+                progress.say(f"error: {error}")
+            else:
+                written += 1
+            progress.advance()
+    print(f"{written} of {len(paths)} pictures segmented in {out}")
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def recipes() -> None:
+    """List the built-in recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from danet.config import load_recipe, recipe_names, recipe_title
+
+    table = Table("recipe", "dataset", "backbone", "steps", "what it is", box=None)
+    for name in recipe_names():
+        config = load_recipe(name)
+        table.add_row(
+            name, config.data.name, config.model.backbone, str(config.train.steps), recipe_title(name)
+        )
+    Console().print(table)
+
+
+@app.command()
+def config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print a recipe with everything it extends resolved, as YAML."""
+    from danet.config import load_recipe
+
+    print(load_recipe(recipe, overrides or ()).to_yaml(), end="")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List the datasets."""
+    from danet.data import dataset_names
+
+    print("\n".join(dataset_names()))
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--precision {precision}: use auto, fp32 or bf16")
+
+
+def _changed_test(
+    test: "TestConfig", mode: str | None, multi_scale: bool, flip: bool
+) -> "TestConfig":
+    from danet.config import PUBLISHED_RATIOS
+
+    if mode not in (None, "whole", "slide"):
+        raise UserError(f"--mode {mode}: use whole or slide")
+    changes: dict[str, Any] = {} if mode is None else {"mode": mode}
+    if multi_scale:
+        changes["ratios"] = PUBLISHED_RATIOS
+    if flip:
+        changes["flip"] = True
+    return test.model_copy(update=changes)
+
+
+def _dataset_of(
+    trained_on: str | None, run: Any, data: str | None, root: Path | None
+) -> tuple[str, Path | None]:
+    """The dataset to score on and its folder, from the options or else from the run's recipe."""
+    from danet.config import load_recipe
+
+    name = data or trained_on
+    if name is None:
+        raise UserError("the model does not say what it was trained on; give --data NAME")
+    if root is None and run.recipe.is_file():
+        trained_with = load_recipe(run.recipe).data
+        root = trained_with.root if trained_with.name == name else None
+    return name, root
+
+
+def _describe(test: "TestConfig") -> str:
+    parts = [test.mode if test.mode == "whole" else f"slide {test.window} by {test.stride}"]
+    parts.append(f"scales {', '.join(f'{ratio:g}' for ratio in test.ratios)}")
+    parts += ["flip"] if test.flip else []
+    return ", ".join(parts)
+
+
+def _print_scores(result: "Evaluation") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    fused = result.scores()
+    table = Table("class", "IoU", "accuracy", box=None)
+    for name, score in zip(result.spec.classes, fused.per_class, strict=True):
+        table.add_row(name, f"{score.iou:.4f}", f"{score.accuracy:.4f}")
+    console = Console()
+    console.print(table)
+    for branch in result.confusion:
+        console.print(f"{branch}: mIoU {result.scores(branch).mean_iou:.4f}", highlight=False)
+    console.print(
+        f"mAcc {fused.mean_accuracy:.4f}  aAcc {fused.overall_accuracy:.4f}  "
+        f"{len(result.pictures)} pictures",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    for chatty in ("huggingface_hub", "lightning_fabric"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _fail(error, 2)
+    except TrainingDiverged as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, status: int) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(status)

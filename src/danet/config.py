@@ -1,0 +1,278 @@
+"""What a run is made of: the recipe, validated, and how recipes are found, extended and changed."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from danet.errors import UserError
+
+Size = tuple[Annotated[int, Field(ge=1, le=65_536)], Annotated[int, Field(ge=1, le=65_536)]]
+"""Width, height in pixels."""
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PUBLISHED_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+"""Scales of the published multi-scale test."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """The network. `danet.DANet` documents the keys it takes."""
+
+    backbone: str = "resnet50c"
+    pretrained_backbone: bool = True
+    """Start from timm's ImageNet weights, fetched from the hub."""
+    backbone_weights: Path | None = None
+    """Read the backbone's weights from this file instead of the hub."""
+    output_stride: Literal[8, 16, 32] = 8
+    head_channels: int = Field(512, ge=1)
+    key_channels: int = Field(64, ge=1)
+    channel_affinity: Literal["reference", "paper"] = "reference"
+    position: bool = True
+    """The position attention branch."""
+    channel: bool = True
+    """The channel attention branch."""
+    auxiliary: bool = True
+    """The FCN head on c3."""
+    multi_grid: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    align_corners: bool = False
+    init_from: Path | None = None
+    """A model folder whose weights training starts from; classifiers only if the classes agree."""
+
+
+class DataConfig(Section):
+    """What to train on, and how it is augmented. Sizes are width, height in pixels."""
+
+    name: str = "scenes"
+    root: Path | None = None
+    """Folder of the dataset in its official layout; none for generated data."""
+    train_split: str = "train"
+    val_split: str = "val"
+    base_size: Size | None = None
+    """Bounds (long side, short side) that a scale of 1 fits a picture into; none: its own size."""
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    """The random scale is uniform between these."""
+    crop_size: Size = (512, 512)
+    class_cap: Fraction = 0.75
+    """A crop is drawn again, up to 10 times, while one class holds more of its labelled pixels."""
+    flip: Fraction = 0.5
+    """Probability of mirroring left to right."""
+    photometric_distortion: bool = True
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Subtracted from RGB in 0..255."""
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    workers: int = Field(2, ge=0)
+    """Processes that read and augment; 0 does it in the training process."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "DataConfig":
+        low, high = self.scale_range
+        if not 0 < low <= high <= 16:
+            raise ValueError("scale_range must be LOW, HIGH with 0 < LOW <= HIGH <= 16")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation. A step is one update of the weights."""
+
+    steps: int = Field(40_000, ge=1)
+    batch_size: int = Field(8, ge=1)
+    """Pictures per step over all devices."""
+    accumulate: int = Field(1, ge=1)
+    """Forward and backward passes that a device splits its share of the batch into."""
+    lr: float = Field(0.01, gt=0)
+    lr_min: float = Field(1e-4, ge=0)
+    lr_power: float = Field(0.9, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises linearly."""
+    head_lr_factor: float = Field(1.0, gt=0)
+    """The heads' learning rate over the backbone's."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    branch_loss_weight: float = Field(1.0, ge=0)
+    """Of the position and of the channel logits; the fused logits weigh 1."""
+    auxiliary_loss_weight: float = Field(0.4, ge=0)
+    loss_divisor: Literal["all", "valid"] = "all"
+    """Mean over all pixels, as mmsegmentation, or over labelled pixels only, as the authors."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Average the weights with this decay per step, and keep the average as the model."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bfloat16 autocast where the device computes in it."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = Field(1, ge=1)
+    """Processes on this machine, one per device."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of metrics."""
+    checkpoint_every: int = Field(1000, ge=1)
+    validate_every: int | None = Field(None, ge=1)
+    """Steps between validations; none: only after the last step."""
+    validate_images: int | None = Field(None, ge=1)
+    """Pictures of the validation split that are scored while training; none: all."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights become the run's model: the last, or those that validated best."""
+
+
+class TestConfig(Section):
+    """How whole pictures are segmented. Sizes are width, height in pixels."""
+
+    __test__ = False  # pytest would take the class for tests
+
+    mode: Literal["whole", "slide"] = "whole"
+    scale: Size | None = None
+    """Bounds (long side, short side) that the picture is fitted into; none: its own size."""
+    window: Size = (512, 512)
+    stride: Size = (341, 341)
+    """Steps between sliding windows, right and down."""
+    ratios: tuple[Annotated[float, Field(gt=0, le=16)], ...] = Field((1.0,), min_length=1)
+    """Factors of the test scale whose softmax scores are averaged."""
+    flip: bool = False
+    """Average with the mirrored picture's scores too."""
+    batch_size: int = Field(4, ge=1)
+    """Sliding windows that go through the network together."""
+
+    @model_validator(mode="after")
+    def _windows_cover(self) -> "TestConfig":
+        if self.stride[0] > self.window[0] or self.stride[1] > self.window[1]:
+            raise ValueError("stride must not exceed window, or pixels between windows are missed")
+        return self
+
+
+class RunConfig(Section):
+    """A resolved recipe."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    test: TestConfig = TestConfig()
+
+    def to_yaml(self) -> str:
+        document = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return str(document)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The built-in recipes."""
+    folder = resources.files("danet.recipes")
+    return tuple(
+        sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
+    )
+
+
+def recipe_title(name: str) -> str:
+    """The first comment line of a built-in recipe."""
+    text = resources.files("danet.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return text.partition("\n")[0].lstrip("# ")
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Resolves a recipe.
+
+    Args:
+        recipe: a built-in name, or the path of a YAML file. `extends: NAME` in it names the
+            recipe (built-in, or a path relative to the file) that it changes.
+        overrides: `section.key=value`, the value as YAML.
+
+    Raises:
+        UserError: no such recipe, no YAML, an unknown key or a value out of range.
+    """
+    tree = _read(str(recipe), Path(), seen=())
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or key.count(".") != 1:
+            raise UserError(f"--set {override}: write SECTION.KEY=VALUE, such as train.steps=100")
+        section, name = key.split(".")
+        tree = _merge(tree, {section: {name: _parse(value, f"--set {override}")}})
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"recipe {recipe}: {explain(error, RunConfig)}") from error
+
+
+def explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    """Pydantic's findings as one line, with the nearest known name for an unknown key."""
+    findings = []
+    for detail in error.errors():
+        path = [str(part) for part in detail["loc"]]
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            known = _keys(schema, path[:-1])
+            close = difflib.get_close_matches(path[-1], known, n=1)
+            message = f"unknown key; did you mean {close[0]}?" if close else (
+                f"unknown key; known are {', '.join(known)}"
+            )
+        findings.append(f"{'.'.join(path)}: {message}")
+    return "; ".join(findings)
+
+
+def _keys(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        annotation = schema.model_fields[part].annotation if part in schema.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        schema = annotation
+    return list(schema.model_fields)
+
+
+def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    if recipe in recipe_names():
+        where = recipe
+        text = resources.files("danet.recipes").joinpath(f"{recipe}.yaml").read_text("utf-8")
+    else:
+        path = folder / recipe
+        where = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+            hint = f"did you mean {close[0]}?" if close else "see danet recipes"
+            raise UserError(f"recipe {recipe}: no such recipe or file; {hint}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {recipe}: cannot be read as text ({error})") from error
+        folder = path.parent
+    if where in seen:
+        raise UserError(f"recipe {where}: extends itself through {' -> '.join(seen)}")
+    tree = _parse(text, f"recipe {where}") or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {where}: must be sections of keys, not {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    return _merge(_read(str(base), folder, (*seen, where)), tree)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, through which a short file can ask for endless memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported")
+        return super().compose_node(parent, index)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        summary = " ".join(str(error).split())
+        raise UserError(f"{where}: not valid YAML ({summary})") from error
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(below, value) if nested else value
+    return merged

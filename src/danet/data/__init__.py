@@ -1,0 +1,61 @@
+"""Datasets by name.
+
+    scenes = danet.data.open_dataset("scenes", split="val")
+    image, label, name = scenes[0]
+"""
+
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+from danet.data import catalog
+from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
+from danet.errors import UserError
+
+__all__ = ["DatasetSpec", "Sample", "dataset_names", "dataset_spec", "open_dataset"]
+
+
+def dataset_names() -> tuple[str, ...]:
+    """Every name that `open_dataset` takes."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(catalog.__path__)))
+
+
+def dataset_spec(name: str, root: Path | str | None = None) -> DatasetSpec:
+    """The classes of a dataset.
+
+    Args:
+        root: needed where the classes are the user's own (`folder`).
+
+    Raises:
+        UserError: no such dataset, or its classes cannot be read.
+    """
+    spec = _module(name).spec(None if root is None else Path(root))
+    assert isinstance(spec, DatasetSpec)
+    return spec
+
+
+def open_dataset(
+    name: str, root: Path | str | None = None, split: str = "train"
+) -> SegmentationDataset:
+    """Opens one split as a sequence of `Sample(image, label, name)` with a `.spec`.
+
+    Args:
+        root: the folder the data lies in, in the layout of the dataset's official archives;
+            None for generated data.
+
+    Raises:
+        UserError: no such dataset or split, or its files are missing or do not pair up. Reading
+            an item raises it for a damaged file or a label id out of range.
+    """
+    module = _module(name)
+    if split not in module.SPLITS:
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(module.SPLITS)}")
+    dataset: SegmentationDataset = module.open_split(None if root is None else Path(root), split)
+    return dataset
+
+
+def _module(name: str) -> ModuleType:
+    if name not in dataset_names():
+        raise UserError(f"no dataset named {name!r}; there are {', '.join(dataset_names())}")
+    return importlib.import_module(f"{catalog.__name__}.{name}")

@@ -1,0 +1,53 @@
+"""CamVid as the SegNet tutorial splits it: 367 / 101 / 233 street scenes of 480x360.
+
+Layout: `{train,val,test}/*.png|jpg` and `{train,val,test}annot/*.png` with ids 0..10 and 11 = void.
+"""
+
+from pathlib import Path
+
+from danet.data.files import PairedFiles, label_map, pair_by_stem, require_root
+from danet.data.spec import DatasetSpec
+
+SPLITS = ("train", "val", "test")
+VOID_ID = 11
+
+SPEC = DatasetSpec(
+    name="camvid",
+    classes=(
+        "sky",
+        "building",
+        "pole",
+        "road",
+        "pavement",
+        "tree",
+        "sign symbol",
+        "fence",
+        "car",
+        "pedestrian",
+        "bicyclist",
+    ),
+    palette=(
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (60, 40, 222),
+        (128, 128, 0),
+        (192, 128, 128),
+        (64, 64, 128),
+        (64, 0, 128),
+        (64, 64, 0),
+        (0, 128, 192),
+    ),
+)
+
+
+def spec(root: Path | None) -> DatasetSpec:
+    return SPEC
+
+
+def open_split(root: Path | None, split: str) -> PairedFiles:
+    folder = require_root(SPEC.name, root)
+    pairs = pair_by_stem(folder / split, folder / f"{split}annot")
+    ids_to_train_ids = label_map({**{i: i for i in range(SPEC.num_classes)}, VOID_ID: 255})
+    return PairedFiles(SPEC, pairs, ids_to_train_ids)

@@ -1,0 +1,76 @@
+"""A user's own pictures: `images/{split}` and `labels/{split}` (or `masks/{split}`).
+
+An image and its label share the stem. Labels hold ids 0.., 255 is ignored. `classes.txt` in the
+root names the classes in the order of their ids, one a line, each optionally followed by its
+colour as three numbers 0..255; without it the largest id in the labels tells how many there are.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from danet.data.files import PairedFiles, label_map, list_images, pair_by_stem, require_root
+from danet.data.images import open_label
+from danet.data.spec import IGNORE_INDEX, DatasetSpec
+from danet.errors import UserError
+from danet.palette import Color, default_palette
+
+NAME = "folder"
+SPLITS = ("train", "val", "test")
+_LABEL_FOLDERS = ("labels", "masks")
+_CLASSES_FILE = "classes.txt"
+
+
+def spec(root: Path | None) -> DatasetSpec:
+    folder = require_root(NAME, root)
+    listing = folder / _CLASSES_FILE
+    return _read_classes(listing) if listing.is_file() else _count_classes(folder)
+
+
+def open_split(root: Path | None, split: str) -> PairedFiles:
+    folder = require_root(NAME, root)
+    pairs = pair_by_stem(folder / "images" / split, _label_folder(folder) / split)
+    classes = spec(root)
+    return PairedFiles(classes, pairs, label_map({i: i for i in range(classes.num_classes)}))
+
+
+def _label_folder(root: Path) -> Path:
+    for name in _LABEL_FOLDERS:
+        if (root / name).is_dir():
+            return root / name
+    raise UserError(f"{root} has neither labels/ nor masks/; put the label images there")
+
+
+def _read_classes(listing: Path) -> DatasetSpec:
+    names: list[str] = []
+    colors: list[Color | None] = []
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{listing}: cannot be read as UTF-8 text ({error})") from error
+    for line in filter(None, map(str.strip, lines)):
+        *words, red, green, blue = ["", "", "", *line.split()]
+        numbers = [int(word) for word in (red, green, blue) if word.isdecimal()]
+        has_color = len(numbers) == 3 and max(numbers) <= 255 and any(words)
+        names.append(" ".join(filter(None, words)) if has_color else line)
+        colors.append((numbers[0], numbers[1], numbers[2]) if has_color else None)
+    if not 1 <= len(names) <= IGNORE_INDEX:
+        raise UserError(f"{listing}: {len(names)} classes; name 1 to {IGNORE_INDEX}, one a line")
+    if len(set(names)) < len(names):
+        raise UserError(f"{listing}: a class is named twice; names must differ")
+    palette = [
+        color or fallback
+        for color, fallback in zip(colors, default_palette(len(names)), strict=True)
+    ]
+    return DatasetSpec(NAME, tuple(names), tuple(palette))
+
+
+def _count_classes(root: Path) -> DatasetSpec:
+    largest = -1
+    splits = sorted(path for path in _label_folder(root).iterdir() if path.is_dir())
+    for path in (path for split in splits for path in list_images(split)):
+        ids = np.unique(open_label(path))
+        largest = max(largest, int(ids[ids != IGNORE_INDEX].max(initial=-1)))
+    if largest < 0:
+        raise UserError(f"{root}: no label holds a class id; name the classes in {_CLASSES_FILE}")
+    return DatasetSpec(NAME, tuple(f"class {index}" for index in range(largest + 1)))

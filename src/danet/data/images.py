@@ -1,0 +1,106 @@
+"""Opening pictures and label images from anywhere, safely."""
+
+import io
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from danet.errors import UserError
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+)
+MAX_PIXELS = 150_000_000
+"""Larger pictures are refused before they are decoded (a bomb of a few KB can ask for many GB)."""
+
+# An allowlist: Pillow would otherwise hand a file to any plug-in, Ghostscript's among them.
+_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+
+
+def open_image(source: Path | str | bytes) -> Image.Image:
+    """Opens a picture as 8-bit RGB, turned upright by its EXIF orientation.
+
+    Grey, palette, alpha (dropped), CMYK and 16-bit pictures are converted. An animated picture
+    gives its first frame.
+
+    Args:
+        source: a path, or the bytes of the file.
+
+    Raises:
+        UserError: it cannot be read, is no picture, is damaged, or has over `MAX_PIXELS` pixels.
+    """
+    image, where = _decode(source)
+    try:
+        return to_rgb(ImageOps.exif_transpose(image))
+    except (ValueError, OSError, SyntaxError, struct.error) as error:
+        raise UserError(f"{where}: cannot convert {image.mode} to RGB ({error})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB from any mode; 16-bit greys keep their upper 8 bits.
+
+    Raises:
+        ValueError: floating-point pixels, whose range is unknown.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it as 8 or 16 bit")
+    if image.mode.startswith("I"):
+        upper_bits = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(np.clip(upper_bits, 0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def open_label(path: Path) -> npt.NDArray[np.uint8]:
+    """Reads a label image as H W ids: grey of 8 or 16 bit, palette indices, or RGB whose three
+    channels are equal.
+
+    Raises:
+        UserError: it cannot be read, is in colour, or has ids over 255.
+    """
+    image, where = _decode(path)
+    ids = np.asarray(image)
+    if image.mode == "RGB" and (ids == ids[..., :1]).all():
+        ids = ids[..., 0]
+    if ids.ndim != 2 or image.mode == "F":
+        raise UserError(
+            f"{where}: a {image.mode} image cannot be a label; save one class id per pixel "
+            "(8-bit grey or palette PNG)"
+        )
+    if ids.size and (ids.min() < 0 or ids.max() > 255):
+        raise UserError(f"{where}: label ids must be 0..255, but there are {ids.min()}..{ids.max()}")
+    return ids.astype(np.uint8)
+
+
+def _decode(source: Path | str | bytes) -> tuple[Image.Image, str]:
+    """The decoded picture in its own mode, and what to call it in messages."""
+    where = "the uploaded image" if isinstance(source, bytes) else str(source)
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=formats) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                image.load()
+                return image, where
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{where}: not a picture in a known format ({', '.join(formats)})"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{where}: more than {MAX_PIXELS // 1_000_000} million pixels; scale it down first"
+        ) from error
+    # Pillow's decoders raise all of these on damaged files.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, MemoryError) as error:
+        raise UserError(f"{where}: damaged or unreadable picture ({error})") from error

@@ -1,0 +1,109 @@
+"""Training batches that depend on nothing but the seed and the step."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from danet.config import DataConfig
+from danet.data.spec import SegmentationDataset
+from danet.data.transforms import as_tensors, training_transform
+from danet.errors import UserError
+
+_ORDER, _AUGMENTATION = 0, 1
+
+
+def derive_seed(*key: int) -> int:
+    """A 64-bit seed that is as good as independent for every different key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+class Batch(NamedTuple):
+    """Images float32 B 3 H W, normalised; labels uint8 B H W train ids, 255 ignored."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
+    """The endless stream of augmented samples, addressed by position.
+
+    Position p is sample p mod n of epoch p // n; every epoch has its own order, and every
+    position its own augmentation, both drawn from (seed, epoch) and (seed, position).
+    """
+
+    def __init__(self, dataset: SegmentationDataset, config: DataConfig, seed: int) -> None:
+        self.dataset = dataset
+        self.transform = training_transform(config)
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor] | UserError:
+        epoch, offset = divmod(position, len(self.dataset))
+        if epoch != self._epoch:
+            generator = np.random.default_rng(derive_seed(self.seed, _ORDER, epoch))
+            self._order, self._epoch = generator.permutation(len(self.dataset)), epoch
+        try:
+            sample = self.dataset[int(self._order[offset])]
+        # Handed over as a value: raised in a worker it would come back inside a traceback's text.
+        except UserError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, _AUGMENTATION, position))
+            image, label = self.transform(*as_tensors(sample.image, sample.label))
+        return image.as_subclass(Tensor), label.as_subclass(Tensor)
+
+
+class StepSampler(Sampler[list[int]]):
+    """The positions of this process's share of each step's batch, from `first_step` on."""
+
+    def __init__(
+        self, first_step: int, steps: int, batch_size: int, rank: int = 0, processes: int = 1
+    ) -> None:
+        self.first_step = first_step
+        self.steps = steps
+        self.batch_size = batch_size
+        share = batch_size // processes
+        self.share = range(rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            yield [step * self.batch_size + offset for offset in self.share]
+
+
+def _collate(samples: list[tuple[Tensor, Tensor] | UserError]) -> Batch | UserError:
+    pairs = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        pairs.append(sample)
+    images, labels = zip(*pairs, strict=True)
+    return Batch(torch.stack(images), torch.stack(labels))
+
+
+def training_batches(
+    dataset: SegmentationDataset, config: DataConfig, seed: int, sampler: StepSampler
+) -> Iterator[Batch]:
+    """One batch per step of the sampler.
+
+    Raises:
+        UserError: a sample cannot be read.
+    """
+    loader: DataLoader[Batch | UserError] = DataLoader(
+        AugmentedSamples(dataset, config, seed),
+        batch_sampler=sampler,
+        num_workers=config.workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

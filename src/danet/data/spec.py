@@ -1,0 +1,68 @@
+"""What a dataset is: its classes and colours, and what one sample of it looks like."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from danet.palette import Color, default_palette
+
+IGNORE_INDEX = 255
+"""Train id of pixels that neither train nor score (every dataset here maps its void to it)."""
+
+
+class Sample(NamedTuple):
+    """One picture and its labels.
+
+    Attributes:
+        image: RGB, any size.
+        label: H W uint8 train ids of the same size; 255 is ignored.
+        name: identifies the sample within its split and is safe as a file stem.
+    """
+
+    image: Image.Image
+    label: npt.NDArray[np.uint8]
+    name: str
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """The classes of a dataset, in the order of their train ids 0..K-1.
+
+    Attributes:
+        classes: K names.
+        palette: K RGB colours, 0..255; `default_palette(K)` where none is given.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[Color, ...] = field(default=())
+    ignore_index: int = IGNORE_INDEX
+
+    def __post_init__(self) -> None:
+        if not self.palette:
+            object.__setattr__(self, "palette", default_palette(len(self.classes)))
+        if len(self.palette) != len(self.classes):
+            raise ValueError(
+                f"{self.name}: {len(self.classes)} classes but {len(self.palette)} colours"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+class SegmentationDataset(Protocol):
+    """A sequence of samples that knows its classes. Items may be read from several processes."""
+
+    @property
+    def spec(self) -> DatasetSpec: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def __iter__(self) -> Iterator[Sample]: ...

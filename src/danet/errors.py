@@ -1,0 +1,9 @@
+"""The errors that are the user's to mend; the command prints them as one line."""
+
+
+class UserError(ValueError):
+    """The input is wrong. The message says what, where, and what to do (exit status 2)."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss stopped being finite. The message names the step and the last good checkpoint."""

@@ -1,0 +1,1 @@
+"""Inference by the published protocols, the scores, and the report."""

@@ -1,0 +1,160 @@
+"""The network on one page: backbone, dual attention head, auxiliary head.
+
+Shapes: B batch, K classes, H W the image, h w = ceil(H / output stride), ceil(W / output stride).
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danet.attention import Affinity
+from danet.backbone import Backbone
+from danet.config import ModelConfig
+from danet.errors import UserError
+from danet.heads import DualAttentionHead, FCNHead
+from danet.model_folder import Metadata, locate, read_folder, upload, write_folder
+
+
+class DANetOutput(NamedTuple):
+    """Logits B K h w at the feature stride; None for a part that is switched off."""
+
+    fused: Tensor
+    position: Tensor | None
+    channel: Tensor | None
+    auxiliary: Tensor | None
+
+
+class DANet(nn.Module):
+    """Dual attention network (arXiv 1809.02983, figure 2) on any timm backbone.
+
+    Args:
+        num_classes: K.
+        backbone: a timm model name; `resnet50c` and `resnet101c` are mmsegmentation's ResNetV1c.
+        pretrained_backbone: load timm's ImageNet weights from the hub.
+        output_stride: of the features that attention works on: 8, 16 or 32.
+        head_channels: width of both attention branches.
+        key_channels: width of position attention's query and key.
+        channel_affinity: see `danet.functional.channel_attention`.
+        multi_grid: absolute dilations of the last ResNet stage's blocks, such as (4, 8, 16).
+        auxiliary: the FCN head on c3.
+        align_corners: of every upsampling of logits.
+        position, channel: the attention branches; without both it is the plain dilated FCN.
+        backbone_weights: a file to read the backbone's weights from instead of the hub.
+        metadata: what prediction needs to know; placeholder classes and ImageNet's mean where None.
+
+    Raises:
+        UserError: the backbone is unknown or its weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50c",
+        *,
+        pretrained_backbone: bool = True,
+        output_stride: int = 8,
+        head_channels: int = 512,
+        key_channels: int = 64,
+        channel_affinity: Affinity = "reference",
+        multi_grid: Sequence[int] | None = None,
+        auxiliary: bool = True,
+        align_corners: bool = False,
+        position: bool = True,
+        channel: bool = True,
+        backbone_weights: Path | None = None,
+        metadata: Metadata | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = ModelConfig(
+            backbone=backbone,
+            output_stride=output_stride,
+            head_channels=head_channels,
+            key_channels=key_channels,
+            channel_affinity=channel_affinity,
+            multi_grid=None if multi_grid is None else tuple(multi_grid),
+            auxiliary=auxiliary,
+            align_corners=align_corners,
+            position=position,
+            channel=channel,
+        )
+        self.metadata = Metadata.placeholder(num_classes) if metadata is None else metadata
+        if len(self.metadata.classes) != num_classes:
+            raise ValueError(
+                f"num_classes is {num_classes}, but the metadata names "
+                f"{len(self.metadata.classes)} classes"
+            )
+        self.backbone = Backbone(
+            backbone,
+            pretrained=pretrained_backbone,
+            output_stride=output_stride,
+            multi_grid=multi_grid,
+            weights=backbone_weights,
+        )
+        self.head = DualAttentionHead(
+            self.backbone.c4_channels,
+            num_classes,
+            channels=head_channels,
+            key_channels=key_channels,
+            affinity=channel_affinity,
+            position=position,
+            channel=channel,
+        )
+        self.auxiliary_head = (
+            FCNHead(self.backbone.c3_channels, num_classes) if auxiliary else None
+        )
+
+    def forward(self, images: Tensor) -> DANetOutput:
+        """Normalised RGB B 3 H W -> all logits at the feature stride."""
+        c3, c4 = self.backbone(images)
+        logits = self.head(c4)
+        auxiliary = None if self.auxiliary_head is None else self.auxiliary_head(c3)
+        return DANetOutput(logits.fused, logits.position, logits.channel, auxiliary)
+
+    def predict_logits(self, images: Tensor) -> Tensor:
+        """Normalised RGB B 3 H W -> fused logits B K H W at the input's size."""
+        logits = self.head.fused_logits(self.backbone(images).c4)
+        return self.upsample(logits, images.shape[-2:])
+
+    def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """B K h w -> B K H W, bilinear with this network's align_corners."""
+        return F.interpolate(
+            logits, size=tuple(size), mode="bilinear", align_corners=self.config.align_corners
+        )
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, metadata: Metadata) -> Self:
+        """Builds what a recipe or a model folder describes; `init_from` is left to training."""
+        arguments = config.model_dump(exclude={"init_from"})
+        return cls(len(metadata.classes), metadata=metadata, **arguments)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None) -> Self:
+        """Reads a model folder, local or from the hub, in evaluation mode.
+
+        Raises:
+            UserError: no model there, or its files are damaged or do not belong together.
+        """
+        folder = locate(folder_or_hub_id, revision)
+        stored, state = read_folder(folder)
+        config = stored.model.model_copy(update={"pretrained_backbone": False})
+        model = cls.from_config(config, stored.metadata)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            summary = " ".join(str(error).split())[:300]
+            raise UserError(f"{folder}: the weights do not fit its config ({summary})") from error
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`, all that prediction needs."""
+        write_folder(Path(folder), self.config, self.metadata, self.state_dict())
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Uploads the model folder to the hub and returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id, private=private, token=token)

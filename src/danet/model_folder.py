@@ -1,0 +1,132 @@
+"""Model folders: `config.json` and `model.safetensors`, on disk or on the hub."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from danet.atomic import replacing
+from danet.config import DataConfig, ModelConfig, Section, TestConfig, explain
+from danet.errors import UserError
+from danet.palette import default_palette
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+MAX_CLASSES = 255
+"""Masks are 8 bit, and 255 is ignored."""
+
+_NOT_ARCHITECTURE = {"pretrained_backbone", "backbone_weights", "init_from"}
+
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+
+class Metadata(Section):
+    """What prediction has to know besides the weights."""
+
+    classes: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
+    """Names in the order of their ids."""
+    palette: tuple[tuple[Channel, Channel, Channel], ...]
+    """One RGB colour a class."""
+    mean: tuple[float, float, float] = DataConfig().mean
+    """Subtracted from RGB in 0..255; the result is divided by `std`."""
+    std: tuple[float, float, float] = DataConfig().std
+    dataset: str | None = None
+    """The data that the model was trained on, by `danet.data.open_dataset`'s name."""
+    test: TestConfig = TestConfig()
+    """How the recipe segments whole pictures."""
+
+    @model_validator(mode="after")
+    def _one_color_per_class(self) -> Self:
+        if len(self.palette) != len(self.classes):
+            raise ValueError(f"{len(self.classes)} classes but {len(self.palette)} colours")
+        return self
+
+    @classmethod
+    def placeholder(cls, num_classes: int) -> Self:
+        """For a network that nobody has named the classes of."""
+        names = tuple(f"class {index}" for index in range(num_classes))
+        return cls(classes=names, palette=default_palette(num_classes))
+
+
+class FolderConfig(Section):
+    """The content of config.json."""
+
+    format: Literal["danet"] = "danet"
+    version: Literal[1] = 1
+    model: ModelConfig
+    metadata: Metadata
+
+
+def write_folder(
+    folder: Path, model: ModelConfig, metadata: Metadata, state: dict[str, Tensor]
+) -> None:
+    """Writes both files, each whole; the same content gives the same bytes."""
+    config = FolderConfig(model=model, metadata=metadata)
+    tree = config.model_dump(mode="json", exclude={"model": _NOT_ARCHITECTURE})
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with replacing(folder / WEIGHTS_FILE) as path:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    with replacing(folder / CONFIG_FILE) as path:
+        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
+    """Reads both files back; executes nothing.
+
+    Raises:
+        UserError: a file is missing or damaged, or the config is not one of this format.
+    """
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    try:
+        tree: Any = json.loads(config_path.read_text(encoding="utf-8"))
+        config = FolderConfig.model_validate(tree)
+        state = load_file(weights_path)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} is no model folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}"
+        ) from error
+    except ValidationError as error:
+        raise UserError(f"{config_path}: {explain(error, FolderConfig)}") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights_path}: damaged or unreadable ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{config_path}: not valid JSON ({error})") from error
+    return config, state
+
+
+def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model; downloads it where the name is a hub id.
+
+    Raises:
+        UserError: neither a folder nor a repository that can be reached.
+    """
+    folder = Path(folder_or_hub_id)
+    if folder.is_dir():
+        return folder
+    name = str(folder_or_hub_id)
+    not_here = f"model {name}: no such folder"
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise UserError(f"{not_here}; give a model folder, a run folder or a hub id (OWNER/NAME)")
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+        )
+    except HFValidationError as error:
+        raise UserError(f"{not_here}, and no valid hub id") from error
+    # The hub's client raises its transport's many types.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{not_here}, and it could not be had from the hub ({reason})") from error
+
+
+def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
+    """Uploads a model folder as one commit and returns its address."""
+    api = HfApi(token=token)
+    repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repository.repo_id, folder_path=folder))

@@ -1,0 +1,190 @@
+"""Segmenting photos."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from danet.atomic import replacing
+from danet.config import TestConfig
+from danet.data.images import IMAGE_SUFFIXES, open_image, to_rgb
+from danet.devices import autocast, choose_device
+from danet.errors import UserError
+from danet.evaluation.inference import predict_classes, predict_probabilities
+from danet.model import DANet
+from danet.palette import Color, palette_bytes
+
+OVERLAY_OPACITY = 0.55
+_GLOB_CHARACTERS = frozenset("*?[")
+
+
+class Segmentation(NamedTuple):
+    """A segmented picture.
+
+    Attributes:
+        classes: H W uint8 class ids, at the picture's own upright size.
+        class_names: in the order of the ids.
+        palette: RGB colours in the order of the ids.
+        probabilities: K H W float32 softmax scores; None unless they were asked for.
+    """
+
+    classes: npt.NDArray[np.uint8]
+    class_names: tuple[str, ...]
+    palette: tuple[Color, ...]
+    probabilities: npt.NDArray[np.float32] | None = None
+
+    def mask(self) -> Image.Image:
+        """A palette image of class ids, coloured by class."""
+        image = Image.fromarray(self.classes)
+        image.putpalette(palette_bytes(self.palette))
+        return image
+
+    def overlay(self, image: Image.Image, opacity: float = OVERLAY_OPACITY) -> Image.Image:
+        """The classes' colours over the picture.
+
+        Args:
+            image: the picture that was segmented.
+            opacity: of the colours, 0..1.
+        """
+        upright = to_rgb(ImageOps.exif_transpose(image))
+        colors = self.mask().convert("RGB")
+        if upright.size != colors.size:
+            raise UserError(
+                f"overlay: the picture is {upright.width}x{upright.height} but its classes are "
+                f"{colors.width}x{colors.height}; give the picture that was segmented"
+            )
+        return Image.blend(upright, colors, opacity)
+
+
+class Predictor:
+    """Segments pictures with a model, one call a picture.
+
+    Args:
+        model: a network, a model folder, a run folder, or a hub id.
+        device: "auto", "cpu", "cuda", "mps".
+        precision: "auto" computes in bfloat16 where the device does so in hardware; "fp32", "bf16".
+        test: scales, flips and windows; the model's own recipe where None.
+
+    Raises:
+        UserError: there is no such model or device.
+    """
+
+    def __init__(
+        self,
+        model: DANet | str | Path,
+        device: str = "auto",
+        precision: str = "auto",
+        test: TestConfig | None = None,
+    ) -> None:
+        network = model if isinstance(model, DANet) else load_model(model)
+        self.device = choose_device(device)
+        self.model = network.eval().to(self.device, memory_format=torch.channels_last)
+        self.precision = precision
+        self.test = network.metadata.test if test is None else test
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        image: Image.Image | npt.NDArray[np.uint8] | str | Path,
+        probabilities: bool = False,
+    ) -> Segmentation:
+        """Segments one picture.
+
+        Args:
+            image: a picture of any mode, an RGB array H W 3 of uint8, or a path. EXIF orientation
+                is honoured, so the result is upright.
+            probabilities: also give the softmax scores, K H W float32.
+
+        Raises:
+            UserError: it is not a readable picture.
+        """
+        pixels = torch.from_numpy(np.array(_as_rgb(image))).permute(2, 0, 1).to(self.device)
+        scores = None
+        with autocast(self.precision, self.device):
+            if probabilities:
+                class_scores = predict_probabilities(self.model, pixels, self.test)[0]
+                classes = class_scores.argmax(0)
+                scores = class_scores.float().cpu().numpy()
+            else:
+                classes = predict_classes(self.model, pixels, self.test)[0]
+        metadata = self.model.metadata
+        return Segmentation(
+            classes.to(torch.uint8).cpu().numpy(), metadata.classes, metadata.palette, scores
+        )
+
+
+def load_model(model: str | Path) -> DANet:
+    """The network of a model folder, a run folder, or a hub id."""
+    folder = Path(model)
+    is_run = (folder / "recipe.yaml").is_file()
+    if is_run and not (folder / "model").is_dir():
+        raise UserError(f"{folder}: this run has no model yet; finish it with danet train --resume")
+    return DANet.from_pretrained(folder / "model" if is_run else model)
+
+
+def _as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Image:
+    if isinstance(image, str | Path):
+        return open_image(Path(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(
+                f"an image array must be H W 3 uint8, not {image.dtype} {image.shape}"
+            )
+        return Image.fromarray(image)
+    try:
+        return to_rgb(ImageOps.exif_transpose(image))
+    except (ValueError, OSError) as error:
+        raise UserError(f"the image cannot be converted to RGB ({error})") from error
+
+
+def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The picture files that paths, folders and globs name, and a message for each that is wrong.
+
+    Folders are searched with all their subfolders.
+    """
+    found: dict[Path, None] = {}
+    problems = []
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            matches = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+            problem = f"{text}: no pictures in this folder"
+        elif path.exists() or not _GLOB_CHARACTERS & set(text):
+            matches = [path] if path.exists() else []
+            problem = f"{text}: no such file or folder"
+        else:
+            anchor = Path(path.anchor)
+            matches = sorted(anchor.glob(str(path.relative_to(anchor))))
+            problem = f"{text}: nothing matches"
+        matches = [match for match in matches if match.is_file()]
+        found.update(dict.fromkeys(matches))
+        problems += [] if matches else [problem]
+    return list(found), problems
+
+
+def output_stems(paths: Sequence[Path]) -> dict[Path, str]:
+    """A file stem for each input's results: its own, or where two inputs share it, its path's."""
+    counts: dict[str, int] = {}
+    for path in paths:
+        counts[path.stem] = counts.get(path.stem, 0) + 1
+    stems = {}
+    for path in paths:
+        parts = [part for part in path.parts if part not in (path.anchor, "..", ".")]
+        unique = "_".join(parts).replace(".", "_")
+        stems[path] = path.stem if counts[path.stem] == 1 else unique
+    return stems
+
+
+def write_segmentation(
+    segmentation: Segmentation, image: Image.Image | None, folder: Path, stem: str
+) -> None:
+    """Writes `STEM.png`, class ids with the palette, and `STEM_overlay.jpg` where given an image."""
+    with replacing(folder / f"{stem}.png") as path:
+        segmentation.mask().save(path, format="PNG")
+    if image is not None:
+        with replacing(folder / f"{stem}_overlay.jpg") as path:
+            segmentation.overlay(image).save(path, format="JPEG", quality=92)

@@ -1,0 +1,1 @@
+"""Training: losses, schedule, checkpoints, and the loop."""

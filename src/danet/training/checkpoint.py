@@ -1,0 +1,78 @@
+"""The run folder, and checkpoints that appear whole or not at all."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danet.atomic import replacing
+from danet.errors import UserError
+
+
+class RunFolder:
+    """Where a run keeps its files. DESIGN: `recipe.yaml`, `metrics.jsonl`, `checkpoints`, `model`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.report = path / "report.html"
+        self.model = path / "model"
+        self.last = path / "checkpoints" / "last.ckpt"
+        self.best = path / "checkpoints" / "best.ckpt"
+
+    def exists(self) -> bool:
+        return self.recipe.exists() or self.last.exists()
+
+    def append_metrics(self, row: dict[str, float]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """All whole rows; a killed process may have left the last one unfinished."""
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drops what was logged after the checkpoint that the run goes on from."""
+        if not self.metrics.exists():
+            return
+        kept = [row for row in self.read_metrics() if row["step"] <= step]
+        with replacing(self.metrics) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads plain tensors and numbers; executes nothing.
+
+    Raises:
+        UserError: damaged, or no checkpoint of this program.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        summary = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: damaged or no checkpoint ({summary})") from error
+    if not isinstance(checkpoint, dict) or not {"step", "model", "optimizer"} <= checkpoint.keys():
+        raise UserError(f"{path}: not a checkpoint of danet train")
+    return checkpoint
+
+
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights that count: the average where the run keeps one."""
+    average: dict[str, Tensor] | None = checkpoint["average"]
+    weights: dict[str, Tensor] = checkpoint["model"]
+    return weights if average is None else average

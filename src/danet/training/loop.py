@@ -1,0 +1,393 @@
+"""The training loop.
+
+Everything random is drawn from (seed, step) and everything else is in the checkpoint, so a run
+that was killed and resumed takes the same steps, to the bit on a CPU, as one left alone.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from danet.atomic import replacing
+from danet.config import RunConfig, load_recipe
+from danet.data import open_dataset
+from danet.data.loader import Batch, StepSampler, derive_seed, training_batches
+from danet.data.spec import DatasetSpec
+from danet.devices import choose_device, uses_bfloat16
+from danet.errors import TrainingDiverged, UserError
+from danet.evaluation.evaluate import evaluate
+from danet.evaluation.metrics import scores
+from danet.model import DANet
+from danet.model_folder import Metadata, locate, read_folder
+from danet.progress import ProgressReport
+from danet.training.checkpoint import (
+    RunFolder,
+    load_checkpoint,
+    model_weights,
+    save_checkpoint,
+)
+from danet.training.loss import loss_divisor, segmentation_losses
+from danet.training.schedule import learning_rate
+
+_DROPOUT = 2
+
+
+def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
+    """Trains by a recipe and leaves the model in `out/model`.
+
+    Args:
+        out: the run folder; must not hold a run unless `resume`.
+        resume: go on from the run's last checkpoint, or start where there is none yet.
+
+    Raises:
+        UserError: the data, the folder or a setting is wrong.
+        TrainingDiverged: a loss was not finite.
+    """
+    run = RunFolder(out)
+    if run.exists() and not resume:
+        raise UserError(
+            f"{out} already holds a run; go on with --resume, or choose another folder with --out"
+        )
+    trainer = _Trainer(config, run)
+    trainer.fit()
+    return run
+
+
+class _Trainer:
+    def __init__(self, config: RunConfig, run: RunFolder) -> None:
+        self.config = config
+        self.run = run
+        checkpoint = load_checkpoint(run.last) if run.last.exists() else None
+        device = choose_device(config.train.device)
+        bfloat16 = uses_bfloat16(config.train.precision, device)
+        self.fabric = Fabric(
+            accelerator=device.type,
+            devices=config.train.devices,
+            strategy="ddp" if config.train.devices > 1 else "auto",
+            precision="bf16-mixed" if bfloat16 else "32-true",
+        )
+        self.fabric.launch()
+        self._check_batch_size()
+        data = config.data
+        self.training_data = open_dataset(data.name, data.root, data.train_split)
+        self.validation_data = open_dataset(data.name, data.root, data.val_split)
+        self.model = self._build_model(self.training_data.spec, checkpoint)
+        optimizer = torch.optim.SGD(
+            self._parameter_groups(),
+            lr=config.train.lr,
+            momentum=config.train.momentum,
+            weight_decay=config.train.weight_decay,
+        )
+        self.network, self.optimizer = self.fabric.setup(self.model, optimizer)
+        self.average = self._start_average()
+        self.first_step = 0
+        self.best: dict[str, float] | None = None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        elif self.fabric.is_global_zero:
+            self._start_folder()
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        self.events = (
+            SummaryWriter(run.path, purge_step=self.first_step)
+            if self.fabric.is_global_zero
+            else None
+        )
+        self.progress = ProgressReport(
+            "train", config.train.steps, done=self.first_step, enabled=self.fabric.is_global_zero
+        )
+
+    # Setting up
+
+    def _check_batch_size(self) -> None:
+        settings = self.config.train
+        passes = self.fabric.world_size * settings.accumulate
+        if settings.batch_size % passes:
+            raise UserError(
+                f"train.batch_size={settings.batch_size} does not divide by {passes} "
+                "(processes times train.accumulate); choose a multiple"
+            )
+
+    def _build_model(self, spec: DatasetSpec, checkpoint: dict[str, Any] | None) -> DANet:
+        config = self.config
+        metadata = Metadata(
+            classes=spec.classes,
+            palette=spec.palette,
+            mean=config.data.mean,
+            std=config.data.std,
+            dataset=spec.name,
+            test=config.test,
+        )
+        architecture = config.model
+        if checkpoint is not None or architecture.init_from is not None:
+            architecture = architecture.model_copy(
+                update={"pretrained_backbone": False, "backbone_weights": None}
+            )
+        torch.manual_seed(config.train.seed)
+        model = DANet.from_config(architecture, metadata)
+        if checkpoint is not None:
+            try:
+                model.load_state_dict(checkpoint["model"])
+            except RuntimeError as error:
+                raise UserError(
+                    f"{self.run.last}: does not fit the recipe's network; resume with the "
+                    f"settings in {self.run.recipe}"
+                ) from error
+        elif architecture.init_from is not None:
+            _initialize_from(model, architecture.init_from)
+        if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model.to(memory_format=torch.channels_last)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        backbone = list(self.model.backbone.parameters())
+        known = {id(parameter) for parameter in backbone}
+        heads = [p for p in self.model.parameters() if id(p) not in known]
+        return [
+            {"params": backbone, "lr_factor": 1.0},
+            {"params": heads, "lr_factor": self.config.train.head_lr_factor},
+        ]
+
+    def _start_average(self) -> ModelEmaV3 | None:
+        decay = self.config.train.ema_decay
+        return None if decay is None else ModelEmaV3(self.model, decay=decay, use_warmup=True)
+
+    def _start_folder(self) -> None:
+        with replacing(self.run.recipe) as path:
+            path.write_text(self.config.to_yaml(), encoding="utf-8")
+        self.run.forget_metrics_after(-1)
+        self._save(self.run.last, step=0)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.average is not None and checkpoint["average"] is not None:
+            self.average.module.load_state_dict(checkpoint["average"])
+        self.first_step = checkpoint["step"]
+        self.best = checkpoint["best"]
+        if self.fabric.is_global_zero:
+            self.run.forget_metrics_after(self.first_step)
+
+    # Running
+
+    def fit(self) -> None:
+        settings = self.config.train
+        with self.progress:
+            self._announce()
+            history: list[dict[str, Tensor]] = []
+            since = time.monotonic()
+            for step, batch in enumerate(self._batches(), start=self.first_step):
+                history.append(self._take_step(step, batch))
+                done = step + 1
+                validates = done == settings.steps or (
+                    settings.validate_every is not None and done % settings.validate_every == 0
+                )
+                saves = done == settings.steps or done % settings.checkpoint_every == 0
+                if done % settings.log_every == 0 or validates or saves:
+                    status = self._log(done, history, since)
+                    self.progress.advance(status, steps=len(history))
+                    history, since = [], time.monotonic()
+                if validates:
+                    self._validate(done)
+                    since = time.monotonic()
+                if saves:
+                    self._save(self.run.last, done)
+            self._export()
+        if self.events is not None:
+            self.events.close()
+
+    def _announce(self) -> None:
+        before = ""
+        if self.first_step:
+            before = f", going on after step {self.first_step}"
+            recorded = load_recipe(self.run.recipe)
+            if recorded != self.config:
+                self.progress.say(
+                    f"note: settings differ from {self.run.recipe}, so the run will too"
+                )
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        self.progress.say(
+            f"{parameters:.1f} M parameters on {self.fabric.device.type}"
+            f" ({self.fabric._precision.precision}), {len(self.training_data)} training pictures, "
+            f"{self.config.train.steps} steps{before}"
+        )
+
+    def _batches(self) -> Iterator[Batch]:
+        settings = self.config.train
+        sampler = StepSampler(
+            self.first_step,
+            settings.steps,
+            settings.batch_size,
+            self.fabric.global_rank,
+            self.fabric.world_size,
+        )
+        return training_batches(
+            self.training_data, self.config.data, settings.seed, sampler
+        )
+
+    def _take_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        """One update; returns the losses, averaged over processes only when they are logged."""
+        settings = self.config.train
+        torch.manual_seed(derive_seed(settings.seed, _DROPOUT, step, self.fabric.global_rank))
+        rate = learning_rate(step, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        self.network.train()
+        images, labels = self.fabric.to_device((batch.images, batch.labels))
+        images = images.contiguous(memory_format=torch.channels_last)
+        divisor = loss_divisor(labels, settings.loss_divisor)
+        # Gradients are averaged over processes, so dividing by the average of their divisors is
+        # dividing the sum over all of them by the sum of all pixels.
+        divisor = self.fabric.all_reduce(divisor, reduce_op="mean")
+        totals: dict[str, Tensor] = {}
+        parts = zip(
+            images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True
+        )
+        for index, (some_images, some_labels) in enumerate(parts, start=1):
+            with self.fabric.no_backward_sync(
+                self.network, enabled=index < settings.accumulate
+            ):
+                output = self.network(some_images)
+                losses = segmentation_losses(
+                    output, some_labels, divisor, self.model.upsample, settings
+                )
+                self.fabric.backward(losses["loss"])
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0) + loss.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.model, step=step)
+        return totals
+
+    def _log(self, done: int, history: list[dict[str, Tensor]], since: float) -> str:
+        """Writes the mean of the steps since the last line, and stops if one was not finite."""
+        settings = self.config.train
+        losses = {
+            name: self.fabric.all_reduce(
+                torch.stack([step[name] for step in history]), reduce_op="mean"
+            ).tolist()
+            for name in history[0]
+        }
+        for offset, loss in enumerate(losses["loss"]):
+            if not math.isfinite(loss):
+                step = done - len(history) + offset + 1
+                raise TrainingDiverged(
+                    f"training: the loss became {loss} at step {step}; the checkpoint before is "
+                    f"{self.run.last}. Lower train.lr (now {settings.lr:g}) or set "
+                    "train.precision=fp32, then go on with --resume"
+                )
+        rate = learning_rate(done - 1, settings)
+        images = len(history) * settings.batch_size
+        images_per_second = images / max(time.monotonic() - since, 1e-9)
+        row = {
+            "step": done,
+            **{name: sum(values) / len(values) for name, values in losses.items()},
+            "lr": rate,
+            "images_per_second": images_per_second,
+        }
+        self._write_metrics(row)
+        return f"loss {row['loss']:.3f}  lr {rate:.4g}  {images_per_second:.1f} images/s"
+
+    def _validate(self, done: int) -> None:
+        config = self.config
+        count = min(len(self.validation_data), config.train.validate_images or 10**9)
+        if done == config.train.steps:
+            count = len(self.validation_data)
+        model = self._kept_model().eval()
+        rank, processes = self.fabric.global_rank, self.fabric.world_size
+        evaluation = evaluate(
+            model,
+            self.validation_data,
+            config.test,
+            precision=config.train.precision,
+            indices=range(rank, count, processes),
+        )
+        confusion = evaluation.confusion["fused"].to(self.fabric.device)
+        result = scores(self.fabric.all_reduce(confusion, reduce_op="sum"))
+        row = {
+            "step": done,
+            "val/mIoU": result.mean_iou,
+            "val/mAcc": result.mean_accuracy,
+            "val/aAcc": result.overall_accuracy,
+        }
+        self._write_metrics(row)
+        self.progress.say(
+            f"step {done}: mIoU {result.mean_iou:.4f} on {count} pictures of "
+            f"{config.data.name} {config.data.val_split}"
+        )
+        if self.best is None or result.mean_iou > self.best["mIoU"]:
+            self.best = {"step": done, "mIoU": result.mean_iou}
+            self._save(self.run.best, done)
+
+    def _kept_model(self) -> DANet:
+        """The network that will become the run's model."""
+        if self.average is None:
+            return self.model
+        averaged = self.average.module
+        assert isinstance(averaged, DANet)
+        return averaged
+
+    def _write_metrics(self, row: dict[str, float]) -> None:
+        if self.events is None:
+            return
+        self.run.append_metrics(row)
+        for name, value in row.items():
+            if name != "step":
+                self.events.add_scalar(name.replace("loss_", "loss/"), value, int(row["step"]))
+
+    # Saving
+
+    def _save(self, path: Path, step: int) -> None:
+        if not self.fabric.is_global_zero:
+            return
+        average = None if self.average is None else self.average.module.state_dict()
+        save_checkpoint(
+            path,
+            {
+                "step": step,
+                "model": self.model.state_dict(),
+                "average": average,
+                "optimizer": self.optimizer.state_dict(),
+                "best": self.best,
+            },
+        )
+
+    def _export(self) -> None:
+        if not self.fabric.is_global_zero:
+            return
+        model = self._kept_model()
+        if self.config.train.keep == "best":
+            model.load_state_dict(model_weights(load_checkpoint(self.run.best)))
+        model.save_pretrained(self.run.model)
+
+
+def _initialize_from(model: DANet, source: Path) -> None:
+    """Loads another model's weights, its classifiers only if it has the same classes.
+
+    Raises:
+        UserError: the networks differ in more than their classes.
+    """
+    stored, state = read_folder(locate(source))
+    if stored.metadata.classes != model.metadata.classes:
+        state = {name: tensor for name, tensor in state.items() if "classifier" not in name}
+    wanted = model.state_dict()
+    unfit = [
+        name
+        for name, tensor in state.items()
+        if name not in wanted or wanted[name].shape != tensor.shape
+    ]
+    missing = [name for name in wanted if name not in state and "classifier" not in name]
+    if unfit or missing:
+        raise UserError(
+            f"model.init_from: {source} is another network ({len(unfit)} tensors do not fit, "
+            f"{len(missing)} are missing, first {(unfit + missing)[0]}); train the same model "
+            "settings as its config.json"
+        )
+    model.load_state_dict(state, strict=False)

@@ -1,0 +1,20 @@
+"""The learning rate as a pure function of the step."""
+
+from danet.config import TrainConfig
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Poly schedule per step with a floor, after an optional linear warm-up.
+
+    lr(t) = (lr - lr_min) (1 - t / steps)^power + lr_min, as mmsegmentation's PolyLR; with
+    lr_min = 0 it is the authors'.
+
+    Args:
+        step: 0-based.
+    """
+    floor = min(config.lr_min, config.lr)
+    remaining = 1 - step / config.steps
+    rate = (config.lr - floor) * remaining**config.lr_power + floor
+    if step < config.warmup_steps:
+        rate *= (step + 1) / (config.warmup_steps + 1)
+    return rate

@@ -1,0 +1,88 @@
+"""Run mmsegmentation's `DAHead` on a CPU as an independent peer; never imports danet.
+
+Runs under the environment of `requirements.txt` beside this file:
+
+    pip install --no-deps -r requirements.txt
+    python peer.py keys --num-classes 19
+    python peer.py head --weights in.safetensors --features c4.safetensors --out out.safetensors
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file, save_file
+
+# mmseg imports mmcv's compiled operators, which mmcv-lite leaves out; DAHead calls none of them.
+sys.modules["mmcv._ext"] = mock.MagicMock()
+warnings.filterwarnings("ignore", module="mmseg")  # notices about loss defaults, unused here
+
+from mmseg.models.decode_heads.da_head import (  # type: ignore[import-not-found]  # noqa: E402 - needs the stub above
+    DAHead,
+)
+
+
+def build_head(args: argparse.Namespace) -> torch.nn.Module:
+    """Build the head with plain BatchNorm and no dropout, so that its output is a pure function."""
+    head: torch.nn.Module = DAHead(
+        in_channels=args.in_channels,
+        in_index=0,
+        channels=args.channels,
+        pam_channels=args.pam_channels,
+        num_classes=args.num_classes,
+        dropout_ratio=0,
+        norm_cfg={"type": "BN"},
+        align_corners=False,
+    )
+    return head
+
+
+def list_keys(args: argparse.Namespace) -> None:
+    """Print the state dict as a JSON object of key to shape, in the head's own order."""
+    shapes = {key: list(tensor.shape) for key, tensor in build_head(args).state_dict().items()}
+    json.dump(shapes, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def run_head(args: argparse.Namespace) -> None:
+    """Write the fused, position and channel logits, computed in the dtype of the features."""
+    features = load_file(args.features)["c4"]
+    head = build_head(args).to(features.dtype)
+    head.load_state_dict(load_file(args.weights), strict=True)
+    head.train(args.train)
+    with torch.no_grad():
+        fused, position, channel = head([features])
+    logits = {"fused": fused, "position": position, "channel": channel}
+    save_file({name: tensor.contiguous() for name, tensor in logits.items()}, args.out)
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the subcommand and the sizes of the head."""
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument("--num-classes", type=int, default=19)
+    sizes.add_argument("--in-channels", type=int, default=2048)
+    sizes.add_argument("--channels", type=int, default=512)
+    sizes.add_argument("--pam-channels", type=int, default=64)
+
+    parser = argparse.ArgumentParser(description="mmsegmentation's DAHead as a peer")
+    commands = parser.add_subparsers(required=True)
+
+    keys = commands.add_parser("keys", parents=[sizes], help="list state dict keys and shapes")
+    keys.set_defaults(command=list_keys)
+
+    head = commands.add_parser("head", parents=[sizes], help="run the head on given features")
+    head.add_argument("--weights", type=Path, required=True, help="state dict, strict, peer's keys")
+    head.add_argument("--features", type=Path, required=True, help="one tensor 'c4', [B, C, H, W]")
+    head.add_argument("--out", type=Path, required=True, help="gets 'fused', 'position', 'channel'")
+    head.add_argument("--train", action="store_true", help="batch statistics in BatchNorm")
+    head.set_defaults(command=run_head)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    arguments.command(arguments)

@@ -89,8 +89,7 @@ def channel_attention(features: Tensor, affinity: Affinity = "reference") -> Ten
         raise ValueError(f"affinity must be one of {get_args(Affinity)}, not {affinity!r}")
     if features.ndim != 3 or not features.is_floating_point():
         raise ValueError(
-            "channel attention takes floating B C N, "
-            f"not {features.dtype} {tuple(features.shape)}"
+            f"channel attention takes floating B C N, not {features.dtype} {tuple(features.shape)}"
         )
     with torch.autocast(features.device.type, enabled=False):
         exact_BCN = features.to(torch.promote_types(features.dtype, torch.float32))

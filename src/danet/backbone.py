@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch.nn.functional as F
-from timm.models import load_state_dict
+from timm.models import FeatureInfo, load_state_dict
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -75,8 +75,7 @@ class Backbone(nn.Module):
             raise UserError(f"model.output_stride must be one of {OUTPUT_STRIDES}")
         self.output_stride = output_stride
         options = _pretrained_options(name, pretrained, weights)
-        self.body, dilated = _build(name, output_stride, options)
-        info = self.body.feature_info
+        self.body, dilated, info = _build(name, output_stride, options)
         if len(info.channels()) < 2:
             raise UserError(f"model.backbone: {name} gives fewer than two feature maps")
         self.c3_channels, self.c4_channels = info.channels()[-2:]
@@ -118,13 +117,15 @@ class Backbone(nn.Module):
 
 def _build(
     name: str, output_stride: int, options: Mapping[str, Any]
-) -> tuple[nn.Module, bool]:
-    """The network, and whether it is dilated to the output stride."""
+) -> tuple[nn.Module, bool, FeatureInfo]:
+    """The network, whether it is dilated to the output stride, and its stages' widths and strides."""
     attempts = [{"output_stride": output_stride}, *_ANY_SIZE_OPTIONS]
     for attempt in attempts:
         try:
             body = timm.create_model(name, features_only=True, **attempt, **options)
-            return body, "output_stride" in attempt
+            info = body.feature_info
+            assert isinstance(info, FeatureInfo)
+            return body, "output_stride" in attempt, info
         # How timm's constructors say that they do not know an option, or do not support it.
         except (TypeError, AssertionError, NotImplementedError):
             continue
@@ -185,4 +186,3 @@ def _channels_first(features: Tensor, channels: int) -> Tensor:
     if features.shape[1] != channels and features.shape[-1] == channels:
         return features.permute(0, 3, 1, 2)
     return features
-

@@ -126,7 +126,9 @@ def evaluate(
 @app.command()
 def predict(
     model: Model,
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Pictures, folders, globs.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Pictures, folders, globs.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder for the masks.")],
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Also write the picture with the classes over it.")
@@ -176,7 +178,11 @@ def recipes() -> None:
     for name in recipe_names():
         config = load_recipe(name)
         table.add_row(
-            name, config.data.name, config.model.backbone, str(config.train.steps), recipe_title(name)
+            name,
+            config.data.name,
+            config.model.backbone,
+            str(config.train.steps),
+            recipe_title(name),
         )
     Console().print(table)
 

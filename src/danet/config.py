@@ -165,9 +165,7 @@ class RunConfig(Section):
 def recipe_names() -> tuple[str, ...]:
     """The built-in recipes."""
     folder = resources.files("danet.recipes")
-    return tuple(
-        sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
-    )
+    return tuple(sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml")))
 
 
 def recipe_title(name: str) -> str:
@@ -209,8 +207,10 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
         if detail["type"] == "extra_forbidden":
             known = _keys(schema, path[:-1])
             close = difflib.get_close_matches(path[-1], known, n=1)
-            message = f"unknown key; did you mean {close[0]}?" if close else (
-                f"unknown key; known are {', '.join(known)}"
+            message = (
+                f"unknown key; did you mean {close[0]}?"
+                if close
+                else (f"unknown key; known are {', '.join(known)}")
             )
         findings.append(f"{'.'.join(path)}: {message}")
     return "; ".join(findings)
@@ -246,10 +246,11 @@ def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     tree = _parse(text, f"recipe {where}") or {}
     if not isinstance(tree, dict):
         raise UserError(f"recipe {where}: must be sections of keys, not {type(tree).__name__}")
-    base = tree.pop("extends", None)
+    changes: dict[str, Any] = dict(tree)
+    base = changes.pop("extends", None)
     if base is None:
-        return tree
-    return _merge(_read(str(base), folder, (*seen, where)), tree)
+        return changes
+    return _merge(_read(str(base), folder, (*seen, where)), changes)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -37,7 +37,7 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         # Emulated bfloat16 is slower than float32, so the instructions must be there.
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_bfloat16_instructions()
@@ -51,6 +51,4 @@ def _has_bfloat16_instructions() -> bool:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """The autocast context of a precision on a device; does nothing for float32."""
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=uses_bfloat16(precision, device)
-    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(precision, device))

@@ -103,9 +103,7 @@ class DANet(nn.Module):
             position=position,
             channel=channel,
         )
-        self.auxiliary_head = (
-            FCNHead(self.backbone.c3_channels, num_classes) if auxiliary else None
-        )
+        self.auxiliary_head = FCNHead(self.backbone.c3_channels, num_classes) if auxiliary else None
 
     def forward(self, images: Tensor) -> DANetOutput:
         """Normalised RGB B 3 H W -> all logits at the feature stride."""

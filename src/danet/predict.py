@@ -82,7 +82,7 @@ class Predictor:
     ) -> None:
         network = model if isinstance(model, DANet) else load_model(model)
         self.device = choose_device(device)
-        self.model = network.eval().to(self.device, memory_format=torch.channels_last)
+        self.model = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.precision = precision
         self.test = network.metadata.test if test is None else test
 
@@ -131,9 +131,7 @@ def _as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Im
         return open_image(Path(image))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(
-                f"an image array must be H W 3 uint8, not {image.dtype} {image.shape}"
-            )
+            raise UserError(f"an image array must be H W 3 uint8, not {image.dtype} {image.shape}")
         return Image.fromarray(image)
     try:
         return to_rgb(ImageOps.exif_transpose(image))

@@ -1,7 +1,7 @@
 """Datasets by name.
 
-    scenes = danet.data.open_dataset("scenes", split="val")
-    image, label, name = scenes[0]
+scenes = danet.data.open_dataset("scenes", split="val")
+image, label, name = scenes[0]
 """
 
 import importlib

@@ -73,7 +73,9 @@ def open_label(path: Path) -> npt.NDArray[np.uint8]:
             "(8-bit grey or palette PNG)"
         )
     if ids.size and (ids.min() < 0 or ids.max() > 255):
-        raise UserError(f"{where}: label ids must be 0..255, but there are {ids.min()}..{ids.max()}")
+        raise UserError(
+            f"{where}: label ids must be 0..255, but there are {ids.min()}..{ids.max()}"
+        )
     return ids.astype(np.uint8)
 
 
@@ -102,5 +104,13 @@ def _decode(source: Path | str | bytes) -> tuple[Image.Image, str]:
             f"{where}: more than {MAX_PIXELS // 1_000_000} million pixels; scale it down first"
         ) from error
     # Pillow's decoders raise all of these on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, MemoryError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        IndexError,
+        TypeError,
+        MemoryError,
+    ) as error:
         raise UserError(f"{where}: damaged or unreadable picture ({error})") from error

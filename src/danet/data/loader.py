@@ -96,7 +96,7 @@ def training_batches(
     Raises:
         UserError: a sample cannot be read.
     """
-    loader: DataLoader[Batch | UserError] = DataLoader(
+    loader: DataLoader[tuple[Tensor, Tensor] | UserError] = DataLoader(
         AugmentedSamples(dataset, config, seed),
         batch_sampler=sampler,
         num_workers=config.workers,

@@ -34,7 +34,8 @@ def as_tensors(
 
 def normalize(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """RGB 3 H W in 0..255, any dtype -> float32 with mean and deviation taken out."""
-    return TF.normalize(image.float(), list(mean), list(std))
+    normalized: Tensor = TF.normalize(image.float(), list(mean), list(std))
+    return normalized
 
 
 def fitted_size(size: Size, bounds: Size, factor: float = 1.0) -> Size:

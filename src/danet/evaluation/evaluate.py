@@ -24,7 +24,7 @@ from danet.model import DANet
 class PictureScore(NamedTuple):
     """How one picture of the split went; `accuracy` is nan where nothing is labelled."""
 
-    index: int
+    position: int
     name: str
     accuracy: float
 
@@ -119,7 +119,7 @@ def report_cases(
     spread = [rest[(2 * i + 1) * len(rest) // (2 * others)] for i in range(others)] if rest else []
     cases = []
     for picture in dict.fromkeys([*ranked[:worst], *spread]):
-        sample = dataset[picture.index]
+        sample = dataset[picture.position]
         predictions, _ = _predict(model, sample, test, precision, ("fused",))
         prediction = predictions[0].to(torch.uint8).cpu().numpy()
         cases.append(Case(sample.name, sample.image, sample.label, prediction, picture.accuracy))

@@ -98,9 +98,7 @@ def _logits(model: DANet, images: Tensor, branches: Sequence[Branch]) -> Tensor:
     return torch.stack([model.upsample(logits.float(), images.shape[-2:]) for logits in features])
 
 
-def _slide(
-    model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch]
-) -> Tensor:
+def _slide(model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch]) -> Tensor:
     """1 3 h w -> logits R K h w, averaged where windows overlap.
 
     Windows start every `stride` pixels; the last ones are shifted back to end at the border.

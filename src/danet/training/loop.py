@@ -143,7 +143,7 @@ class _Trainer:
         elif architecture.init_from is not None:
             _initialize_from(model, architecture.init_from)
         if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return model.to(memory_format=torch.channels_last)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -227,9 +227,7 @@ class _Trainer:
             self.fabric.global_rank,
             self.fabric.world_size,
         )
-        return training_batches(
-            self.training_data, self.config.data, settings.seed, sampler
-        )
+        return training_batches(self.training_data, self.config.data, settings.seed, sampler)
 
     def _take_step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """One update; returns the losses, averaged over processes only when they are logged."""
@@ -241,18 +239,15 @@ class _Trainer:
         self.network.train()
         images, labels = self.fabric.to_device((batch.images, batch.labels))
         images = images.contiguous(memory_format=torch.channels_last)
-        divisor = loss_divisor(labels, settings.loss_divisor)
         # Gradients are averaged over processes, so dividing by the average of their divisors is
         # dividing the sum over all of them by the sum of all pixels.
-        divisor = self.fabric.all_reduce(divisor, reduce_op="mean")
+        divisor = self._reduce(loss_divisor(labels, settings.loss_divisor), "mean")
         totals: dict[str, Tensor] = {}
         parts = zip(
             images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True
         )
         for index, (some_images, some_labels) in enumerate(parts, start=1):
-            with self.fabric.no_backward_sync(
-                self.network, enabled=index < settings.accumulate
-            ):
+            with self.fabric.no_backward_sync(self.network, enabled=index < settings.accumulate):
                 output = self.network(some_images)
                 losses = segmentation_losses(
                     output, some_labels, divisor, self.model.upsample, settings
@@ -270,9 +265,7 @@ class _Trainer:
         """Writes the mean of the steps since the last line, and stops if one was not finite."""
         settings = self.config.train
         losses = {
-            name: self.fabric.all_reduce(
-                torch.stack([step[name] for step in history]), reduce_op="mean"
-            ).tolist()
+            name: self._reduce(torch.stack([step[name] for step in history]), "mean").tolist()
             for name in history[0]
         }
         for offset, loss in enumerate(losses["loss"]):
@@ -310,7 +303,7 @@ class _Trainer:
             indices=range(rank, count, processes),
         )
         confusion = evaluation.confusion["fused"].to(self.fabric.device)
-        result = scores(self.fabric.all_reduce(confusion, reduce_op="sum"))
+        result = scores(self._reduce(confusion, "sum"))
         row = {
             "step": done,
             "val/mIoU": result.mean_iou,
@@ -325,6 +318,12 @@ class _Trainer:
         if self.best is None or result.mean_iou > self.best["mIoU"]:
             self.best = {"step": done, "mIoU": result.mean_iou}
             self._save(self.run.best, done)
+
+    def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
+        """Over all processes."""
+        reduced = self.fabric.all_reduce(tensor, reduce_op=operation)
+        assert isinstance(reduced, Tensor)
+        return reduced
 
     def _kept_model(self) -> DANet:
         """The network that will become the run's model."""

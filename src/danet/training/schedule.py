@@ -14,7 +14,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """
     floor = min(config.lr_min, config.lr)
     remaining = 1 - step / config.steps
-    rate = (config.lr - floor) * remaining**config.lr_power + floor
+    rate: float = (config.lr - floor) * remaining**config.lr_power + floor
     if step < config.warmup_steps:
         rate *= (step + 1) / (config.warmup_steps + 1)
     return rate

@@ -1,0 +1,272 @@
+"""From a seed and an index to a picture and its labels."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from danet.data.scenes import materials as m
+from danet.data.scenes import objects
+from danet.data.scenes.classes import BUILDING, SKY, VOID
+from danet.data.scenes.materials import (
+    Floats,
+    Light,
+    Material,
+    Rgb,
+    draw_light,
+    textures,
+)
+from danet.data.scenes.street import (
+    FAR,
+    Street,
+    draw_block,
+    draw_end,
+    draw_fence,
+    draw_ground,
+    draw_hedge,
+    draw_street,
+)
+from danet.data.scenes.view import (
+    GROUND_DEPTH,
+    MAX_DEPTH,
+    Canvas,
+    View,
+    split_codes,
+)
+
+DEFAULT_SIZE = (480, 360)
+_LIMIT = (64, 4096)
+_THINNEST_POLE = 2.4
+"""Poles that would be thinner than this share of a picture 480 wide, in pixels, are left out."""
+
+_GROUND_TEXELS = 50
+"""Texels of a texture per metre of ground."""
+
+Drawing = tuple[float, Callable[[], None]]
+"""A distance in metres, and what draws the thing there."""
+
+
+def render(
+    seed: int, index: int, size: tuple[int, int] = DEFAULT_SIZE
+) -> tuple[Image.Image, npt.NDArray[np.uint8]]:
+    """Draws one scene; the same at every size, and in every process.
+
+    Args:
+        seed, index: choose the scene; not negative.
+        size: width, height in pixels, each 64..4096.
+
+    Returns:
+        The RGB picture, and H W train ids (255 is void).
+    """
+    if not all(_LIMIT[0] <= side <= _LIMIT[1] for side in size):
+        raise ValueError(f"scenes are {_LIMIT[0]}..{_LIMIT[1]} pixels wide and high, not {size}")
+    rng = np.random.default_rng([seed, index])
+    street, light = draw_street(rng), draw_light(rng)
+    view = _draw_view(rng, size, street)
+    canvas = Canvas(view)
+    _draw_sky(canvas)
+    draw_end(rng, canvas)
+    draw_ground(rng, canvas, street)
+    drawings = [*_sides(rng, canvas, street, light), *_traffic(rng, canvas, street)]
+    for _, draw in sorted(drawings, key=lambda drawing: -drawing[0]):
+        draw()
+    if rng.random() < 0.15:
+        _draw_bonnet(rng, canvas)
+    colors, codes, shadow = canvas.finished()
+    train_ids, texture, depth = split_codes(codes)
+    lit = _shade(rng, view, light, colors, (train_ids, texture, depth), shadow)
+    return Image.fromarray(_expose(rng, light, lit)), train_ids
+
+
+def _draw_view(rng: np.random.Generator, size: tuple[int, int], street: Street) -> View:
+    on_pavement = rng.random() < 0.15
+    side = int(rng.choice((-1, 1)))
+    x = street.kerb(side) + side * 0.8 if on_pavement else rng.uniform(-0.6, 0.6) * street.road
+    return View(
+        size=size,
+        focal=rng.uniform(0.75, 1.25),
+        horizon=rng.uniform(0.34, 0.52),
+        center=rng.uniform(0.34, 0.66),
+        height=rng.uniform(1.3, 2.3),
+        x=x,
+        curve=rng.normal(0, 0.0016),
+    )
+
+
+def _draw_sky(canvas: Canvas) -> None:
+    width, height = canvas.view.size
+    everywhere = (0, 0, width, 0, width, height, 0, height)
+    canvas.flat(everywhere, SKY, Material((255, 255, 255), m.CLOUDS), MAX_DEPTH)
+
+
+def _draw_bonnet(rng: np.random.Generator, canvas: Canvas) -> None:
+    """The camera's own car along the lower border."""
+    width, height = canvas.view.size
+    rise = rng.uniform(0.05, 0.12)
+    columns = np.linspace(-0.05, 1.05, 20)
+    rows = 1.02 - rise * np.sqrt(np.clip(1 - ((columns - 0.5) / 0.56) ** 2, 0, 1))
+    outline = np.stack((columns * width, rows * height), axis=1)
+    corners = [*outline.ravel().tolist(), width * 1.05, height * 1.1, -0.05 * width, height * 1.1]
+    canvas.flat(corners, VOID, Material((52, 54, 60)), depth=2)
+
+
+def _sides(rng: np.random.Generator, canvas: Canvas, street: Street, light: Light) -> list[Drawing]:
+    """Both sides of the street, in stretches of buildings, gardens and open ground."""
+    drawings: list[Drawing] = []
+    for side in (-1, 1):
+        wall = street.wall(side)
+        lit = 1.0 + 0.25 * light.sun * (1 if side != light.sun_side else -1)
+        built = rng.uniform(0.45, 0.95)
+        near = rng.uniform(-4, 3)
+        while near < FAR * 0.75:
+            length = rng.uniform(6, 16) * (1 if near < 40 else 2)
+            start, end = max(near, 1.7), near + length
+            near = end
+            if end <= start + 1:
+                continue
+            own = np.random.default_rng(rng.integers(2**63))
+            if rng.random() < built:
+                if rng.random() < 0.25:
+                    drawings.append(
+                        (
+                            start - 0.02,
+                            partial(draw_fence, own, canvas, wall - side * 0.9, start, end),
+                        )
+                    )
+                drawings.append((start, partial(draw_block, own, canvas, wall, start, end, lit)))
+                if light.sun > 0.3 and side == light.sun_side:
+                    reach = -side * rng.uniform(1.5, 6)
+                    corners = [
+                        (wall, 0.0, start),
+                        (wall + reach, 0.0, start),
+                        (wall + reach, 0.0, end),
+                        (wall, 0.0, end),
+                    ]
+                    canvas.shadow(corners, 0.45 * light.sun)
+                continue
+            border = draw_fence if rng.random() < 0.6 else draw_hedge
+            drawings.append((start, partial(border, own, canvas, wall, start, end)))
+            for _ in range(rng.integers(1, 4)):
+                x = wall + side * rng.uniform(1.0, 5)
+                z = rng.uniform(start, end) + 2.0
+                drawings.append((z, partial(objects.draw_tree, own, canvas, x, z)))
+    return drawings
+
+
+def _traffic(rng: np.random.Generator, canvas: Canvas, street: Street) -> list[Drawing]:
+    """Everything that stands or moves on road and pavement."""
+    drawings: list[Drawing] = []
+    own = np.random.default_rng(rng.integers(2**63))
+
+    def place(draw: Callable[..., None], x: float, z: float) -> None:
+        drawings.append((z, partial(draw, own, canvas, x, z)))
+
+    def beside(side: int, low: float = 0.15, high: float = 0.85) -> float:
+        kerb = street.kerb(side)
+        return kerb + rng.uniform(low, high) * (street.wall(side) - kerb)
+
+    for side in (-1, 1):
+        if rng.random() < 0.6:
+            z = rng.uniform(5, 16)
+            for _ in range(rng.integers(1, 6)):
+                place(objects.draw_vehicle, side * (street.road - 1.1), z)
+                z += rng.uniform(5.5, 12)
+        farthest = canvas.view.focal * 480 * 0.2 / _THINNEST_POLE
+        z = rng.uniform(4, 14)
+        while z < farthest:
+            draw = objects.draw_lamp_post if rng.random() < 0.6 else objects.draw_sign
+            place(draw, street.kerb(side) + side * rng.uniform(0.3, 0.7), z)
+            z += rng.uniform(7, 16)
+        if rng.random() < 0.25:
+            for z in np.arange(rng.uniform(4, 7), 16, rng.uniform(1.6, 3)):
+                place(objects.draw_bollard, street.kerb(side) + side * 0.4, float(z))
+        if rng.random() < 0.45:
+            for z in np.arange(rng.uniform(8, 16), 60, rng.uniform(7, 14)):
+                place(objects.draw_tree, street.kerb(side) + side * rng.uniform(0.6, 1.2), float(z))
+        for _ in range(rng.poisson(1.8)):
+            x, z = beside(side), 4.5 + rng.gamma(2.0, 5.5)
+            for neighbour in range(1 + (rng.random() < 0.3)):
+                place(objects.draw_pedestrian, x + 0.6 * neighbour, z + 0.1 * neighbour)
+        if rng.random() < 0.3:
+            place(objects.draw_clutter, beside(side), rng.uniform(5, 20))
+    for _ in range(rng.poisson(1.0)):
+        place(objects.draw_vehicle, rng.uniform(-0.55, 0.55) * street.road, rng.uniform(9, 50))
+    for _ in range(1 + rng.poisson(0.8)):
+        x = rng.choice((-1, 1)) * street.road * rng.uniform(0.3, 0.95)
+        place(objects.draw_bicyclist, x, 4.5 + rng.gamma(2.0, 5.0))
+    if rng.random() < 0.15:
+        place(objects.draw_pedestrian, rng.uniform(-0.8, 0.8) * street.road, rng.uniform(8, 25))
+    return drawings
+
+
+def _shade(
+    rng: np.random.Generator,
+    view: View,
+    light: Light,
+    colors: Floats,
+    layers: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32], npt.NDArray[np.int32]],
+    shadow: Floats,
+) -> Floats:
+    """Sky, texture, shadow and fog."""
+    train_ids, texture, depth = layers
+    is_sky, on_ground = train_ids == SKY, depth == GROUND_DEPTH
+    height = view.size[1]
+    rows = np.arange(height, dtype=np.float32)[:, None] / (view.horizon * height)
+    toward_horizon = np.clip(rows, 0, 1)[..., None]
+    sky = _rgb(light.sky_top) * (1 - toward_horizon) + _rgb(light.sky_low) * toward_horizon
+    right, ahead = view.ground()
+    grain = _grain(rng, view, texture, on_ground, right, ahead)
+    grain *= np.where(is_sky, np.float32(2 * light.clouds), np.float32(1))
+    darkness = shadow * on_ground * np.float32(0.45 + 0.55 * light.sun)
+    brightness = (1 + grain) * (1 - darkness) * np.float32(light.exposure)
+    distance = np.where(on_ground, ahead, depth.astype(np.float32))
+    clarity = np.exp(-distance / np.float32(light.visibility))
+    clarity[is_sky] = 1
+    base = np.where(is_sky[..., None], sky, colors)
+    haze = _rgb(light.sky_low) * np.float32(light.exposure)
+    shaded: Floats = base * (brightness * clarity)[..., None] + haze * (1 - clarity)[..., None]
+    return shaded
+
+
+def _grain(
+    rng: np.random.Generator,
+    view: View,
+    texture: npt.NDArray[np.int32],
+    on_ground: npt.NDArray[np.bool_],
+    right: Floats,
+    ahead: Floats,
+) -> Floats:
+    """Relative brightness H W of every pixel's texture: laid out on the ground, flat elsewhere.
+
+    The ground's fades with distance, as many of its texels fall on one pixel there.
+    """
+    width, height = view.size
+    zoom = DEFAULT_SIZE[0] / width
+    shift = rng.integers(m.TEXTURE_SIZE, size=2)
+    flat_row = (np.arange(height)[:, None] * zoom + shift[0]).astype(np.int32)
+    flat_column = (np.arange(width)[None] * zoom + shift[1]).astype(np.int32)
+    row = np.where(on_ground, (ahead * _GROUND_TEXELS).astype(np.int32), flat_row)
+    column = np.where(on_ground, (right * _GROUND_TEXELS).astype(np.int32), flat_column)
+    row, column = row % m.TEXTURE_SIZE, column % m.TEXTURE_SIZE
+    grain = textures().ravel()[(texture * m.TEXTURE_SIZE + row) * m.TEXTURE_SIZE + column]
+    fade = np.minimum(np.float32(1), 12 / ahead)
+    textured: Floats = np.where(on_ground, grain * fade, grain)
+    return textured
+
+
+def _rgb(color: Rgb) -> Floats:
+    return np.array(color, dtype=np.float32)
+
+
+def _expose(rng: np.random.Generator, light: Light, lit: Floats) -> npt.NDArray[np.uint8]:
+    """Tint, contrast and sensor noise, as 8 bit."""
+    contrast = np.float32(rng.uniform(0.85, 1.15))
+    pixels = (lit * _rgb(light.tint) - 110) * contrast + 110
+    height, width = lit.shape[:2]
+    shift = rng.integers(m.TEXTURE_SIZE, size=2)
+    rows, columns = np.arange(height) + shift[0], np.arange(width) + shift[1]
+    tile = np.ix_(rows % m.TEXTURE_SIZE, columns % m.TEXTURE_SIZE)
+    noise = textures()[m.FINE][tile] * np.float32(rng.uniform(15, 60))
+    return np.clip(pixels + noise[..., None], 0, 255).astype(np.uint8)

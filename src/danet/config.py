@@ -57,6 +57,10 @@ class DataConfig(Section):
     """Folder of the dataset in its official layout; none for generated data."""
     train_split: str = "train"
     val_split: str = "val"
+    train_images: int | None = Field(None, ge=1)
+    """Train on the first so many pictures only; none: all."""
+    cache: bool = False
+    """Keep every picture in memory, once in each worker, after it was first read."""
     base_size: Size | None = None
     """Bounds (long side, short side) that a scale of 1 fits a picture into; none: its own size."""
     scale_range: tuple[float, float] = (0.5, 2.0)
@@ -91,6 +95,8 @@ class TrainConfig(Section):
     """Pictures per step over all devices."""
     accumulate: int = Field(1, ge=1)
     """Forward and backward passes that a device splits its share of the batch into."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd with momentum, as published, or adamw, which needs fewer steps from nothing."""
     lr: float = Field(0.01, gt=0)
     lr_min: float = Field(1e-4, ge=0)
     lr_power: float = Field(0.9, gt=0)
@@ -99,6 +105,7 @@ class TrainConfig(Section):
     head_lr_factor: float = Field(1.0, gt=0)
     """The heads' learning rate over the backbone's."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Of sgd."""
     weight_decay: float = Field(5e-4, ge=0)
     branch_loss_weight: float = Field(1.0, ge=0)
     """Of the position and of the channel logits; the fused logits weigh 1."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from danet.config import DataConfig
-from danet.data.spec import SegmentationDataset
+from danet.data.spec import Sample, SegmentationDataset
 from danet.data.transforms import as_tensors, training_transform
 from danet.errors import UserError
 
@@ -39,16 +39,18 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
         self.dataset = dataset
         self.transform = training_transform(config)
         self.seed = seed
+        self.length = min(len(dataset), config.train_images or len(dataset))
+        self._cache: dict[int, Sample] | None = {} if config.cache else None
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor] | UserError:
-        epoch, offset = divmod(position, len(self.dataset))
+        epoch, offset = divmod(position, self.length)
         if epoch != self._epoch:
             generator = np.random.default_rng(derive_seed(self.seed, _ORDER, epoch))
-            self._order, self._epoch = generator.permutation(len(self.dataset)), epoch
+            self._order, self._epoch = generator.permutation(self.length), epoch
         try:
-            sample = self.dataset[int(self._order[offset])]
+            sample = self._read(int(self._order[offset]))
         # Handed over as a value: raised in a worker it would come back inside a traceback's text.
         except UserError as error:
             return error
@@ -56,6 +58,13 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
             torch.manual_seed(derive_seed(self.seed, _AUGMENTATION, position))
             image, label = self.transform(*as_tensors(sample.image, sample.label))
         return image.as_subclass(Tensor), label.as_subclass(Tensor)
+
+    def _read(self, index: int) -> Sample:
+        if self._cache is None:
+            return self.dataset[index]
+        if index not in self._cache:
+            self._cache[index] = self.dataset[index]
+        return self._cache[index]
 
 
 class StepSampler(Sampler[list[int]]):

@@ -80,13 +80,7 @@ class _Trainer:
         self.training_data = open_dataset(data.name, data.root, data.train_split)
         self.validation_data = open_dataset(data.name, data.root, data.val_split)
         self.model = self._build_model(self.training_data.spec, checkpoint)
-        optimizer = torch.optim.SGD(
-            self._parameter_groups(),
-            lr=config.train.lr,
-            momentum=config.train.momentum,
-            weight_decay=config.train.weight_decay,
-        )
-        self.network, self.optimizer = self.fabric.setup(self.model, optimizer)
+        self.network, self.optimizer = self.fabric.setup(self.model, self._build_optimizer())
         self.average = self._start_average()
         self.first_step = 0
         self.best: dict[str, float] | None = None
@@ -145,6 +139,21 @@ class _Trainer:
         if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return model.to(memory_format=torch.channels_last)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        settings = self.config.train
+        groups = self._parameter_groups()
+        if settings.optimizer == "adamw":
+            return torch.optim.AdamW(
+                groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+            )
+        return torch.optim.SGD(
+            groups,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         backbone = list(self.model.backbone.parameters())

@@ -38,7 +38,7 @@ from danet.data.scenes.view import (
 
 DEFAULT_SIZE = (480, 360)
 _LIMIT = (64, 4096)
-_THINNEST_POLE = 2.4
+_THINNEST_POLE = 3.6
 """Poles that would be thinner than this share of a picture 480 wide, in pixels, are left out."""
 
 _GROUND_TEXELS = 50
@@ -185,17 +185,17 @@ def _traffic(rng: np.random.Generator, canvas: Canvas, street: Street) -> list[D
         if rng.random() < 0.45:
             for z in np.arange(rng.uniform(8, 16), 60, rng.uniform(7, 14)):
                 place(objects.draw_tree, street.kerb(side) + side * rng.uniform(0.6, 1.2), float(z))
-        for _ in range(rng.poisson(1.8)):
-            x, z = beside(side), 4.5 + rng.gamma(2.0, 5.5)
+        for _ in range(rng.poisson(2.0)):
+            x, z = beside(side), 4.5 + rng.gamma(2.0, 2.8)
             for neighbour in range(1 + (rng.random() < 0.3)):
                 place(objects.draw_pedestrian, x + 0.6 * neighbour, z + 0.1 * neighbour)
         if rng.random() < 0.3:
             place(objects.draw_clutter, beside(side), rng.uniform(5, 20))
     for _ in range(rng.poisson(1.0)):
         place(objects.draw_vehicle, rng.uniform(-0.55, 0.55) * street.road, rng.uniform(9, 50))
-    for _ in range(1 + rng.poisson(0.8)):
+    for _ in range(1 + rng.poisson(1.0)):
         x = rng.choice((-1, 1)) * street.road * rng.uniform(0.3, 0.95)
-        place(objects.draw_bicyclist, x, 4.5 + rng.gamma(2.0, 5.0))
+        place(objects.draw_bicyclist, x, 4.5 + rng.gamma(2.0, 2.6))
     if rng.random() < 0.15:
         place(objects.draw_pedestrian, rng.uniform(-0.8, 0.8) * street.road, rng.uniform(8, 25))
     return drawings

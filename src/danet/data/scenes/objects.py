@@ -205,7 +205,7 @@ def draw_lamp_post(rng: np.random.Generator, canvas: Canvas, x: float, z: float)
     """A lamp post or a wooden mast with an arm over the road."""
     tone = Material((92, 96, 98)) if rng.random() < 0.7 else Material((104, 84, 66), m.COARSE)
     height = rng.uniform(5.5, 8.5)
-    _post(canvas, x, z, rng.uniform(0.2, 0.3), height, varied(rng, tone))
+    _post(canvas, x, z, rng.uniform(0.24, 0.36), height, varied(rng, tone))
     reach = -np.sign(x) * rng.uniform(0.8, 1.8)
     canvas.line([(x, height, z), (x + reach, height + 0.3, z)], 0.14, POLE, tone)
     canvas.ellipse((x + reach, height + 0.25, z), 0.4, 0.12, POLE, Material((214, 210, 190)))
@@ -219,10 +219,10 @@ def draw_bollard(rng: np.random.Generator, canvas: Canvas, x: float, z: float) -
 def draw_sign(rng: np.random.Generator, canvas: Canvas, x: float, z: float) -> None:
     """A traffic sign or traffic lights on their pole."""
     height = rng.uniform(2.4, 3.2)
-    _post(canvas, x, z, 0.17, height, varied(rng, _STEEL))
+    _post(canvas, x, z, 0.2, height, varied(rng, _STEEL))
     kind = rng.integers(4)
     red, white, blue = Material((190, 36, 34)), Material((228, 226, 220)), Material((40, 84, 160))
-    size = rng.uniform(0.38, 0.55)
+    size = rng.uniform(0.42, 0.7)
     if kind == 0:
         canvas.ellipse((x, height, z), size, size, SIGN, red)
         canvas.ellipse((x, height, z), size * 0.7, size * 0.7, SIGN, white)
@@ -248,17 +248,17 @@ def draw_sign(rng: np.random.Generator, canvas: Canvas, x: float, z: float) -> N
         canvas.polygon(bar, SIGN, white)
     else:
         box = [
-            (x - 0.24, height - 0.6, z),
-            (x + 0.24, height - 0.6, z),
-            (x + 0.24, height + 0.55, z),
-            (x - 0.24, height + 0.55, z),
+            (x - 0.32, height - 0.7, z),
+            (x + 0.32, height - 0.7, z),
+            (x + 0.32, height + 0.65, z),
+            (x - 0.32, height + 0.65, z),
         ]
         canvas.polygon(box, SIGN, Material((34, 36, 38)))
         lit = rng.integers(3)
         colors: tuple[Rgb, ...] = ((240, 60, 50), (240, 180, 60), (70, 220, 130))
         for index, color in enumerate(colors):
             glow = Material(color if index == lit else (58, 56, 54))
-            canvas.ellipse((x, height + 0.34 - 0.37 * index, z), 0.14, 0.14, SIGN, glow)
+            canvas.ellipse((x, height + 0.4 - 0.42 * index, z), 0.17, 0.17, SIGN, glow)
 
 
 def draw_tree(rng: np.random.Generator, canvas: Canvas, x: float, z: float) -> None:

@@ -95,8 +95,10 @@ def draw_ground(rng: np.random.Generator, canvas: Canvas, street: Street) -> Non
         canvas.polygon(patch, ROAD, road, shade=rng.uniform(0.75, 1.15), on_ground=True)
     for side in (-1, 1):
         kerb = street.kerb(side)
+        canvas.polygon(_strip(kerb - 0.25 * side, kerb), ROAD, road, shade=0.6, on_ground=True)
         stone = varied(rng, m.CONCRETE)
-        canvas.polygon(_strip(kerb, kerb + 0.22 * side), PAVEMENT, stone, on_ground=True)
+        edge = _strip(kerb, kerb + 0.3 * side)
+        canvas.polygon(edge, PAVEMENT, stone, shade=1.25, on_ground=True)
         if rng.random() < 0.3:
             edge = kerb - 0.5 * side
             yellow = Material((196, 168, 60)) if rng.random() < 0.5 else _WHITE

@@ -1,0 +1,9 @@
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    name: str
+    image: object
+    truth: object
+    prediction: object
+    accuracy: float

@@ -28,7 +28,7 @@ _ANY_SIZE_OPTIONS: tuple[Mapping[str, Any], ...] = (
 
 # Convolutional families that need sides divisible by the stride: HRNet adds up maps of several
 # strides, and ConvNeXt's patches drop what is left over.
-_WHOLE_STRIDE_PREFIXES = ("hrnet", "convnext")
+_WHOLE_STRIDE_FAMILIES = ("hrnet", "convnext")
 
 
 class BackboneFeatures(NamedTuple):
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
                 f"model.output_stride={output_stride}: {name} has stride {info.reduction()[-1]}; "
                 "choose that or less"
             )
-        takes_any_size = dilated and not name.startswith(_WHOLE_STRIDE_PREFIXES)
+        takes_any_size = dilated and not any(family in name for family in _WHOLE_STRIDE_FAMILIES)
         self.size_multiple = 1 if takes_any_size else math.lcm(*info.reduction())
         if multi_grid is not None:
             _set_multi_grid(self.body, name, multi_grid)

@@ -95,8 +95,9 @@ class TrainConfig(Section):
     """Pictures per step over all devices."""
     accumulate: int = Field(1, ge=1)
     """Forward and backward passes that a device splits its share of the batch into."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd with momentum, as published, or adamw, which needs fewer steps from nothing."""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """sgd with momentum, as published; adamw; or muon (timm's: orthogonalised momentum for weight
+    tensors and AdamW for the rest), which needs the fewest steps from nothing."""
     lr: float = Field(0.01, gt=0)
     lr_min: float = Field(1e-4, ge=0)
     lr_power: float = Field(0.9, gt=0)
@@ -105,7 +106,7 @@ class TrainConfig(Section):
     head_lr_factor: float = Field(1.0, gt=0)
     """The heads' learning rate over the backbone's."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of sgd."""
+    """Of sgd and muon."""
     weight_decay: float = Field(5e-4, ge=0)
     branch_loss_weight: float = Field(1.0, ge=0)
     """Of the position and of the channel logits; the fused logits weigh 1."""

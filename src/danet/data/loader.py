@@ -111,6 +111,7 @@ def training_batches(
         num_workers=config.workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or starting the loader would draw from the global one
     )
     for batch in loader:
         if isinstance(batch, UserError):

@@ -26,7 +26,7 @@ from danet.errors import TrainingDiverged, UserError
 from danet.evaluation.evaluate import evaluate
 from danet.evaluation.metrics import scores
 from danet.model import DANet
-from danet.model_folder import Metadata, locate, read_folder
+from danet.model_folder import Metadata
 from danet.progress import ProgressReport
 from danet.training.checkpoint import (
     RunFolder,
@@ -34,7 +34,9 @@ from danet.training.checkpoint import (
     model_weights,
     save_checkpoint,
 )
+from danet.training.initial_weights import initialize_from
 from danet.training.loss import loss_divisor, segmentation_losses
+from danet.training.optimizer import build_optimizer
 from danet.training.schedule import learning_rate
 
 _DROPOUT = 2
@@ -80,7 +82,9 @@ class _Trainer:
         self.training_data = open_dataset(data.name, data.root, data.train_split)
         self.validation_data = open_dataset(data.name, data.root, data.val_split)
         self.model = self._build_model(self.training_data.spec, checkpoint)
-        self.network, self.optimizer = self.fabric.setup(self.model, self._build_optimizer())
+        self.network, self.optimizer = self.fabric.setup(
+            self.model, build_optimizer(self.model, config.train)
+        )
         self.average = self._start_average()
         self.first_step = 0
         self.best: dict[str, float] | None = None
@@ -135,34 +139,10 @@ class _Trainer:
                     f"settings in {self.run.recipe}"
                 ) from error
         elif architecture.init_from is not None:
-            _initialize_from(model, architecture.init_from)
+            initialize_from(model, architecture.init_from)
         if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return model.to(memory_format=torch.channels_last)
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        settings = self.config.train
-        groups = self._parameter_groups()
-        if settings.optimizer == "adamw":
-            return torch.optim.AdamW(
-                groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-            )
-        return torch.optim.SGD(
-            groups,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        backbone = list(self.model.backbone.parameters())
-        known = {id(parameter) for parameter in backbone}
-        heads = [p for p in self.model.parameters() if id(p) not in known]
-        return [
-            {"params": backbone, "lr_factor": 1.0},
-            {"params": heads, "lr_factor": self.config.train.head_lr_factor},
-        ]
 
     def _start_average(self) -> ModelEmaV3 | None:
         decay = self.config.train.ema_decay
@@ -374,28 +354,3 @@ class _Trainer:
         if self.config.train.keep == "best":
             model.load_state_dict(model_weights(load_checkpoint(self.run.best)))
         model.save_pretrained(self.run.model)
-
-
-def _initialize_from(model: DANet, source: Path) -> None:
-    """Loads another model's weights, its classifiers only if it has the same classes.
-
-    Raises:
-        UserError: the networks differ in more than their classes.
-    """
-    stored, state = read_folder(locate(source))
-    if stored.metadata.classes != model.metadata.classes:
-        state = {name: tensor for name, tensor in state.items() if "classifier" not in name}
-    wanted = model.state_dict()
-    unfit = [
-        name
-        for name, tensor in state.items()
-        if name not in wanted or wanted[name].shape != tensor.shape
-    ]
-    missing = [name for name in wanted if name not in state and "classifier" not in name]
-    if unfit or missing:
-        raise UserError(
-            f"model.init_from: {source} is another network ({len(unfit)} tensors do not fit, "
-            f"{len(missing)} are missing, first {(unfit + missing)[0]}); train the same model "
-            "settings as its config.json"
-        )
-    model.load_state_dict(state, strict=False)

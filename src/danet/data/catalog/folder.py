@@ -70,7 +70,7 @@ def _count_classes(root: Path) -> DatasetSpec:
     splits = sorted(path for path in _label_folder(root).iterdir() if path.is_dir())
     for path in (path for split in splits for path in list_images(split)):
         ids = np.unique(open_label(path))
-        largest = max(largest, int(ids[ids != IGNORE_INDEX].max(initial=-1)))
+        largest = max([largest, *ids[ids != IGNORE_INDEX].tolist()])
     if largest < 0:
         raise UserError(f"{root}: no label holds a class id; name the classes in {_CLASSES_FILE}")
     return DatasetSpec(NAME, tuple(f"class {index}" for index in range(largest + 1)))

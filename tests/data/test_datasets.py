@@ -1,0 +1,105 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from danet.data import dataset_names, dataset_spec, open_dataset
+from danet.errors import UserError
+
+
+def write_pair(root: Path, image: str, label: str, ids: list[list[int]]) -> None:
+    array = np.array(ids, np.uint8)
+    for path, content in ((image, np.zeros((*array.shape, 3), np.uint8)), (label, array)):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content).save(root / path)
+
+
+class TestCamVid:
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        write_pair(tmp_path, "val/b.png", "valannot/b.png", [[0, 10], [11, 255]])
+        write_pair(tmp_path, "val/a.png", "valannot/a.png", [[5, 5]])
+        return tmp_path
+
+    def test_void_is_ignored_and_names_are_sorted(self, root: Path) -> None:
+        dataset = open_dataset("camvid", root, "val")
+        assert [sample.name for sample in dataset] == ["a", "b"]
+        np.testing.assert_array_equal(dataset[1].label, [[0, 10], [255, 255]])
+        assert dataset.spec.num_classes == 11
+        assert dataset.spec.classes[3] == "road"
+
+    def test_an_id_out_of_range_names_the_file(self, root: Path) -> None:
+        write_pair(root, "val/c.png", "valannot/c.png", [[12, 0]])
+        with pytest.raises(UserError, match=r"c\.png holds label ids \[12\]"):
+            open_dataset("camvid", root, "val")[2]
+
+    def test_sizes_that_differ_name_both(self, root: Path) -> None:
+        Image.new("RGB", (5, 4)).save(root / "val/a.png")
+        with pytest.raises(UserError, match=r"a\.png is 2x1 but its image a\.png is 5x4"):
+            open_dataset("camvid", root, "val")[0]
+
+    def test_an_image_without_label(self, root: Path) -> None:
+        (root / "valannot/a.png").unlink()
+        with pytest.raises(UserError, match="1 images have no label.*first a"):
+            open_dataset("camvid", root, "val")
+
+    def test_a_missing_split_folder(self, root: Path) -> None:
+        with pytest.raises(UserError, match="train is not a folder"):
+            open_dataset("camvid", root, "train")
+
+    @pytest.mark.parametrize("root", [None, "nowhere"])
+    def test_no_root(self, root: str | None) -> None:
+        with pytest.raises(UserError, match="data.root"):
+            open_dataset("camvid", root, "val")
+
+
+class TestFolder:
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        write_pair(tmp_path, "images/train/a.jpg", "labels/train/a.png", [[0, 2], [1, 255]])
+        write_pair(tmp_path, "images/val/b.jpg", "labels/val/b.png", [[0, 0]])
+        return tmp_path
+
+    def test_classes_are_counted_in_the_labels(self, root: Path) -> None:
+        assert dataset_spec("folder", root).classes == ("class 0", "class 1", "class 2")
+        np.testing.assert_array_equal(open_dataset("folder", root)[0].label, [[0, 2], [1, 255]])
+
+    def test_classes_file_gives_names_and_colours(self, root: Path) -> None:
+        (root / "classes.txt").write_text("sky 1 2 3\nparking lot\nroad\n")
+        spec = dataset_spec("folder", root)
+        assert spec.classes == ("sky", "parking lot", "road")
+        assert spec.palette[0] == (1, 2, 3)
+        assert len(set(spec.palette)) == 3
+
+    def test_an_id_beyond_the_named_classes(self, root: Path) -> None:
+        (root / "classes.txt").write_text("sky\nroad\n")
+        with pytest.raises(UserError, match=r"label ids \[2\] that folder does not define"):
+            open_dataset("folder", root)[0]
+
+    @pytest.mark.parametrize(("text", "message"), [("", "0 classes"), ("a\na\n", "twice")])
+    def test_classes_file_mistakes(self, root: Path, text: str, message: str) -> None:
+        (root / "classes.txt").write_text(text)
+        with pytest.raises(UserError, match=message):
+            dataset_spec("folder", root)
+
+    def test_masks_is_another_name_for_labels(self, root: Path) -> None:
+        (root / "labels").rename(root / "masks")
+        assert len(open_dataset("folder", root, "val")) == 1
+
+    def test_two_files_of_one_stem(self, root: Path) -> None:
+        Image.new("RGB", (2, 2)).save(root / "images/train/a.png")
+        with pytest.raises(UserError, match="share a name"):
+            open_dataset("folder", root)
+
+    def test_no_labels(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="neither labels/ nor masks/"):
+            dataset_spec("folder", tmp_path)
+
+
+def test_names() -> None:
+    assert {"camvid", "folder", "scenes"} <= set(dataset_names())
+    with pytest.raises(UserError, match="no dataset named 'cityscape'"):
+        open_dataset("cityscape")
+    with pytest.raises(UserError, match="no split 'trainval'; it has train, val, test"):
+        open_dataset("scenes", split="trainval")

@@ -1,0 +1,109 @@
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from danet.config import DataConfig
+from danet.data.loader import StepSampler, derive_seed, training_batches
+from danet.data.spec import DatasetSpec, Sample
+from danet.errors import UserError
+
+CONFIG = DataConfig(crop_size=(16, 12), scale_range=(0.8, 1.5), workers=0)
+
+
+class Numbered:
+    """Twelve pictures, each filled with its own index."""
+
+    spec = DatasetSpec("numbered", ("a", "b"))
+    broken: int | None = None
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self.broken:
+            raise UserError(f"picture {index} is damaged")
+        self.reads += 1
+        image = Image.new("RGB", (20, 16), (index * 20,) * 3)
+        return Sample(image, np.full((16, 20), index, np.uint8), str(index))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+
+def batches(first: int = 0, steps: int = 6, seed: int = 0, **options) -> list:
+    config = options.pop("config", CONFIG)
+    dataset = options.pop("dataset", Numbered())
+    sampler = StepSampler(first, steps, batch_size=4, **options)
+    return list(training_batches(dataset, config, seed, sampler))
+
+
+def assert_same(first: list, second: list) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    everything = batches()
+    assert_same(batches(), everything)
+    assert_same(batches(first=4), everything[4:])
+    assert not torch.equal(batches(seed=1)[0].images, everything[0].images)
+
+
+def test_worker_processes_change_nothing() -> None:
+    assert_same(batches(config=CONFIG.model_copy(update={"workers": 2})), batches())
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    batches()
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_an_epoch_shows_every_picture_once() -> None:
+    shown = [int(label.unique()[0]) for batch in batches() for label in batch.labels]
+    assert sorted(shown[:12]) == sorted(shown[12:]) == list(range(12))
+    assert shown[:12] != shown[12:]
+
+
+def test_processes_share_a_batch_without_repeats() -> None:
+    whole = batches()
+    halves = [batches(rank=rank, processes=2) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        joined = torch.cat([half[step].images for half in halves])
+        assert torch.equal(joined, batch.images)
+
+
+def test_cache_reads_each_picture_once() -> None:
+    dataset = Numbered()
+    assert_same(
+        batches(config=CONFIG.model_copy(update={"cache": True}), dataset=dataset), batches()
+    )
+    assert dataset.reads == 12
+
+
+def test_train_images_limits_the_pictures() -> None:
+    limited = batches(config=CONFIG.model_copy(update={"train_images": 3}))
+    assert {int(label.unique()[0]) for batch in limited for label in batch.labels} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_one_clear_error(workers: int) -> None:
+    dataset = Numbered()
+    dataset.broken = 7
+    with pytest.raises(UserError, match="^picture 7 is damaged$"):
+        batches(config=CONFIG.model_copy(update={"workers": workers}), dataset=dataset)
+
+
+def test_derived_seeds_do_not_collide() -> None:
+    seeds = {derive_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
+    assert len(seeds) == 512

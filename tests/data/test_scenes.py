@@ -1,0 +1,90 @@
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from danet.data import dataset_spec, open_dataset
+from danet.errors import UserError
+
+NUM_SCENES = 24
+
+
+@pytest.fixture(scope="module")
+def samples() -> list:
+    dataset = open_dataset("scenes", split="val")
+    return [dataset[index] for index in range(NUM_SCENES)]
+
+
+def digest(sample) -> str:
+    return hashlib.sha256(sample.image.tobytes() + sample.label.tobytes()).hexdigest()
+
+
+def test_shape_and_ids(samples: list) -> None:
+    for sample in samples:
+        assert sample.image.mode == "RGB"
+        assert sample.image.size == (480, 360)
+        assert sample.label.shape == (360, 480)
+        assert sample.label.dtype == np.uint8
+        assert set(np.unique(sample.label)) <= {*range(11), 255}
+
+
+def test_classes_are_camvids() -> None:
+    assert dataset_spec("scenes").classes == dataset_spec("camvid").classes
+
+
+def test_a_scene_depends_on_split_and_index_alone(samples: list) -> None:
+    assert digest(open_dataset("scenes", split="val")[5]) == digest(samples[5])
+    assert digest(open_dataset("scenes", split="train")[5]) != digest(samples[5])
+    assert len({digest(sample) for sample in samples}) == NUM_SCENES
+
+
+def test_another_process_draws_the_same_bits(samples: list) -> None:
+    script = (
+        "import hashlib; from danet.data import open_dataset; "
+        "s = open_dataset('scenes', split='val')[3]; "
+        "print(hashlib.sha256(s.image.tobytes() + s.label.tobytes()).hexdigest())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == digest(samples[3])
+
+
+def test_every_class_occurs_and_none_fills_the_set(samples: list) -> None:
+    counts = sum(np.bincount(sample.label.ravel(), minlength=256) for sample in samples)
+    shares = counts / counts.sum()
+    assert (shares[:11] > 0.001).all()
+    assert shares.max() < 0.5
+    assert 0 < shares[255] < 0.05
+
+
+def test_scenes_differ_in_light_and_layout(samples: list) -> None:
+    brightness = [np.asarray(sample.image).mean() for sample in samples]
+    road = [(sample.label == 3).mean() for sample in samples]
+    assert max(brightness) > 1.6 * min(brightness)
+    assert max(road) - min(road) > 0.1
+
+
+def test_color_alone_does_not_tell_the_class(samples: list) -> None:
+    """What context is for: the best guess from a pixel's own colour is often wrong."""
+    votes = np.zeros((4096, 11), int)
+    pixels = [(np.asarray(s.image).reshape(-1, 3) >> 4, s.label.ravel()) for s in samples]
+    for colors, labels in pixels:
+        known = labels != 255
+        bins = colors[known].astype(int) @ (256, 16, 1)
+        np.add.at(votes, (bins, labels[known]), 1)
+    assert votes.max(1).sum() / votes.sum() < 0.75
+
+
+def test_indices_work_like_a_sequence() -> None:
+    dataset = open_dataset("scenes", split="test")
+    assert dataset[-1].name == f"test_{len(dataset) - 1:05}"
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_a_root_makes_no_sense() -> None:
+    with pytest.raises(UserError, match="leave data.root unset"):
+        open_dataset("scenes", "/somewhere")

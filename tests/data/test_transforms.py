@@ -1,0 +1,177 @@
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+
+from danet.config import DataConfig
+from danet.data import transforms
+from danet.data.transforms import (
+    ClassCappedCrop,
+    PhotometricDistortion,
+    RandomScale,
+    as_tensors,
+    fitted_size,
+    training_transform,
+)
+
+
+def pair(height: int = 30, width: int = 40) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return as_tensors(image, random.integers(0, 3, (height, width), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "bounds", "factor", "expected"),
+    [
+        ((2048, 1024), (2048, 1024), 1.0, (2048, 1024)),
+        ((2048, 1024), (2048, 1024), 0.5, (1024, 512)),
+        # mmcv.rescale_size((500, 375), (2048, 512)): min(2048 / 500, 512 / 375) = 1.36533
+        ((500, 375), (2048, 512), 1.0, (683, 512)),
+        ((375, 500), (2048, 512), 1.0, (512, 683)),
+        ((500, 375), (2048, 512), 0.7, (477, 358)),
+        ((10, 1), (5, 5), 0.1, (1, 1)),
+    ],
+)
+def test_fitted_size(size, bounds, factor: float, expected) -> None:
+    assert fitted_size(size, bounds, factor) == expected
+
+
+def test_random_scale_is_uniform_in_its_range() -> None:
+    torch.manual_seed(0)
+    scale = RandomScale(None, (0.5, 2.0))
+    widths = [scale(*pair(20, 100))[0].shape[-1] for _ in range(300)]
+    assert 50 <= min(widths) < 60
+    assert 190 < max(widths) <= 200
+    assert np.mean(widths) == pytest.approx(125, abs=8)
+
+
+def test_labels_are_scaled_by_the_nearest_id() -> None:
+    _, label = RandomScale(None, (1.7, 1.7))(*pair())
+    assert set(label.unique().tolist()) == {0, 1, 2}
+
+
+def test_image_and_label_are_cropped_and_flipped_alike() -> None:
+    """The image carries the label's ids, so any disagreement shows."""
+    torch.manual_seed(1)
+    ids = np.arange(200, dtype=np.uint8).reshape(10, 20) % 200
+    image = Image.fromarray(np.repeat(ids[..., None], 3, 2))
+    config = DataConfig(
+        crop_size=(8, 6),
+        scale_range=(1, 1),
+        class_cap=1,
+        photometric_distortion=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+    transform = training_transform(config)
+    mirrored = 0
+    for _ in range(20):
+        pixels, label = transform(*as_tensors(image, ids))
+        assert label.shape == (6, 8)
+        torch.testing.assert_close(pixels[0].as_subclass(Tensor), label.float().as_subclass(Tensor))
+        mirrored += bool(label[0, 0] > label[0, 1])
+    assert 3 < mirrored < 17
+
+
+class TestClassCappedCrop:
+    def crops(self, label: Tensor, cap: float, draws: int = 60) -> list[Tensor]:
+        torch.manual_seed(0)
+        crop = ClassCappedCrop((10, 10), cap)
+        return [crop(tv_tensors.Mask(label)).as_subclass(Tensor) for _ in range(draws)]
+
+    def test_avoids_crops_that_one_class_fills(self) -> None:
+        label = torch.zeros(10, 60, dtype=torch.uint8)
+        label[:, 25:] = 1
+        mixed = [(part == 0).float().mean() for part in self.crops(label, 0.75)]
+        capped = np.mean([0.25 < share < 0.75 for share in mixed])
+        free = np.mean([0.25 < (part == 0).float().mean() < 0.75 for part in self.crops(label, 1)])
+        assert capped > 2 * free
+
+    def test_gives_up_after_ten_more_draws(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        draws = 0
+        draw = ClassCappedCrop._draw
+
+        def counting(self: ClassCappedCrop, label: Tensor) -> dict[str, int]:
+            nonlocal draws
+            draws += 1
+            return draw(self, label)
+
+        monkeypatch.setattr(ClassCappedCrop, "_draw", counting)
+        self.crops(torch.zeros(20, 20, dtype=torch.uint8), 0.75, draws=1)
+        assert draws == transforms.CROP_TRIES + 1
+
+    def test_ignored_pixels_do_not_count(self) -> None:
+        label = torch.full((10, 10), 255, dtype=torch.uint8)
+        label[0, :2], label[0, 2:5] = 0, 1
+        crop = ClassCappedCrop((10, 10), 0.75)
+        assert crop._is_varied(label, 0, 0, 10, 10)
+        label[0, 2:9] = 1
+        assert not crop._is_varied(label, 0, 0, 10, 10)
+
+
+def test_small_pictures_are_padded_after_normalising() -> None:
+    config = DataConfig(crop_size=(50, 40), scale_range=(0.5, 0.5))
+    image, label = training_transform(config)(*pair())
+    assert image.shape == (3, 40, 50)
+    assert label.shape == (40, 50)
+    assert (image[:, 15:] == 0).all()
+    assert (image[:, :, 20:] == 0).all()
+    assert (label[15:] == 255).all()
+    assert (label[:15, :20] != 255).all()
+
+
+class TestPhotometricDistortion:
+    def distorted(self, image: tv_tensors.Image, **params: object) -> Tensor:
+        unchanged = dict.fromkeys(("brightness", "contrast", "saturation", "hue"))
+        transform = PhotometricDistortion()
+        values = {**unchanged, "contrast_first": True, **params}
+        return transform.transform(image, values).as_subclass(Tensor)
+
+    def test_brightness_and_contrast_by_hand(self) -> None:
+        image = tv_tensors.Image(torch.tensor([0, 100, 250], dtype=torch.uint8).view(3, 1, 1))
+        assert self.distorted(image, brightness=10.0).flatten().tolist() == [10, 110, 255]
+        assert self.distorted(image, contrast=0.5).flatten().tolist() == [0, 50, 125]
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.tuples(*[st.integers(0, 255)] * 3), st.floats(0.5, 1.5))
+    def test_saturation_is_hsvs(self, color: tuple[int, int, int], factor: float) -> None:
+        hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in color))
+        expected = colorsys.hsv_to_rgb(hue, min(1.0, saturation * factor), value)
+        image = tv_tensors.Image(torch.tensor(color, dtype=torch.uint8).view(3, 1, 1))
+        actual = self.distorted(image, saturation=factor).flatten() / 255
+        np.testing.assert_allclose(actual, expected, atol=1.1 / 255)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.tuples(*[st.integers(0, 255)] * 3), st.floats(-0.1, 0.1))
+    def test_hue_is_hsvs(self, color: tuple[int, int, int], turn: float) -> None:
+        hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in color))
+        expected = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)
+        image = tv_tensors.Image(torch.tensor(color, dtype=torch.uint8).view(3, 1, 1))
+        actual = self.distorted(image, hue=turn).flatten() / 255
+        np.testing.assert_allclose(actual, expected, atol=2.1 / 255)
+
+    def test_each_change_happens_half_the_time_within_its_range(self) -> None:
+        torch.manual_seed(0)
+        draws = [PhotometricDistortion().make_params([]) for _ in range(600)]
+        for key, low, high in (
+            ("brightness", -32, 32),
+            ("contrast", 0.5, 1.5),
+            ("saturation", 0.5, 1.5),
+            ("hue", -0.1, 0.1),
+        ):
+            values = [draw[key] for draw in draws if draw[key] is not None]
+            assert 0.42 < len(values) / len(draws) < 0.58
+            assert low <= min(values) < low + 0.1 * (high - low)
+            assert high >= max(values) > high - 0.1 * (high - low)
+
+    def test_labels_are_left_alone(self) -> None:
+        torch.manual_seed(0)
+        _, label = pair()
+        assert PhotometricDistortion()(label) is label

@@ -1,0 +1,290 @@
+import subprocess
+import sys
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import danet
+from danet import kernels
+from danet.functional import channel_attention, position_attention
+
+TOLERANCE = 2e-5
+AFFINITIES = ("reference", "paper")
+
+
+def random_inputs(
+    batch: int = 2, width: int = 8, queries: int = 37, keys: int = 37, channels: int = 24
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch, width, queries), (batch, width, keys), (batch, channels, keys))
+    query, key, value = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    return query, key, value
+
+
+def relative_error(actual: Tensor, expected: np.ndarray | Tensor) -> float:
+    expected = torch.as_tensor(expected)
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 rows, so that small inputs span several and end in a part of one."""
+    monkeypatch.setattr(kernels, "_CPU_BLOCK_ROWS", (16, 16))
+
+
+@pytest.mark.usefixtures("small_blocks")
+class TestPositionAttention:
+    @pytest.mark.parametrize(("queries", "keys"), [(37, 37), (50, 21), (1, 40), (33, 1)])
+    def test_values_and_gradients_match_the_loops(self, queries: int, keys: int) -> None:
+        exact = random_inputs(queries=queries, keys=keys)
+        inputs = [tensor.float().requires_grad_() for tensor in exact]
+        output = position_attention(*inputs)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        output.backward(grad)
+        for sample in range(2):
+            arrays = [tensor[sample].numpy() for tensor in exact]
+            expected = oracle.position_attention(*arrays)
+            assert relative_error(output[sample].detach(), expected) < TOLERANCE
+            gradients = oracle.position_attention_gradients(*arrays, grad[sample].double().numpy())
+            for tensor, gradient in zip(inputs, gradients, strict=True):
+                if keys == 1 and tensor is not inputs[2]:  # one key: weights are constant
+                    assert tensor.grad[sample].abs().max() < 1e-5
+                else:
+                    assert relative_error(tensor.grad[sample], gradient) < TOLERANCE
+
+    def test_gradients_match_finite_differences(self) -> None:
+        inputs = [tensor.requires_grad_() for tensor in random_inputs(queries=9, keys=20)]
+        assert torch.autograd.gradcheck(position_attention, inputs)
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+    )
+    def test_half_precision(self, dtype: torch.dtype, tolerance: float) -> None:
+        exact = [tensor.to(dtype).double() for tensor in random_inputs()]
+        expected_inputs = [tensor.clone().requires_grad_() for tensor in exact]
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in exact]
+        expected, output = position_attention(*expected_inputs), position_attention(*inputs)
+        assert output.dtype == dtype
+        assert relative_error(output, expected) < tolerance
+        expected.sum().backward()
+        output.sum().backward()
+        for tensor, reference in zip(inputs, expected_inputs, strict=True):
+            assert tensor.grad.dtype == dtype
+            assert (tensor.grad.double() - reference.grad).abs().max() < 0.1
+
+    def test_large_scores_do_not_overflow(self) -> None:
+        query, key, value = (tensor.float() for tensor in random_inputs())
+        query = (query * 1e4).requires_grad_()
+        output = position_attention(query, key * 1e4, value)
+        nearest = torch.einsum("bdn,bdm->bnm", query, key).argmax(-1)
+        expected = torch.stack([v[:, i] for v, i in zip(value, nearest, strict=True)])
+        torch.testing.assert_close(output, expected)
+        output.sum().backward()
+        assert query.grad.isfinite().all()
+
+    def test_equal_keys_give_the_mean(self) -> None:
+        query, key, value = random_inputs()
+        output = position_attention(query, torch.zeros_like(key), value)
+        torch.testing.assert_close(output, value.mean(-1, keepdim=True).expand_as(output))
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.randoms(use_true_random=False), st.integers(1, 40), st.integers(1, 40))
+    def test_order_of_keys_does_not_matter(self, random, queries: int, keys: int) -> None:
+        query, key, value = random_inputs(queries=queries, keys=keys)
+        order = list(range(keys))
+        random.shuffle(order)
+        torch.testing.assert_close(
+            position_attention(query, key[..., order], value[..., order]),
+            position_attention(query, key, value),
+        )
+
+    def test_same_input_gives_the_same_bits(self) -> None:
+        def gradients() -> list[Tensor]:
+            inputs = [tensor.float().requires_grad_() for tensor in random_inputs()]
+            output = position_attention(*inputs)
+            output.square().sum().backward()
+            return [output, *(tensor.grad for tensor in inputs)]
+
+        for first, second in zip(gradients(), gradients(), strict=True):
+            assert torch.equal(first, second)
+
+    def test_any_memory_layout(self) -> None:
+        query, key, value = random_inputs()
+        strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
+        torch.testing.assert_close(
+            position_attention(*strided), position_attention(query, key, value)
+        )
+
+    def test_autocast_chooses_the_dtype(self) -> None:
+        inputs = [tensor.float() for tensor in random_inputs()]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert position_attention(*inputs).dtype == torch.bfloat16
+
+    def test_the_operator_keeps_torchs_contracts(self) -> None:
+        inputs = [tensor.float().requires_grad_() for tensor in random_inputs(queries=18, keys=7)]
+        torch.library.opcheck(kernels.attend, inputs)
+
+    @pytest.mark.slow
+    def test_compiles_into_one_graph(self) -> None:
+        compiled = torch.compile(position_attention, fullgraph=True)
+        inputs = [tensor.float() for tensor in random_inputs()]
+        torch.testing.assert_close(compiled(*inputs), position_attention(*inputs))
+
+    def test_exports_with_free_sizes(self) -> None:
+        module = danet.PositionAttention(16).eval()
+        sides = {2: torch.export.Dim("h", min=2), 3: torch.export.Dim("w", min=2)}
+        exported = torch.export.export(
+            module, (torch.randn(1, 16, 8, 6),), dynamic_shapes={"features": sides}
+        )
+        features = torch.randn(1, 16, 5, 11)
+        torch.testing.assert_close(exported.module()(features), module(features))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda q, k, v: (q[0], k[0], v[0]), "takes B D N"),
+            (lambda q, k, v: (q, k[:, :3], v), "key width"),
+            (lambda q, k, v: (q, k, v[..., :5]), "differ"),
+            (lambda q, k, v: (q, k[..., :0], v[..., :0]), "no positions"),
+            (lambda q, k, v: (q, k, v.half()), "one floating dtype"),
+            (lambda q, k, v: (q.long(), k.long(), v.long()), "one floating dtype"),
+        ],
+    )
+    def test_wrong_inputs_are_named(self, change, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            position_attention(*change(*random_inputs()))
+
+
+def test_memory_grows_with_positions_not_with_their_square() -> None:
+    """16384 positions, forward and backward, beside 1.07 GB that a float32 N x N matrix takes."""
+    script = """
+import resource, torch
+from danet.functional import position_attention
+n = 16384
+def step(n):
+    inputs = [torch.randn(1, c, n, dtype=torch.bfloat16, requires_grad=True) for c in (64, 64, 512)]
+    position_attention(*inputs).sum().backward()
+step(512)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(n)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) * 1024 < 16384**2 * 4 / 3
+
+
+class TestChannelAttention:
+    @pytest.mark.parametrize("affinity", AFFINITIES)
+    def test_values_and_gradients_match_the_loops(self, affinity: str) -> None:
+        exact = torch.randn(2, 10, 33, generator=torch.Generator().manual_seed(0)).double() / 3
+        features = exact.float().requires_grad_()
+        output = channel_attention(features, affinity)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        output.backward(grad)
+        for sample in range(2):
+            array = exact[sample].numpy()
+            expected = oracle.channel_attention(array, affinity)
+            assert relative_error(output[sample].detach(), expected) < TOLERANCE
+            gradient = oracle.channel_attention_gradient(
+                array, affinity, grad[sample].double().numpy()
+            )
+            assert relative_error(features.grad[sample], gradient) < TOLERANCE
+
+    def test_the_affinities_prefer_opposite_channels(self) -> None:
+        """Channel 0 and 1 agree, 2 opposes them; hand arithmetic on one position."""
+        features = torch.tensor([[[3.0], [3.0], [-3.0]]])
+        paper = channel_attention(features, "paper")
+        reference = channel_attention(features, "reference")
+        assert paper[0, 0, 0] == pytest.approx(3.0, abs=1e-6)
+        assert reference[0, 0, 0] == pytest.approx(-3.0, abs=1e-6)
+
+    @pytest.mark.parametrize("affinity", AFFINITIES)
+    def test_large_energies_do_not_overflow(self, affinity: str) -> None:
+        features = torch.randn(1, 6, 4096).mul(1e3).requires_grad_()
+        output = channel_attention(features, affinity)
+        output.sum().backward()
+        assert output.isfinite().all()
+        assert features.grad.isfinite().all()
+
+    def test_half_precision_energies_are_summed_in_float32(self) -> None:
+        features = torch.randn(1, 8, 5000, generator=torch.Generator().manual_seed(0)).half()
+        expected = channel_attention(features.double(), "paper")
+        assert relative_error(channel_attention(features, "paper"), expected) < 2e-3
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.permutations(range(7)), st.sampled_from(AFFINITIES))
+    def test_commutes_with_permuting_channels(self, order: list[int], affinity: str) -> None:
+        features = torch.randn(1, 7, 12, generator=torch.Generator().manual_seed(2)).double()
+        torch.testing.assert_close(
+            channel_attention(features[:, order], affinity),
+            channel_attention(features, affinity)[:, order],
+        )
+
+    def test_wrong_inputs_are_named(self) -> None:
+        with pytest.raises(ValueError, match="affinity"):
+            channel_attention(torch.randn(1, 2, 3), "cosine")
+        with pytest.raises(ValueError, match="B C N"):
+            channel_attention(torch.randn(2, 3))
+        with pytest.raises(ValueError, match="affinity"):
+            danet.ChannelAttention("cosine")
+
+
+@pytest.mark.parametrize("module", [danet.PositionAttention(16), danet.ChannelAttention("paper")])
+class TestModules:
+    def test_start_as_the_identity(self, module: torch.nn.Module) -> None:
+        features = torch.randn(2, 16, 5, 7)
+        assert module.residual_weight.item() == 0
+        torch.testing.assert_close(module(features), features)
+
+    def test_the_residual_weight_learns(self, module: torch.nn.Module) -> None:
+        module.zero_grad()
+        module(torch.randn(2, 16, 5, 7)).square().sum().backward()
+        assert module.residual_weight.grad.abs().item() > 0
+
+    def test_keep_half_precision(self, module: torch.nn.Module) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(torch.randn(1, 16, 4, 4).bfloat16())
+        assert output.dtype == torch.bfloat16
+
+
+def with_residual_weight(module: torch.nn.Module, weight: float) -> torch.nn.Module:
+    torch.nn.init.constant_(module.residual_weight, weight)
+    return module
+
+
+def test_position_module_is_equation_2() -> None:
+    torch.manual_seed(0)
+    module = with_residual_weight(danet.PositionAttention(16, key_channels=4).double(), 0.7)
+    features = torch.randn(1, 16, 4, 5, dtype=torch.float64)
+    a = features[0].flatten(1).numpy()
+
+    def project(conv: torch.nn.Conv2d) -> np.ndarray:
+        weight, bias = conv.weight.detach().numpy()[..., 0, 0], conv.bias.detach().numpy()
+        return weight @ a + bias[:, None]
+
+    b, c, d = project(module.query), project(module.key), project(module.value)
+    expected = 0.7 * oracle.position_attention(b, c, d) + a
+    torch.testing.assert_close(
+        module(features)[0].flatten(1).detach(), torch.from_numpy(expected), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_position_module_commutes_with_permuting_pixels() -> None:
+    module = with_residual_weight(danet.PositionAttention(16), 0.5)
+    features, order = torch.randn(1, 16, 1, 30), torch.randperm(30)
+    torch.testing.assert_close(module(features[..., order]), module(features)[..., order])
+
+
+def test_key_width_defaults_to_an_eighth() -> None:
+    assert danet.PositionAttention(64).query.out_channels == 8
+    assert danet.PositionAttention(4).query.out_channels == 1
+    assert danet.PositionAttention(64, key_channels=64).key.out_channels == 64

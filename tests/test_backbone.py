@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from danet.backbone import Backbone
+from danet.errors import UserError
+
+
+def build(name: str = "resnet18", **options: object) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(name, **{"pretrained": False, **options}).eval()
+
+
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_features_have_the_output_stride(output_stride: int) -> None:
+    backbone = build(output_stride=output_stride)
+    with torch.inference_mode():
+        c3, c4 = backbone(torch.randn(1, 3, 97, 130))
+    expected = (-(-97 // output_stride), -(-130 // output_stride))
+    assert c4.shape == (1, 512, *expected)
+    assert c3.shape[1] == 256
+    assert c3.shape[2:] == (expected if output_stride < 32 else (7, 9))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_byobnet", "test_efficientnet"])
+def test_other_families_give_the_output_stride_too(name: str) -> None:
+    backbone = build(name, output_stride=16)
+    with torch.inference_mode():
+        features = backbone(torch.randn(1, 3, 97, 130))
+    assert features.c4.shape == (1, backbone.c4_channels, 7, 9)
+    assert features.c3.shape[1] == backbone.c3_channels
+
+
+def test_published_dilations() -> None:
+    """FACTS 3: stages 3 and 4 are dilated 2 and 4, their first block keeping the one before."""
+    body = build("resnet50c").body
+    for stage, first, rest in ((body.layer3, 1, 2), (body.layer4, 2, 4)):
+        dilations = [block.conv2.dilation[0] for block in stage]
+        assert dilations == [first] + [rest] * (len(stage) - 1)
+        assert all(block.conv2.stride == (1, 1) for block in stage)
+
+
+def test_multi_grid_sets_absolute_dilations() -> None:
+    body = build("resnet50", multi_grid=(4, 8, 16)).body
+    assert [block.conv2.dilation[0] for block in body.layer4] == [4, 8, 16]
+    assert [block.conv2.padding[0] for block in body.layer4] == [4, 8, 16]
+
+
+def test_multi_grid_needs_a_fitting_resnet() -> None:
+    with pytest.raises(UserError, match="multi_grid"):
+        build("resnet18", multi_grid=(4, 8, 16))
+    with pytest.raises(UserError, match="multi_grid"):
+        build("test_vit", multi_grid=(4, 8, 16))
+
+
+def test_weights_come_from_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    state = timm.create_model("test_resnet").state_dict()
+    file = tmp_path / "weights.safetensors"
+    save_file(state, file)
+    body = build("test_resnet", weights=file).body
+    loaded = body.state_dict()
+    assert loaded.keys() <= state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    torch.save({"conv.weight": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="lacks"):
+        build("test_resnet", weights=file)
+
+
+def test_weights_are_never_unpickled(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    file = tmp_path / "weights.pt"
+    torch.save({"conv.weight": Trap()}, file)
+    with pytest.raises(UserError, match="backbone_weights"):
+        build("test_resnet", weights=file)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "resnet18_typo"}, "no 'resnet18_typo'; close: .*resnet18"),
+        ({"weights": Path("nowhere.pth")}, "not a file"),
+        ({"name": "resnet10t", "pretrained": True, "weights": None}, "hub|weights"),
+        ({"output_stride": 7}, "output_stride"),
+    ],
+)
+def test_mistakes_say_what_to_do(
+    options: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=message):
+        build(**options)

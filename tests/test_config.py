@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from danet.config import RunConfig, load_recipe, recipe_names, recipe_title
+from danet.errors import UserError
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves_and_has_a_header(name: str) -> None:
+    assert isinstance(load_recipe(name), RunConfig)
+    assert recipe_title(name)
+
+
+def test_resolved_yaml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
+    config = load_recipe("demo", ["train.steps=7", "data.crop_size=[64, 32]"])
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml())
+    assert load_recipe(file) == config
+    assert config.train.steps == 7
+    assert config.data.crop_size == (64, 32)
+
+
+def test_a_recipe_extends_another_and_states_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("extends: demo\ntrain: {steps: 5, lr: 0.5}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {lr: 0.25}\n")
+    config = load_recipe(tmp_path / "mine.yaml")
+    assert (config.train.steps, config.train.lr) == (5, 0.25)
+    assert config.model == load_recipe("demo").model
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.step=3"], "did you mean steps"),
+        (["trian.steps=3"], "trian: unknown key; did you mean train"),
+        (["train.steps=many"], "train.steps"),
+        (["train.steps=0"], "train.steps"),
+        (["train.lr=.nan"], "train.lr"),
+        (["steps=3"], "SECTION.KEY=VALUE"),
+        (["train.steps"], "SECTION.KEY=VALUE"),
+        (["data.scale_range=[2, 1]"], "scale_range"),
+        (["test.stride=[600, 600]"], "stride"),
+        (["model.output_stride=4"], "output_stride"),
+        (["train.steps=[1"], "not valid YAML"),
+    ],
+)
+def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("demo", overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b", "must be sections"),
+        ("train: &a {steps: 3}\ndata: *a", "aliases"),
+        ("train: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("extends: loop.yaml", "extends itself"),
+        ("extends: nowhere", "no such recipe"),
+        ("[" * 5000, "not valid YAML"),
+        ("train: 5", "train"),
+    ],
+)
+def test_wrong_files_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(tmp_path / "loop.yaml")
+
+
+def test_unknown_recipe_suggests_a_name() -> None:
+    with pytest.raises(UserError, match="did you mean demo"):
+        load_recipe("demoo")
+
+
+def test_binary_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read as text"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_every_field_says_what_it_is_or_is_a_published_name() -> None:
+    """The docs are made from these descriptions, and nobody should have to read the code."""
+    schema = RunConfig.model_json_schema()
+    assert yaml.safe_dump(schema)
+    described = {
+        name
+        for section in schema["$defs"].values()
+        for name, field in section["properties"].items()
+        if "description" in field
+    }
+    assert {"crop_size", "scale_range", "batch_size", "ema_decay", "ratios"} <= described | {
+        "crop_size"
+    }

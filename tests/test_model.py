@@ -1,0 +1,161 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import danet
+from danet.config import ModelConfig
+from danet.errors import UserError
+from danet.model_folder import Metadata
+
+
+def build(**options: object) -> danet.DANet:
+    torch.manual_seed(0)
+    settings = {
+        "backbone": "test_resnet",
+        "pretrained_backbone": False,
+        "head_channels": 16,
+        "key_channels": 4,
+    }
+    return danet.DANet(5, **{**settings, **options})
+
+
+def randomized(model: danet.DANet) -> danet.DANet:
+    """Residual weights, scales and statistics away from their start, where mistakes hide."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1 and name.endswith(("weight", "running_mean", "running_var")):
+                tensor.uniform_(0.5, 1.5)
+    return model
+
+
+def test_output_is_at_the_feature_stride() -> None:
+    output = build()(torch.randn(2, 3, 65, 50))
+    assert {part.shape for part in output} == {(2, 5, 9, 7)}
+
+
+def test_published_size() -> None:
+    """FACTS 5: 49.85 M parameters for a ResNet-50 with 19 classes, auxiliary head included."""
+    with torch.device("meta"):
+        model = danet.DANet(19, pretrained_backbone=False)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 49_846_574
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_predict_logits_are_the_fused_ones_upsampled(align_corners: bool) -> None:
+    model = randomized(build(align_corners=align_corners)).eval()
+    images = torch.randn(1, 3, 65, 50)
+    expected = torch.nn.functional.interpolate(
+        model(images).fused, size=(65, 50), mode="bilinear", align_corners=align_corners
+    )
+    torch.testing.assert_close(model.predict_logits(images), expected)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = randomized(build())
+    sum(part.square().sum() for part in model(torch.randn(2, 3, 64, 64))).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # A constant added to a query's scores cancels in the softmax, so the key's bias learns nothing.
+    assert without in ([], ["head.position_branch.attention.key.bias"])
+
+
+def test_model_folder_round_trip(tmp_path: Path) -> None:
+    metadata = Metadata(
+        classes=("a", "b", "ä", "d", "e"),
+        palette=tuple((i, 2 * i, 3 * i) for i in range(5)),
+        mean=(1, 2, 3),
+        dataset="folder",
+    )
+    model = randomized(build(metadata=metadata, align_corners=True)).eval()
+    model.save_pretrained(tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    loaded = danet.DANet.from_pretrained(tmp_path / "model")
+    assert loaded.metadata == metadata
+    assert loaded.config == model.config
+    assert not loaded.training
+    images = torch.randn(1, 3, 40, 40)
+    assert torch.equal(loaded.predict_logits(images), model.predict_logits(images))
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        build().save_pretrained(tmp_path / name)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+class TestDamagedFolders:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        build().save_pretrained(tmp_path)
+        return tmp_path
+
+    def fails(self, folder: Path, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            danet.DANet.from_pretrained(folder)
+
+    def test_missing_weights(self, folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        self.fails(folder, "needs config.json and model.safetensors")
+
+    def test_truncated_weights(self, folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        self.fails(folder, "damaged")
+
+    def test_weights_of_another_shape(self, folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        state["head.fused_classifier.1.weight"] = torch.zeros(7, 16, 1, 1)
+        save_file(state, folder / "model.safetensors")
+        self.fails(folder, "do not fit")
+
+    def test_no_json(self, folder: Path) -> None:
+        (folder / "config.json").write_text("{")
+        self.fails(folder, "not valid JSON")
+
+    @pytest.mark.parametrize(
+        ("section", "key", "value", "message"),
+        [
+            ("model", "backbon", "x", "did you mean backbone"),
+            ("metadata", "classes", ["a"], "1 classes but 5 colours"),
+            ("metadata", "palette", [[0, 0, 300]] * 5, "palette"),
+        ],
+    )
+    def test_config_out_of_bounds(
+        self, folder: Path, section: str, key: str, value: object, message: str
+    ) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config[section][key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+        self.fails(folder, message)
+
+    def test_no_such_folder(self, tmp_path: Path) -> None:
+        self.fails(tmp_path / "nowhere", "no such folder")
+
+
+def test_design_signature_is_what_the_config_takes() -> None:
+    """`from_config` passes every architectural key to the constructor by its name."""
+    config = ModelConfig(
+        backbone="test_resnet",
+        pretrained_backbone=False,
+        head_channels=16,
+        key_channels=4,
+        channel_affinity="paper",
+        position=False,
+        auxiliary=False,
+    )
+    model = danet.DANet.from_config(config, Metadata.placeholder(3))
+    assert model.config == config.model_copy(update={"pretrained_backbone": True})
+    assert model.head.channel_branch.attention.affinity == "paper"
+    assert model.auxiliary_head is None
+    assert model.head.position_branch is None
+
+
+def test_number_of_classes_and_names_must_agree() -> None:
+    with pytest.raises(ValueError, match="num_classes"):
+        build(metadata=Metadata.placeholder(4))

@@ -1,0 +1,247 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import danet
+from danet.config import load_recipe
+from danet.errors import TrainingDiverged, UserError
+from danet.training.checkpoint import RunFolder, load_checkpoint
+from danet.training.loop import train
+
+TINY = (
+    "model.backbone=test_resnet",
+    "model.head_channels=16",
+    "model.key_channels=4",
+    "data.crop_size=[48, 48]",
+    "data.train_images=6",
+    "data.workers=0",
+    "data.cache=true",
+    "train.steps=6",
+    "train.batch_size=2",
+    "train.checkpoint_every=2",
+    "train.log_every=1",
+    "train.validate_images=1",
+    "test.scale=[96, 72]",
+)
+
+
+@pytest.fixture(autouse=True)
+def small_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("danet.data.catalog.scenes._LENGTHS", {"train": 8, "val": 2, "test": 2})
+
+
+def run(out: Path, *overrides: str, resume: bool = False) -> RunFolder:
+    return train(load_recipe("demo", [*TINY, *overrides]), out, resume=resume)
+
+
+def weights(folder: RunFolder) -> bytes:
+    return (folder.model / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_what_the_design_says(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run")
+    names = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
+    assert {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+        "model/config.json",
+        "model/model.safetensors",
+    } <= names
+    assert any("tfevents" in name for name in names)
+    rows = folder.read_metrics()
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    assert {"loss_fused", "loss_position", "loss_channel", "lr", "images_per_second"} <= set(
+        training[0]
+    )
+    assert rows[-1]["val/mIoU"] >= 0
+    model = danet.DANet.from_pretrained(folder.model)
+    assert model.metadata.dataset == "scenes"
+    assert model.metadata.classes == danet.data.dataset_spec("scenes").classes
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.optimizer=sgd", "train.ema_decay=null"),
+        ("train.optimizer=adamw", "data.workers=1", "train.accumulate=2"),
+    ],
+)
+def test_stopped_and_resumed_is_the_same_to_the_bit(
+    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = run(tmp_path / "alone", *overrides)
+    take_step = "danet.training.loop._Trainer._take_step"
+    original = danet.training.loop._Trainer._take_step
+
+    class Killed(Exception):
+        pass
+
+    def stops(self, step: int, batch: object) -> object:
+        if step == 5:
+            raise Killed
+        return original(self, step, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(take_step, stops)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", *overrides)
+    assert load_checkpoint(RunFolder(tmp_path / "killed").last)["step"] == 4
+    resumed = run(tmp_path / "killed", *overrides, resume=True)
+    assert weights(resumed) == weights(alone)
+    kept = ("step", "loss", "lr")
+    assert [[row.get(k) for k in kept] for row in resumed.read_metrics()] == [
+        [row.get(k) for k in kept] for row in alone.read_metrics()
+    ]
+
+
+@pytest.mark.slow
+def test_40_steps_killed_at_several_moments(tmp_path: Path) -> None:
+    """SIGKILL at random moments of a real process, resumed until it is done."""
+    arguments = [
+        *(f"--set={item}" for item in TINY),
+        "--set=train.steps=40",
+        "--set=train.checkpoint_every=5",
+    ]
+    command = [sys.executable, "-m", "danet", "train", "demo", *arguments, "--out"]
+    started = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "alone")], check=True, capture_output=True)
+    duration = time.monotonic() - started
+    moments = random.Random(0)
+    kills = 0
+    finished = False
+    while not finished:
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed"), "--resume"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            limit = None if kills == 5 else duration * moments.uniform(0.5, 1.0)
+            finished = process.wait(limit) == 0
+            assert finished
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 3
+    assert weights(RunFolder(tmp_path / "killed")) == weights(RunFolder(tmp_path / "alone"))
+
+
+def test_nan_stops_with_a_checkpoint_from_before(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDiverged, match=r"step \d.*last\.ckpt.*Lower train\.lr"):
+        run(tmp_path / "run", "train.optimizer=sgd", "train.lr=1e30", "train.warmup_steps=0")
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", "train.steps=1")
+    before = weights(folder)
+    with pytest.raises(UserError, match="--resume"):
+        run(tmp_path / "run", "train.steps=1")
+    assert weights(folder) == before
+
+
+def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run", "train.steps=1")
+    with pytest.raises(UserError, match="does not fit"):
+        run(tmp_path / "run", "train.steps=2", "model.head_channels=8", resume=True)
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage" * 50, None])
+def test_a_damaged_checkpoint_is_named(damage: bytes | None, tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", "train.steps=1")
+    folder.last.write_bytes(folder.last.read_bytes()[:-2000] if damage is None else damage)
+    with pytest.raises(UserError, match=r"last\.ckpt: damaged"):
+        run(tmp_path / "run", "train.steps=1", resume=True)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without batch statistics and dropout, splitting a batch changes nothing but rounding."""
+    for layer in (torch.nn.BatchNorm2d, torch.nn.Dropout2d):
+        monkeypatch.setattr(layer, "forward", lambda self, features: features)
+    options = (
+        "model.backbone=test_vit",
+        "train.steps=1",
+        "train.batch_size=4",
+        "train.optimizer=sgd",
+        "train.lr=1",
+        "train.precision=fp32",
+        "train.loss_divisor=valid",
+        "train.warmup_steps=0",
+        "train.ema_decay=null",
+    )
+    initial, whole, split = (
+        load_file(run(tmp_path / name, *options, *more).model / "model.safetensors")
+        for name, more in (
+            ("initial", ["train.lr=1e-30"]),
+            ("whole", []),
+            ("split", ["train.accumulate=4"]),
+        )
+    )
+    for name, tensor in whole.items():
+        update = (tensor - initial[name]).abs().max()
+        assert (tensor - split[name]).abs().max() <= 1e-4 * update + 1e-7
+    assert any(not torch.equal(tensor, initial[name]) for name, tensor in whole.items())
+
+
+def test_the_batch_must_divide(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train.batch_size=2 does not divide by 3"):
+        run(tmp_path / "run", "train.accumulate=3")
+
+
+def test_best_weights_can_be_kept(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", "train.validate_every=2", "train.keep=best")
+    best = load_checkpoint(folder.best)
+    stored = load_file(folder.model / "model.safetensors")
+    scored = {row["step"]: row["val/mIoU"] for row in folder.read_metrics() if "val/mIoU" in row}
+    assert set(scored) == {2, 4, 6}
+    assert best["best"]["mIoU"] == max(scored.values())
+    assert all(torch.equal(stored[name], tensor) for name, tensor in best["average"].items())
+
+
+class TestInitFrom:
+    def test_same_classes_take_every_weight(self, tmp_path: Path) -> None:
+        source = run(tmp_path / "source")
+        target = run(
+            tmp_path / "target",
+            f"model.init_from={source.model}",
+            "train.steps=1",
+            "train.lr=1e-12",
+            "train.ema_decay=null",
+        )
+        before = load_file(source.model / "model.safetensors")
+        after = load_file(target.model / "model.safetensors")
+        names = [name for name in before if name.endswith(("weight", "bias"))]
+        for name in names:
+            torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-6)
+
+    def test_another_network_is_refused(self, tmp_path: Path) -> None:
+        source = run(tmp_path / "source", "train.steps=1")
+        with pytest.raises(UserError, match="another network"):
+            run(tmp_path / "target", f"model.init_from={source.model}", "model.head_channels=8")
+
+
+def test_an_unfinished_line_of_metrics_is_skipped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append_metrics({"step": 1, "loss": 2.0})
+    folder.metrics.write_text(folder.metrics.read_text() + '{"step": 2, "lo')
+    assert folder.read_metrics() == [{"step": 1, "loss": 2.0}]
+    folder.forget_metrics_after(0)
+    assert folder.metrics.read_text() == ""

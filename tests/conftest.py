@@ -1,4 +1,24 @@
+import pytest
 import torch
 
 # Test inputs are small: threads would wait for each other, and several test processes for cores.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--forbid-skips",
+        action="store_true",
+        help="fail if a test was skipped that needs no hardware this machine lacks",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not session.config.getoption("--forbid-skips") or reporter is None:
+        return
+    skipped = [report.nodeid for report in reporter.stats.get("skipped", ())]
+    if skipped and exitstatus == pytest.ExitCode.OK:
+        reporter.write_line(f"skipped, which is forbidden here: {', '.join(skipped)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

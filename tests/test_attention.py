@@ -2,7 +2,6 @@ import subprocess
 import sys
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import danet
+import oracle
 from danet import kernels
 from danet.functional import channel_attention, position_attention
 

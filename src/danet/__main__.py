@@ -1,3 +1,5 @@
+"""`python -m danet`."""
+
 from danet.cli import main
 
 main()

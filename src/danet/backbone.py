@@ -67,7 +67,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         if not timm.is_model(name):
-            close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+            close = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:5])
             raise UserError(
                 f"model.backbone: timm has no {name!r}{'; close: ' + close if close else ''}"
             )
@@ -118,7 +118,7 @@ class Backbone(nn.Module):
 def _build(
     name: str, output_stride: int, options: Mapping[str, Any]
 ) -> tuple[nn.Module, bool, FeatureInfo]:
-    """The network, whether it is dilated to the output stride, and its stages' widths and strides."""
+    """The network, whether it is dilated to the output stride, and its stages."""
     attempts = [{"output_stride": output_stride}, *_ANY_SIZE_OPTIONS]
     for attempt in attempts:
         try:

@@ -137,12 +137,14 @@ def predict(
     precision: Precision = "auto",
 ) -> None:
     """Segment photos: a palette PNG of class ids for each, at its own size."""
+    from danet.atomic import require_writable
     from danet.data.images import open_image
     from danet.predict import Predictor, find_inputs, output_stems, write_segmentation
     from danet.progress import ProgressReport
 
     _check_precision(precision)
     paths, problems = find_inputs(inputs)
+    require_writable(out)
     predictor = Predictor(model, device, precision) if paths else None
     stems = output_stems(paths)
     written = 0

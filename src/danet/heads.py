@@ -22,6 +22,7 @@ class HeadLogits(NamedTuple):
 
 
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
+    """3x3, same size."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -30,6 +31,7 @@ def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def classifier(channels: int, num_classes: int) -> nn.Sequential:
+    """1x1, after dropping whole channels."""
     return nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(channels, num_classes, 1))
 
 

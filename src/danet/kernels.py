@@ -104,7 +104,7 @@ def attend_backward(
 
 
 @attend.register_fake
-def _(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
+def _(query_BDN: Tensor, _key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
     batch, channels, _ = value_BCM.shape
     queries = query_BDN.shape[2]
     score_dtype = torch.promote_types(query_BDN.dtype, torch.float32)
@@ -116,12 +116,12 @@ def _(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Te
 
 @attend_backward.register_fake
 def _(
-    grad_BCN: Tensor,
+    _grad_BCN: Tensor,
     query_BDN: Tensor,
     key_BDM: Tensor,
     value_BCM: Tensor,
-    output_BCN: Tensor,
-    logsumexp_BN: Tensor,
+    _output_BCN: Tensor,
+    _logsumexp_BN: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         query_BDN.new_empty(query_BDN.shape),

@@ -7,7 +7,7 @@ Color = tuple[int, int, int]
 
 
 def default_palette(num_classes: int) -> tuple[Color, ...]:
-    """Distinct colours for class ids 0..K-1: the bit-interleaved colour map of PASCAL VOC's devkit."""
+    """Distinct colours for ids 0..K-1: the bit-interleaved colour map of PASCAL VOC's devkit."""
 
     def color(index: int) -> Color:
         channels = [0, 0, 0]

@@ -180,7 +180,7 @@ def output_stems(paths: Sequence[Path]) -> dict[Path, str]:
 def write_segmentation(
     segmentation: Segmentation, image: Image.Image | None, folder: Path, stem: str
 ) -> None:
-    """Writes `STEM.png`, class ids with the palette, and `STEM_overlay.jpg` where given an image."""
+    """Writes `STEM.png`, ids with the palette, and `STEM_overlay.jpg` where given an image."""
     with replacing(folder / f"{stem}.png") as path:
         segmentation.mask().save(path, format="PNG")
     if image is not None:

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -106,15 +108,11 @@ def test_damage_never_escapes_as_another_error(data: st.DataObject, kind: str) -
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(1, len(content))) :]
-    try:
+    with contextlib.suppress(UserError):
         assert open_image(bytes(content)).mode == "RGB"
-    except UserError:
-        pass
 
 
 def _encoded(kind: str) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 255, (9, 12, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, kind)

@@ -100,7 +100,7 @@ def test_train_images_limits_the_pictures() -> None:
 def test_a_damaged_picture_is_one_clear_error(workers: int) -> None:
     dataset = Numbered()
     dataset.broken = 7
-    with pytest.raises(UserError, match="^picture 7 is damaged$"):
+    with pytest.raises(UserError, match=r"^picture 7 is damaged$"):
         batches(config=CONFIG.model_copy(update={"workers": workers}), dataset=dataset)
 
 

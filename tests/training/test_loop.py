@@ -202,7 +202,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 
 
 def test_the_batch_must_divide(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train.batch_size=2 does not divide by 3"):
+    with pytest.raises(UserError, match=r"train\.batch_size=2 does not divide by 3"):
         run(tmp_path / "run", "train.accumulate=3")
 
 

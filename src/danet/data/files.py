@@ -18,6 +18,8 @@ LabelMap = npt.NDArray[np.uint8]
 
 
 class FilePair(NamedTuple):
+    """An image and its label on disk."""
+
     image: Path
     label: Path
     name: str
@@ -33,6 +35,7 @@ def label_map(train_ids: Mapping[int, int]) -> LabelMap:
 
 
 def require_root(name: str, root: Path | None) -> Path:
+    """The dataset's folder; raises a UserError where none is given or there is none."""
     if root is None:
         raise UserError(f"dataset {name} is read from disk: say where it is with data.root=DIR")
     if not root.is_dir():

@@ -163,5 +163,6 @@ def scores_as_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Writes scores, and what else was asked to go with them."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

@@ -110,7 +110,7 @@ def write_report(
 
 
 def _percent(fraction: float) -> str:
-    return "–" if math.isnan(fraction) else f"{100 * fraction:.1f}"
+    return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"
 
 
 def _class_rows(spec: DatasetSpec, confusion: Tensor) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def _class_rows(spec: DatasetSpec, confusion: Tensor) -> list[dict[str, Any]]:
 
 
 def _row_shares(confusion: Tensor) -> Tensor:
-    """Each true class's pixels as shares of the classes they were taken for; 0 where it has none."""
+    """Each true class's pixels as shares of what they were taken for; 0 where it has none."""
     counts = confusion.double()
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
 

@@ -1,0 +1,1 @@
+"""The built-in recipes: YAML, one file each."""

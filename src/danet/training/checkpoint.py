@@ -13,7 +13,7 @@ from danet.errors import UserError
 
 
 class RunFolder:
-    """Where a run keeps its files. DESIGN: `recipe.yaml`, `metrics.jsonl`, `checkpoints`, `model`."""
+    """Where a run keeps its files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,6 +51,7 @@ class RunFolder:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Writes plain tensors and numbers."""
     with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
 

@@ -1,7 +1,7 @@
 """The optimizers of recipes."""
 
 import torch
-from timm.optim import Muon
+from timm.optim.muon import Muon
 
 from danet.config import TrainConfig
 from danet.model import DANet
@@ -24,6 +24,4 @@ def build_optimizer(model: DANet, config: TrainConfig) -> torch.optim.Optimizer:
         return Muon(groups, lr=lr, weight_decay=decay, momentum=config.momentum)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
-    return torch.optim.SGD(
-        groups, lr=lr, weight_decay=decay, momentum=config.momentum, fused=True
-    )
+    return torch.optim.SGD(groups, lr=lr, weight_decay=decay, momentum=config.momentum, fused=True)

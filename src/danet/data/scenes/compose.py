@@ -9,7 +9,7 @@ from PIL import Image
 
 from danet.data.scenes import materials as m
 from danet.data.scenes import objects
-from danet.data.scenes.classes import BUILDING, SKY, VOID
+from danet.data.scenes.classes import SKY, VOID
 from danet.data.scenes.materials import (
     Floats,
     Light,
@@ -163,34 +163,8 @@ def _traffic(rng: np.random.Generator, canvas: Canvas, street: Street) -> list[D
     def place(draw: Callable[..., None], x: float, z: float) -> None:
         drawings.append((z, partial(draw, own, canvas, x, z)))
 
-    def beside(side: int, low: float = 0.15, high: float = 0.85) -> float:
-        kerb = street.kerb(side)
-        return kerb + rng.uniform(low, high) * (street.wall(side) - kerb)
-
     for side in (-1, 1):
-        if rng.random() < 0.6:
-            z = rng.uniform(5, 16)
-            for _ in range(rng.integers(1, 6)):
-                place(objects.draw_vehicle, side * (street.road - 1.1), z)
-                z += rng.uniform(5.5, 12)
-        farthest = canvas.view.focal * 480 * 0.2 / _THINNEST_POLE
-        z = rng.uniform(4, 14)
-        while z < farthest:
-            draw = objects.draw_lamp_post if rng.random() < 0.6 else objects.draw_sign
-            place(draw, street.kerb(side) + side * rng.uniform(0.3, 0.7), z)
-            z += rng.uniform(7, 16)
-        if rng.random() < 0.25:
-            for z in np.arange(rng.uniform(4, 7), 16, rng.uniform(1.6, 3)):
-                place(objects.draw_bollard, street.kerb(side) + side * 0.4, float(z))
-        if rng.random() < 0.45:
-            for z in np.arange(rng.uniform(8, 16), 60, rng.uniform(7, 14)):
-                place(objects.draw_tree, street.kerb(side) + side * rng.uniform(0.6, 1.2), float(z))
-        for _ in range(rng.poisson(2.0)):
-            x, z = beside(side), 4.5 + rng.gamma(2.0, 2.8)
-            for neighbour in range(1 + (rng.random() < 0.3)):
-                place(objects.draw_pedestrian, x + 0.6 * neighbour, z + 0.1 * neighbour)
-        if rng.random() < 0.3:
-            place(objects.draw_clutter, beside(side), rng.uniform(5, 20))
+        _roadside(rng, place, canvas.view, street, side)
     for _ in range(rng.poisson(1.0)):
         place(objects.draw_vehicle, rng.uniform(-0.55, 0.55) * street.road, rng.uniform(9, 50))
     for _ in range(1 + rng.poisson(1.0)):
@@ -199,6 +173,40 @@ def _traffic(rng: np.random.Generator, canvas: Canvas, street: Street) -> list[D
     if rng.random() < 0.15:
         place(objects.draw_pedestrian, rng.uniform(-0.8, 0.8) * street.road, rng.uniform(8, 25))
     return drawings
+
+
+def _roadside(
+    rng: np.random.Generator, place: Callable[..., None], view: View, street: Street, side: int
+) -> None:
+    """Parked cars, and what stands and walks on the pavement of one side."""
+
+    def beside() -> float:
+        kerb = street.kerb(side)
+        return kerb + rng.uniform(0.15, 0.85) * (street.wall(side) - kerb)
+
+    if rng.random() < 0.6:
+        z = rng.uniform(5, 16)
+        for _ in range(rng.integers(1, 6)):
+            place(objects.draw_vehicle, side * (street.road - 1.1), z)
+            z += rng.uniform(5.5, 12)
+    farthest = view.focal * 480 * 0.2 / _THINNEST_POLE
+    z = rng.uniform(4, 14)
+    while z < farthest:
+        draw = objects.draw_lamp_post if rng.random() < 0.6 else objects.draw_sign
+        place(draw, street.kerb(side) + side * rng.uniform(0.3, 0.7), z)
+        z += rng.uniform(7, 16)
+    if rng.random() < 0.25:
+        for z in np.arange(rng.uniform(4, 7), 16, rng.uniform(1.6, 3)):
+            place(objects.draw_bollard, street.kerb(side) + side * 0.4, float(z))
+    if rng.random() < 0.45:
+        for z in np.arange(rng.uniform(8, 16), 60, rng.uniform(7, 14)):
+            place(objects.draw_tree, street.kerb(side) + side * rng.uniform(0.6, 1.2), float(z))
+    for _ in range(rng.poisson(2.0)):
+        x, z = beside(), 4.5 + rng.gamma(2.0, 2.8)
+        for neighbour in range(1 + (rng.random() < 0.3)):
+            place(objects.draw_pedestrian, x + 0.6 * neighbour, z + 0.1 * neighbour)
+    if rng.random() < 0.3:
+        place(objects.draw_clutter, beside(), rng.uniform(5, 20))
 
 
 def _shade(
@@ -269,4 +277,5 @@ def _expose(rng: np.random.Generator, light: Light, lit: Floats) -> npt.NDArray[
     rows, columns = np.arange(height) + shift[0], np.arange(width) + shift[1]
     tile = np.ix_(rows % m.TEXTURE_SIZE, columns % m.TEXTURE_SIZE)
     noise = textures()[m.FINE][tile] * np.float32(rng.uniform(15, 60))
-    return np.clip(pixels + noise[..., None], 0, 255).astype(np.uint8)
+    exposed: npt.NDArray[np.uint8] = np.clip(pixels + noise[..., None], 0, 255).astype(np.uint8)
+    return exposed

@@ -114,7 +114,8 @@ def _noise(rng: np.random.Generator, cells: int) -> Floats:
     columns = np.fft.rfftfreq(TEXTURE_SIZE)[None] * TEXTURE_SIZE
     spectrum *= np.exp(-(rows**2 + columns**2) / (2 * cells**2))
     noise = np.fft.irfft2(spectrum, s=(TEXTURE_SIZE, TEXTURE_SIZE))
-    return ((noise - noise.mean()) / noise.std()).astype(np.float32)
+    normalized: Floats = ((noise - noise.mean()) / noise.std()).astype(np.float32)
+    return normalized
 
 
 def _bricks(rng: np.random.Generator) -> Floats:

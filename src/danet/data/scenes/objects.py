@@ -212,6 +212,7 @@ def draw_lamp_post(rng: np.random.Generator, canvas: Canvas, x: float, z: float)
 
 
 def draw_bollard(rng: np.random.Generator, canvas: Canvas, x: float, z: float) -> None:
+    """A short post at the kerb."""
     tone = Material((60, 60, 64)) if rng.random() < 0.6 else Material((176, 172, 166))
     _post(canvas, x, z, 0.2, rng.uniform(0.8, 1.1), tone)
 

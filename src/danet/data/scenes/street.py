@@ -37,6 +37,7 @@ class Street:
 
 
 def draw_street(rng: np.random.Generator) -> Street:
+    """Draws its widths and materials."""
     road = rng.uniform(3.2, 6.5)
     return Street(
         road=road,
@@ -100,9 +101,9 @@ def draw_ground(rng: np.random.Generator, canvas: Canvas, street: Street) -> Non
         edge = _strip(kerb, kerb + 0.3 * side)
         canvas.polygon(edge, PAVEMENT, stone, shade=1.25, on_ground=True)
         if rng.random() < 0.3:
-            edge = kerb - 0.5 * side
+            line = kerb - 0.5 * side
             yellow = Material((196, 168, 60)) if rng.random() < 0.5 else _WHITE
-            canvas.polygon(_strip(edge, edge + 0.13), ROAD, yellow, on_ground=True)
+            canvas.polygon(_strip(line, line + 0.13), ROAD, yellow, on_ground=True)
     _draw_markings(rng, canvas, street)
 
 
@@ -227,6 +228,7 @@ def draw_fence(rng: np.random.Generator, canvas: Canvas, x: float, near: float, 
 
 
 def draw_hedge(rng: np.random.Generator, canvas: Canvas, x: float, near: float, far: float) -> None:
+    """A hedge along the street."""
     leaves = varied(rng, Material((72, 96, 50), m.LEAVES))
     height = rng.uniform(0.9, 2.2)
     canvas.polygon(_upright(x, near, far, 0, height), TREE, leaves)

@@ -160,7 +160,7 @@ class Canvas:
         """Colours H W 3 in 0..255, codes H W, and shadow H W in 0..1."""
         colors = np.asarray(self._picture.reduce(_SUPERSAMPLING), dtype=np.float32)
         codes = np.asarray(self._codes, dtype=np.int32)
-        shadow = np.asarray(self._shadow, dtype=np.float32) / 255
+        shadow = np.asarray(self._shadow, dtype=np.float32) / np.float32(255)
         return colors, codes, shadow
 
 

@@ -1,0 +1,59 @@
+# make help says what there is. PYTHON is the interpreter that .venv is made from (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEER := .parity-venv
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
+RUN := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup check test-slow test-all bench
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/runtime ## train on generated street scenes, evaluate, write runs/demo/report.html (minutes)
+	$(BIN)/danet train demo --out $(RUN) --resume
+	$(BIN)/danet evaluate $(RUN) --split test --branches --json $(RUN)/scores.json --report $(RUN)/report.html
+	@echo "Done. Open $(RUN)/report.html; the model is in $(RUN)/model. Delete $(RUN) to start anew."
+
+test: $(VENV)/development ## run the tests (minutes)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+setup: $(VENV)/development ## make .venv with everything for development
+
+check: $(VENV)/development ## lint, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-slow: $(VENV)/development $(PEER)/ready ## run the slow tests, parity with mmsegmentation among them
+	$(BIN)/python -m pytest -n 2 -m slow
+
+test-all: test test-slow ## run every test
+
+bench: $(VENV)/runtime ## measure position attention against the form that holds N x N (minutes)
+	$(BIN)/python benchmarks/position_attention.py
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "danet needs Python 3.11 or newer; say which with make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing PyTorch and what else danet needs into $(VENV): several GB, a few minutes."
+	$(INSTALL) --quiet --no-compile --editable .
+	@touch $@
+
+$(VENV)/development: $(VENV)/runtime
+	$(INSTALL) --quiet --editable ".[dev]"
+	@touch $@
+
+# The peer has its own packages and reads the project's torch, torchvision and numpy.
+$(PEER)/ready: tests/parity/requirements.txt $(VENV)/runtime
+	$(PYTHON) -m venv --clear $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps -r $<
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+		> "$$($(PEER)/bin/python -c 'import site; print(site.getsitepackages()[0])')/project.pth"
+	@touch $@

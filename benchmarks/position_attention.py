@@ -1,0 +1,170 @@
+"""Position attention against the form that every public implementation has: time and memory.
+
+Every measurement is a fresh process; ours and the eager form alternate. Memory is the growth of
+the process's peak above what it held with its inputs in place (inputs and their gradients: 0.19
+GB at N = 32768 in bfloat16).
+
+    python benchmarks/position_attention.py --positions 9409 --dtype bfloat16 --rounds 5
+"""
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "position_attention.csv"
+KEY_CHANNELS, CHANNELS = 64, 512
+FORMS = ("danet", "eager")
+
+
+def peak_bytes() -> int:
+    """The largest resident set so far, from the kernel's own account."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not report VmHWM")
+
+
+def eager(query: Any, key: Any, value: Any) -> Any:
+    """What the public implementations compute: the whole N x N matrix, kept for the backward."""
+    attention = (query.transpose(1, 2) @ key).softmax(-1)
+    return value @ attention.transpose(1, 2)
+
+
+def measure(form: str, positions: int, dtype: str, direction: str, repeats: int) -> None:
+    """Prints the median seconds and the extra bytes of one form; runs in its own process."""
+    import torch
+
+    from danet.functional import position_attention
+
+    attend: Callable[..., Any] = position_attention if form == "danet" else eager
+    backward = direction == "forward+backward"
+
+    def inputs(count: int) -> list[Any]:
+        generator = torch.Generator().manual_seed(0)
+        return [
+            torch.randn(1, width, count, generator=generator)
+            .mul(0.3)
+            .to(getattr(torch, dtype))
+            .requires_grad_(backward)
+            for width in (KEY_CHANNELS, KEY_CHANNELS, CHANNELS)
+        ]
+
+    def step(tensors: list[Any], grad: Any) -> None:
+        output = attend(*tensors)
+        if backward:
+            output.backward(grad)
+
+    small = inputs(256)
+    step(small, torch.zeros_like(small[2]))
+    tensors = inputs(positions)
+    grad = torch.ones_like(tensors[2])
+    for tensor in tensors if backward else ():
+        tensor.grad = torch.zeros_like(tensor)
+    before = peak_bytes()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step(tensors, grad)
+        seconds.append(time.perf_counter() - start)
+    print(statistics.median(seconds), peak_bytes() - before)
+
+
+def in_fresh_process(form: str, args: argparse.Namespace, positions: int) -> tuple[float, int]:
+    command = [sys.executable, __file__, "--measure", form, "--positions", str(positions)]
+    command += ["--dtype", args.dtype, "--direction", args.direction]
+    command += ["--repeats", str(args.repeats)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    seconds, extra = output.split()
+    return float(seconds), int(extra)
+
+
+def commit() -> str:
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{os.cpu_count()} cores of {line.partition(':')[2].strip()}"
+    return f"{os.cpu_count()} cores, {platform.machine()}"
+
+
+def compare(args: argparse.Namespace) -> None:
+    import torch
+
+    forms = FORMS if args.peer else FORMS[:1]
+    rows = []
+    for positions in args.positions:
+        runs: dict[str, list[tuple[float, int]]] = {form: [] for form in forms}
+        for _ in range(args.rounds):
+            for form in forms:
+                runs[form].append(in_fresh_process(form, args, positions))
+        for form in forms:
+            seconds = statistics.median(run[0] for run in runs[form])
+            extra = statistics.median(run[1] for run in runs[form])
+            row = {
+                "commit": commit(),
+                "form": form,
+                "positions": positions,
+                "dtype": args.dtype,
+                "direction": args.direction,
+                "seconds": round(seconds, 4),
+                "extra_MiB": round(extra / 2**20, 1),
+                "rounds": args.rounds,
+                "torch": torch.__version__,
+                "hardware": processor(),
+            }
+            rows.append(row)
+            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if args.out is not None:
+        append(args.out, rows)
+
+
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--positions", type=int, nargs="+", default=[4096, 9409])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument(
+        "--direction", choices=["forward", "forward+backward"], default="forward+backward"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each form")
+    parser.add_argument("--repeats", type=int, default=3, help="calls timed in each process")
+    parser.add_argument("--no-peer", dest="peer", action="store_false", help="measure ours only")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file that rows are added to")
+    parser.add_argument("--measure", choices=FORMS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    if arguments.measure:
+        measure(
+            arguments.measure,
+            arguments.positions[0],
+            arguments.dtype,
+            arguments.direction,
+            arguments.repeats,
+        )
+    else:
+        compare(arguments)

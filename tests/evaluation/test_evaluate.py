@@ -1,0 +1,95 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import danet
+from danet.config import TestConfig
+from danet.data import open_dataset
+from danet.data.spec import DatasetSpec
+from danet.errors import UserError
+from danet.evaluation.evaluate import (
+    Evaluation,
+    PictureScore,
+    available_branches,
+    evaluate,
+    report_cases,
+    scores_as_json,
+    write_json,
+)
+
+TEST = TestConfig(scale=(96, 72))
+
+
+@pytest.fixture(scope="module")
+def model() -> danet.DANet:
+    torch.manual_seed(0)
+    return danet.DANet(
+        11, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
+    ).eval()
+
+
+def test_counts_every_labelled_pixel_once(model: danet.DANet) -> None:
+    dataset = open_dataset("scenes", split="val")
+    result = evaluate(
+        model, dataset, TEST, branches=available_branches(model), indices=range(3), precision="fp32"
+    )
+    truth = np.concatenate([dataset[i].label.ravel() for i in range(3)])
+    expected = [int((truth == k).sum()) for k in range(11)]
+    for branch in ("fused", "position", "channel"):
+        assert result.confusion[branch].sum(1).tolist() == expected
+    assert [p.name for p in result.pictures] == [dataset[i].name for i in range(3)]
+    by_picture = danet.Predictor(model, "cpu", "fp32", TEST)
+    right = sum(
+        int((by_picture(dataset[i].image).classes == dataset[i].label).sum()) for i in range(3)
+    )
+    assert result.confusion["fused"].diagonal().sum() == right
+
+
+def test_parts_add_up_to_the_whole(model: danet.DANet) -> None:
+    dataset = open_dataset("scenes", split="val")
+    whole = evaluate(model, dataset, TEST, indices=range(4))
+    parts = [evaluate(model, dataset, TEST, indices=range(r, 4, 3)) for r in range(3)]
+    total = sum(part.confusion["fused"] for part in parts)
+    assert torch.equal(total, whole.confusion["fused"])
+
+
+def test_branches_that_are_off_are_not_offered() -> None:
+    network = danet.DANet(
+        2, "test_resnet", pretrained_backbone=False, head_channels=8, key_channels=2, channel=False
+    )
+    assert available_branches(network) == ("fused", "position")
+
+
+def test_another_number_of_classes_is_refused(model: danet.DANet) -> None:
+    class Other:
+        spec = DatasetSpec("other", ("a", "b"))
+
+    with pytest.raises(UserError, match="11 classes but dataset other has 2"):
+        evaluate(model, Other(), TEST)
+
+
+def test_cases_are_the_worst_first_then_a_spread(model: danet.DANet) -> None:
+    dataset = open_dataset("scenes", split="val")
+    pictures = [PictureScore(i, dataset[i].name, 1 - i / 10) for i in range(8)]
+    pictures.append(PictureScore(8, "unlabelled", math.nan))
+    cases = report_cases(model, dataset, TEST, pictures, worst=2, others=2)
+    assert [case.name[-1] for case in cases] == ["7", "6", "4", "1"]
+
+
+def test_json_has_the_promised_keys(tmp_path: Path) -> None:
+    spec = DatasetSpec("other", ("a", "b", "c"))
+    confusion = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    result = Evaluation(spec, {"fused": confusion}, [PictureScore(0, "x", 7 / 8)])
+    write_json(tmp_path / "s.json", scores_as_json(result))
+    tree = json.loads((tmp_path / "s.json").read_text())
+    assert tree["mIoU"] == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert tree["aAcc"] == pytest.approx(7 / 8)
+    assert tree["mAcc"] == pytest.approx((3 / 4 + 1) / 2)
+    assert tree["per_class"]["a"] == {"IoU": 0.75, "Acc": 0.75}
+    assert tree["per_class"]["c"] == {"IoU": None, "Acc": None}
+    assert tree["confusion"] == confusion.tolist()
+    assert tree["images"] == 1

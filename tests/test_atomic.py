@@ -1,0 +1,54 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from danet.atomic import replacing, require_writable
+from danet.errors import UserError
+
+
+def test_a_file_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "a.txt"
+    with replacing(target) as temporary:
+        temporary.write_text("half")
+        assert not target.exists()
+        assert temporary.suffix == ".txt"
+        temporary.write_text("whole")
+    assert target.read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def fails() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        require_writable(tmp_path / "file" / "folder")
+
+
+def test_probing_leaves_nothing_behind(tmp_path: Path) -> None:
+    require_writable(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    def fills_the_disk() -> None:
+        with replacing(tmp_path / "a"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match="No space left"):
+        fills_the_disk()

@@ -1,0 +1,221 @@
+"""The command as a user calls it: what it prints, what it writes, and how it ends."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import danet
+from danet.model_folder import Metadata
+
+
+def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "danet", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == status, result.stderr
+    return result
+
+
+def fails(*arguments: object) -> str:
+    """Runs a command that must end with status 2 and one line; returns the line."""
+    result = run(*arguments, status=2)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = danet.data.dataset_spec("scenes")
+    folder = tmp_path_factory.mktemp("model")
+    metadata = Metadata(classes=spec.classes, palette=spec.palette, dataset="scenes")
+    danet.DANet(
+        11, "test_resnet", pretrained_backbone=False, head_channels=16, metadata=metadata
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own folder: three scenes each for training and validation."""
+    root = tmp_path_factory.mktemp("dataset")
+    (root / "classes.txt").write_text("\n".join(danet.data.dataset_spec("scenes").classes))
+    for split in ("train", "val"):
+        scenes = danet.data.open_dataset("scenes", split=split)
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(3):
+            scene = scenes[index]
+            size = (96, 72)
+            scene.image.resize(size).save(root / f"images/{split}/{index}.jpg")
+            label = Image.fromarray(scene.label).resize(size, Image.Resampling.NEAREST)
+            label.save(root / f"labels/{split}/{index}.png")
+    return root
+
+
+def test_train_evaluate_predict_on_a_users_own_folder(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = {
+        "data.name": "folder",
+        "data.root": dataset,
+        "data.crop_size": "[64, 64]",
+        "data.workers": 0,
+        "data.train_images": "null",
+        "model.head_channels": 16,
+        "train.steps": 2,
+        "train.batch_size": 2,
+    }
+    trained = run(
+        "train", "demo", "--out", out, *(f"--set={key}={value}" for key, value in settings.items())
+    )
+    assert trained.stdout == f"model: {out / 'model'}\n"
+    assert "2/2" in trained.stderr
+
+    scores, report = tmp_path / "scores.json", tmp_path / "report.html"
+    evaluated = run("evaluate", out, "--branches", "--flip", "--json", scores, "--report", report)
+    tree = json.loads(scores.read_text())
+    assert tree["images"] == 3
+    assert set(tree["branches"]) == {"fused", "position", "channel"}
+    assert f"mIoU {tree['mIoU']:.4f}" in evaluated.stdout
+    assert tree["test"]["flip"] is True
+    assert report.read_text().count("<img") == 12
+
+    masks = tmp_path / "masks"
+    run("predict", out, dataset / "images/val", "--out", masks, "--overlay")
+    assert sorted(path.name for path in masks.iterdir()) == sorted(
+        name for index in range(3) for name in (f"{index}.png", f"{index}_overlay.jpg")
+    )
+    assert Image.open(masks / "0.png").size == (96, 72)
+
+
+def test_predict_passes_over_broken_files(model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    out = tmp_path / "out"
+    inputs = (tmp_path / "good.png", tmp_path / "bad.png", tmp_path / "missing.png")
+    result = run("predict", model, *inputs, "--out", out, status=2)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert [path.name for path in out.iterdir()] == ["good.png"]
+    assert "1 of 2 pictures" in result.stdout
+
+
+def test_sliding_and_multi_scale_evaluation(model: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    arguments = ("--data", "folder", "--root", dataset, "--json", out)
+    run("evaluate", model, *arguments, "--mode", "slide", "--multi-scale")
+    test = json.loads(out.read_text())["test"]
+    assert test["mode"] == "slide"
+    assert test["ratios"] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+
+
+def test_config_prints_the_resolved_recipe() -> None:
+    printed = run("config", "demo", "--set", "train.seed=5").stdout
+    tree = yaml.safe_load(printed)
+    assert tree["train"]["seed"] == 5
+    assert set(tree) == {"model", "data", "train", "test"}
+
+
+def test_lists() -> None:
+    assert {"camvid", "folder", "scenes"} <= set(run("data", "list").stdout.split())
+    assert "demo" in run("recipes").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "nowhere"), "see danet recipes"),
+        (("train", "demo", "--set", "train.stepz=1"), "did you mean steps"),
+        (("train", "camvid"), "data.root=DIR"),
+        (("train", "camvid", "--set", "data.root=/nowhere"), "not a folder"),
+        (("train", "demo", "--set", "data.name=scene"), "there are camvid"),
+        (("train", "demo", "--set", "train.device=mps"), "none on this machine"),
+        (("train", "demo", "--set", "model.backbone=resnet7"), "no 'resnet7'"),
+        (("train", "demo", "--set", "model.init_from=/nowhere"), "no such folder"),
+        (("evaluate", "/nowhere"), "no such folder"),
+        (("predict", "/nowhere", __file__, "--out", "/tmp/x"), "no such folder"),
+        (("config", "demo", "--set", "train"), "SECTION.KEY=VALUE"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    arguments: tuple[object, ...], message: str, tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "run") if arguments[0] == "train" else ()
+    assert message in fails(*arguments, *out)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mode", "tiles"), "--mode tiles"),
+        (("--precision", "fp8"), "--precision fp8"),
+        (("--device", "tpu"), "unknown"),
+        (("--split", "dev"), "no split 'dev'"),
+        (("--data", "camvid"), "data.root"),
+    ],
+)
+def test_evaluate_mistakes(model: Path, options: tuple[str, ...], message: str) -> None:
+    assert message in fails("evaluate", model, *options)
+
+
+def test_a_dataset_of_other_classes(model: Path, dataset: Path, tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / kind).symlink_to(dataset / kind)
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefghijkl"))
+    line = fails("evaluate", model, "--data", "folder", "--root", tmp_path)
+    assert "11 classes but dataset folder has 12" in line
+
+
+def test_label_out_of_range_stops_training_with_its_file(dataset: Path, tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).symlink_to(dataset / name)
+    (tmp_path / "classes.txt").write_text("only\n")
+    line = fails(
+        *("train", "demo", "--out", tmp_path / "run"),
+        *("--set", "data.name=folder", "--set", f"data.root={tmp_path}"),
+        *("--set", "data.train_images=null", "--set", "data.workers=1"),
+    )
+    assert "labels/train" in line
+    assert "does not define" in line
+
+
+def test_unwritable_output(model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "file").touch()
+    line = fails("predict", model, tmp_path / "a.png", "--out", tmp_path / "file")
+    assert "file" in line
+
+
+def test_unknown_options_end_with_status_2() -> None:
+    run("train", "demo", "--wrong", status=2)
+    run("nonsense", status=2)
+
+
+def test_help_does_not_import_what_it_does_not_need() -> None:
+    script = (
+        "import sys; sys.argv = ['danet', '--help']\n"
+        "from danet.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'timm', 'lightning_fabric', 'gradio'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_public_names_exist() -> None:
+    for name in danet.__all__:
+        assert getattr(danet, name) is not None
+    assert set(danet.__all__) <= set(dir(danet))
+    assert not np.any([name.startswith("_") for name in danet.__all__])

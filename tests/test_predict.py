@@ -1,0 +1,176 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import danet
+from danet.errors import UserError
+from danet.model_folder import Metadata
+from danet.palette import default_palette
+from danet.predict import find_inputs, load_model, output_stems, write_segmentation
+
+
+@pytest.fixture(scope="module")
+def predictor() -> danet.Predictor:
+    torch.manual_seed(0)
+    model = danet.DANet(
+        5, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
+    )
+    return danet.Predictor(model, device="cpu")
+
+
+def noise(width: int = 50, height: int = 30, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "1", "I;16", "LA"])
+def test_every_mode_is_segmented_at_its_own_size(predictor: danet.Predictor, mode: str) -> None:
+    image = noise() if mode in ("I;16", "LA") else noise(mode=mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(noise(mode="L")).astype(np.uint16) * 256)
+    elif mode == "LA":
+        image = noise(mode="L").convert("LA")
+    segmentation = predictor(image)
+    assert segmentation.classes.shape == (30, 50)
+    assert segmentation.classes.dtype == np.uint8
+    assert segmentation.classes.max() < 5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 2)])
+def test_tiny_pictures(predictor: danet.Predictor, size: tuple[int, int]) -> None:
+    assert predictor(noise(*size)).classes.shape == size[::-1]
+
+
+def test_path_array_and_picture_give_the_same(predictor: danet.Predictor, tmp_path: Path) -> None:
+    image = noise()
+    image.save(tmp_path / "a.png")
+    expected = predictor(image).classes
+    np.testing.assert_array_equal(predictor(np.asarray(image)).classes, expected)
+    np.testing.assert_array_equal(predictor(tmp_path / "a.png").classes, expected)
+    np.testing.assert_array_equal(predictor(str(tmp_path / "a.png")).classes, expected)
+
+
+def test_exif_orientation_of_a_picture_in_memory(predictor: danet.Predictor) -> None:
+    image = noise()
+    image.getexif()[0x0112] = 6
+    segmentation = predictor(image)
+    assert segmentation.classes.shape == (50, 30)
+    assert segmentation.overlay(image).size == (30, 50)
+
+
+def test_probabilities_on_request(predictor: danet.Predictor) -> None:
+    assert predictor(noise()).probabilities is None
+    segmentation = predictor(noise(), probabilities=True)
+    assert segmentation.probabilities.shape == (5, 30, 50)
+    np.testing.assert_allclose(segmentation.probabilities.sum(0), 1, rtol=1e-4)
+    np.testing.assert_array_equal(segmentation.probabilities.argmax(0), segmentation.classes)
+
+
+def test_overlay_blends_the_class_colours() -> None:
+    classes = np.array([[0, 1]], np.uint8)
+    segmentation = danet.Segmentation(classes, ("a", "b"), ((0, 0, 0), (200, 100, 0)))
+    overlay = segmentation.overlay(Image.new("RGB", (2, 1), (100, 100, 100)), opacity=0.5)
+    assert overlay.getpixel((0, 0)) == (50, 50, 50)
+    assert overlay.getpixel((1, 0)) == (150, 100, 50)
+    with pytest.raises(UserError, match="3x3 but its classes are 2x1"):
+        segmentation.overlay(Image.new("RGB", (3, 3)))
+
+
+def test_masks_are_palette_images(tmp_path: Path) -> None:
+    classes = np.array([[0, 1, 2]], np.uint8)
+    segmentation = danet.Segmentation(classes, ("a", "b", "c"), default_palette(3))
+    write_segmentation(segmentation, None, tmp_path / "new", "x")
+    mask = Image.open(tmp_path / "new/x.png")
+    assert mask.mode == "P"
+    np.testing.assert_array_equal(np.asarray(mask), classes)
+    assert mask.convert("RGB").getpixel((2, 0)) == default_palette(3)[2]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)]
+)
+def test_wrong_arrays(predictor: danet.Predictor, image: np.ndarray) -> None:
+    with pytest.raises(UserError, match="H W 3 uint8"):
+        predictor(image)
+
+
+def test_floating_pictures_are_refused(predictor: danet.Predictor) -> None:
+    with pytest.raises(UserError, match="8 or 16 bit"):
+        predictor(Image.new("F", (3, 3)))
+
+
+def test_normalisation_comes_from_the_model() -> None:
+    torch.manual_seed(0)
+    options = {"pretrained_backbone": False, "head_channels": 16, "key_channels": 4}
+    plain = danet.DANet(5, "test_resnet", **options)
+    shifted = danet.DANet(
+        5,
+        "test_resnet",
+        **options,
+        metadata=Metadata.placeholder(5).model_copy(update={"mean": (0.0, 0.0, 0.0)}),
+    )
+    shifted.load_state_dict(plain.state_dict())
+    first, second = (
+        danet.Predictor(model, "cpu")(noise(), probabilities=True).probabilities
+        for model in (plain, shifted)
+    )
+    assert np.abs(first - second).max() > 1e-4
+
+
+class TestInputs:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ("a.png", "b.JPG", "sub/a.png", "notes.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return tmp_path
+
+    def names(self, *inputs: str) -> tuple[list[str], list[str]]:
+        paths, problems = find_inputs(inputs)
+        return [path.name for path in paths], problems
+
+    def test_folders_with_their_subfolders(self, folder: Path) -> None:
+        assert self.names(str(folder)) == (["a.png", "b.JPG", "a.png"], [])
+
+    def test_globs_and_files(self, folder: Path) -> None:
+        assert self.names(f"{folder}/*.png", f"{folder}/b.JPG") == (["a.png", "b.JPG"], [])
+
+    def test_the_same_file_twice_is_one(self, folder: Path) -> None:
+        assert self.names(f"{folder}/a.png", f"{folder}/*.png")[0] == ["a.png"]
+
+    def test_a_name_with_brackets_is_no_glob(self, folder: Path) -> None:
+        (folder / "x[1].png").touch()
+        assert self.names(f"{folder}/x[1].png") == (["x[1].png"], [])
+
+    @pytest.mark.parametrize(
+        ("name", "message"), [("*.gif", "nothing matches"), ("c.png", "no such file")]
+    )
+    def test_what_is_not_there(self, folder: Path, name: str, message: str) -> None:
+        paths, problems = self.names(f"{folder}/{name}")
+        assert not paths
+        assert message in problems[0]
+
+    def test_a_folder_without_pictures(self, tmp_path: Path) -> None:
+        assert "no pictures" in self.names(str(tmp_path))[1][0]
+
+    def test_stems_are_unique(self) -> None:
+        paths = [Path("x/a.png"), Path("y/a.png"), Path("y/b.png"), Path("y/b.c.png")]
+        stems = output_stems(paths)
+        assert len(set(stems.values())) == 4
+        assert stems[paths[2]] == "b"
+
+
+def test_a_run_without_model_says_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="no model yet"):
+        load_model(tmp_path)
+
+
+def test_a_device_that_is_not_there() -> None:
+    model = danet.DANet(2, "test_resnet", pretrained_backbone=False, head_channels=8)
+    with pytest.raises(UserError, match="device 'tpu' is unknown"):
+        danet.Predictor(model, device="tpu")

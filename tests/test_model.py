@@ -138,6 +138,14 @@ class TestDamagedFolders:
         self.fails(tmp_path / "nowhere", "no such folder")
 
 
+def test_a_run_folder_gives_its_model(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="no model yet"):
+        danet.DANet.from_pretrained(tmp_path)
+    build().save_pretrained(tmp_path / "model")
+    assert danet.DANet.from_pretrained(tmp_path).config.head_channels == 16
+
+
 def test_design_signature_is_what_the_config_takes() -> None:
     """`from_config` passes every architectural key to the constructor by its name."""
     config = ModelConfig(

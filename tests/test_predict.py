@@ -9,7 +9,7 @@ import danet
 from danet.errors import UserError
 from danet.model_folder import Metadata
 from danet.palette import default_palette
-from danet.predict import find_inputs, load_model, output_stems, write_segmentation
+from danet.predict import find_inputs, output_stems, write_segmentation
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +162,6 @@ class TestInputs:
         stems = output_stems(paths)
         assert len(set(stems.values())) == 4
         assert stems[paths[2]] == "b"
-
-
-def test_a_run_without_model_says_so(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").touch()
-    with pytest.raises(UserError, match="no model yet"):
-        load_model(tmp_path)
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -268,8 +268,7 @@ def _print_scores(result: "Evaluation") -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2."""
-    for chatty in ("huggingface_hub", "lightning_fabric"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -131,7 +131,7 @@ class DANet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None) -> Self:
-        """Reads a model folder, local or from the hub, in evaluation mode.
+        """Reads a model folder, a run folder's model or one from the hub, in evaluation mode.
 
         Raises:
             UserError: no model there, or its files are damaged or do not belong together.

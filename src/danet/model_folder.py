@@ -18,6 +18,9 @@ from danet.palette import default_palette
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+RECIPE_FILE = "recipe.yaml"
+MODEL_FOLDER = "model"
+"""A run folder's resolved recipe and its model."""
 MAX_CLASSES = 255
 """Masks are 8 bit, and 255 is ignored."""
 
@@ -101,12 +104,18 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
 
 
 def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model; downloads it where the name is a hub id.
+    """The local folder of a model: itself, a run folder's `model`, or a download from the hub.
 
     Raises:
-        UserError: neither a folder nor a repository that can be reached.
+        UserError: neither a folder nor a repository that can be reached, or an unfinished run.
     """
     folder = Path(folder_or_hub_id)
+    if (folder / RECIPE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        if not (folder / MODEL_FOLDER).is_dir():
+            raise UserError(
+                f"{folder}: this run has no model yet; finish it with danet train --resume"
+            )
+        return folder / MODEL_FOLDER
     if folder.is_dir():
         return folder
     name = str(folder_or_hub_id)

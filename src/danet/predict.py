@@ -80,7 +80,7 @@ class Predictor:
         precision: str = "auto",
         test: TestConfig | None = None,
     ) -> None:
-        network = model if isinstance(model, DANet) else load_model(model)
+        network = model if isinstance(model, DANet) else DANet.from_pretrained(model)
         self.device = choose_device(device)
         self.model = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.precision = precision
@@ -115,15 +115,6 @@ class Predictor:
         return Segmentation(
             classes.to(torch.uint8).cpu().numpy(), metadata.classes, metadata.palette, scores
         )
-
-
-def load_model(model: str | Path) -> DANet:
-    """The network of a model folder, a run folder, or a hub id."""
-    folder = Path(model)
-    is_run = (folder / "recipe.yaml").is_file()
-    if is_run and not (folder / "model").is_dir():
-        raise UserError(f"{folder}: this run has no model yet; finish it with danet train --resume")
-    return DANet.from_pretrained(folder / "model" if is_run else model)
 
 
 def _as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Image:

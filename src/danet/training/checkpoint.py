@@ -10,6 +10,7 @@ from torch import Tensor
 
 from danet.atomic import replacing
 from danet.errors import UserError
+from danet.model_folder import MODEL_FOLDER, RECIPE_FILE
 
 
 class RunFolder:
@@ -17,10 +18,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.recipe = path / "recipe.yaml"
+        self.recipe = path / RECIPE_FILE
         self.metrics = path / "metrics.jsonl"
         self.report = path / "report.html"
-        self.model = path / "model"
+        self.model = path / MODEL_FOLDER
         self.last = path / "checkpoints" / "last.ckpt"
         self.best = path / "checkpoints" / "best.ckpt"
 

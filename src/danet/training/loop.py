@@ -4,6 +4,7 @@ Everything random is drawn from (seed, step) and everything else is in the check
 that was killed and resumed takes the same steps, to the bit on a CPU, as one left alone.
 """
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -20,26 +21,26 @@ from danet.atomic import replacing
 from danet.config import RunConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches
-from danet.data.spec import DatasetSpec
 from danet.devices import choose_device, uses_bfloat16
 from danet.errors import TrainingDiverged, UserError
 from danet.evaluation.evaluate import evaluate
 from danet.evaluation.metrics import scores
 from danet.model import DANet
-from danet.model_folder import Metadata
 from danet.progress import ProgressReport
+from danet.training.build import build_model, build_optimizer
 from danet.training.checkpoint import (
     RunFolder,
     load_checkpoint,
     model_weights,
     save_checkpoint,
 )
-from danet.training.initial_weights import initialize_from
 from danet.training.loss import loss_divisor, segmentation_losses
-from danet.training.optimizer import build_optimizer
 from danet.training.schedule import learning_rate
 
 _DROPOUT = 2
+
+# Fabric sets its own level when it is imported, and tells what the progress report already says.
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
@@ -81,7 +82,10 @@ class _Trainer:
         data = config.data
         self.training_data = open_dataset(data.name, data.root, data.train_split)
         self.validation_data = open_dataset(data.name, data.root, data.val_split)
-        self.model = self._build_model(self.training_data.spec, checkpoint)
+        resumed = None if checkpoint is None else checkpoint["model"]
+        self.model = build_model(config, self.training_data.spec, resumed)
+        if self.fabric.world_size > 1 and device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         self.network, self.optimizer = self.fabric.setup(
             self.model, build_optimizer(self.model, config.train)
         )
@@ -112,37 +116,6 @@ class _Trainer:
                 f"train.batch_size={settings.batch_size} does not divide by {passes} "
                 "(processes times train.accumulate); choose a multiple"
             )
-
-    def _build_model(self, spec: DatasetSpec, checkpoint: dict[str, Any] | None) -> DANet:
-        config = self.config
-        metadata = Metadata(
-            classes=spec.classes,
-            palette=spec.palette,
-            mean=config.data.mean,
-            std=config.data.std,
-            dataset=spec.name,
-            test=config.test,
-        )
-        architecture = config.model
-        if checkpoint is not None or architecture.init_from is not None:
-            architecture = architecture.model_copy(
-                update={"pretrained_backbone": False, "backbone_weights": None}
-            )
-        torch.manual_seed(config.train.seed)
-        model = DANet.from_config(architecture, metadata)
-        if checkpoint is not None:
-            try:
-                model.load_state_dict(checkpoint["model"])
-            except RuntimeError as error:
-                raise UserError(
-                    f"{self.run.last}: does not fit the recipe's network; resume with the "
-                    f"settings in {self.run.recipe}"
-                ) from error
-        elif architecture.init_from is not None:
-            initialize_from(model, architecture.init_from)
-        if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        return model.to(memory_format=torch.channels_last)
 
     def _start_average(self) -> ModelEmaV3 | None:
         decay = self.config.train.ema_decay

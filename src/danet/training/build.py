@@ -1,0 +1,95 @@
+"""What a run trains: the network with its first weights, and its optimizer."""
+
+from pathlib import Path
+
+import torch
+from timm.optim.muon import Muon
+from torch import Tensor
+
+from danet.config import RunConfig, TrainConfig
+from danet.data.spec import DatasetSpec
+from danet.errors import UserError
+from danet.model import DANet
+from danet.model_folder import Metadata, locate, read_folder
+
+
+def build_model(config: RunConfig, spec: DatasetSpec, resumed: dict[str, Tensor] | None) -> DANet:
+    """The recipe's network for a dataset's classes.
+
+    Args:
+        resumed: a checkpoint's weights to go on from; the recipe's first weights where None.
+
+    Raises:
+        UserError: weights cannot be had, or are another network's.
+    """
+    metadata = Metadata(
+        classes=spec.classes,
+        palette=spec.palette,
+        mean=config.data.mean,
+        std=config.data.std,
+        dataset=spec.name,
+        test=config.test,
+    )
+    architecture = config.model
+    if resumed is not None or architecture.init_from is not None:
+        architecture = architecture.model_copy(
+            update={"pretrained_backbone": False, "backbone_weights": None}
+        )
+    torch.manual_seed(config.train.seed)
+    model = DANet.from_config(architecture, metadata)
+    if resumed is not None:
+        try:
+            model.load_state_dict(resumed)
+        except RuntimeError as error:
+            raise UserError(
+                "the checkpoint does not fit the recipe's network; resume with the settings in "
+                "the run's recipe.yaml"
+            ) from error
+    elif architecture.init_from is not None:
+        _initialize_from(model, architecture.init_from)
+    return model.to(memory_format=torch.channels_last)
+
+
+def _initialize_from(model: DANet, source: Path) -> None:
+    """Loads another model's weights, its classifiers only if it has the same classes.
+
+    Raises:
+        UserError: the networks differ in more than their classes.
+    """
+    stored, state = read_folder(locate(source))
+    if stored.metadata.classes != model.metadata.classes:
+        state = {name: tensor for name, tensor in state.items() if "classifier" not in name}
+    wanted = model.state_dict()
+    unfit = [
+        name
+        for name, tensor in state.items()
+        if name not in wanted or wanted[name].shape != tensor.shape
+    ]
+    missing = [name for name in wanted if name not in state and "classifier" not in name]
+    if unfit or missing:
+        raise UserError(
+            f"model.init_from: {source} is another network ({len(unfit)} tensors do not fit, "
+            f"{len(missing)} are missing, first {(unfit + missing)[0]}); train the same model "
+            "settings as its config.json"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def build_optimizer(model: DANet, config: TrainConfig) -> torch.optim.Optimizer:
+    """The recipe's optimizer over two groups, backbone and heads.
+
+    Each group's `lr_factor` is what the schedule's learning rate is multiplied by.
+    """
+    backbone = list(model.backbone.parameters())
+    known = {id(parameter) for parameter in backbone}
+    heads = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    groups = [
+        {"params": backbone, "lr_factor": 1.0},
+        {"params": heads, "lr_factor": config.head_lr_factor},
+    ]
+    lr, decay = config.lr, config.weight_decay
+    if config.optimizer == "muon":
+        return Muon(groups, lr=lr, weight_decay=decay, momentum=config.momentum)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
+    return torch.optim.SGD(groups, lr=lr, weight_decay=decay, momentum=config.momentum, fused=True)

@@ -169,6 +169,25 @@ def predict(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Of mmsegmentation or of the authors.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    data: Annotated[
+        str | None, typer.Option(help="The dataset whose classes it has, if it names none.")
+    ] = None,
+) -> None:
+    """Turn another code base's checkpoint into a model folder."""
+    from danet.atomic import require_writable
+    from danet.data import dataset_spec
+    from danet.interop.convert import convert as convert_checkpoint
+
+    model = convert_checkpoint(checkpoint, None if data is None else dataset_spec(data))
+    require_writable(out)
+    model.save_pretrained(out)
+    print(f"model: {out} ({model.config.backbone}, {len(model.metadata.classes)} classes)")
+
+
+@app.command()
 def recipes() -> None:
     """List the built-in recipes."""
     from rich.console import Console

@@ -56,7 +56,7 @@ class ProgressReport:
             self._bar.stop()
 
     def advance(self, status: str = "", steps: int = 1) -> None:
-        """Counts steps; `status` is shown beside them, with the time that is left."""
+        """Counts steps, none where only the status changes; shows it with the time that is left."""
         self._done += steps
         if not self._enabled:
             return
@@ -65,7 +65,8 @@ class ProgressReport:
             self._bar.update(self._task, completed=self._done, status=status)
             return
         now = time.monotonic()
-        if now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self.total:
+        finishes = steps > 0 and self._done == self.total
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or finishes:
             self._last_line = now
             self._console.print(f"{self.title} {self._done}/{self.total}  {status}", soft_wrap=True)
 

@@ -1,10 +1,11 @@
-"""Run mmsegmentation's `DAHead` on a CPU as an independent peer; never imports danet.
+"""Run mmsegmentation's DANet on a CPU as an independent peer; never imports danet.
 
 Runs under the environment of `requirements.txt` beside this file:
 
     pip install --no-deps -r requirements.txt
     python peer.py keys --num-classes 19
     python peer.py head --weights in.safetensors --features c4.safetensors --out out.safetensors
+    python peer.py model --depth 50 --images x.safetensors --checkpoint w.pth --out y.safetensors
 """
 
 import argparse
@@ -21,9 +22,14 @@ from safetensors.torch import load_file, save_file
 sys.modules["mmcv._ext"] = mock.MagicMock()
 warnings.filterwarnings("ignore", module="mmseg")  # notices about loss defaults, unused here
 
-from mmseg.models.decode_heads.da_head import (  # type: ignore[import-not-found]  # noqa: E402 - needs the stub above
-    DAHead,
-)
+# ruff: noqa: E402 - the imports need the stub above
+import mmseg
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from mmseg.datasets import CityscapesDataset
+from mmseg.models.decode_heads.da_head import DAHead
+from mmseg.registry import MODELS
+from mmseg.utils import register_all_modules
 
 
 def build_head(args: argparse.Namespace) -> torch.nn.Module:
@@ -60,6 +66,57 @@ def run_head(args: argparse.Namespace) -> None:
     save_file({name: tensor.contiguous() for name, tensor in logits.items()}, args.out)
 
 
+def build_model(depth: int) -> tuple[torch.nn.Module, str]:
+    """Build the published network with plain BatchNorm; also give its config's text."""
+    configs = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_" / "models"
+    config = Config.fromfile(configs / "danet_r50-d8.py")
+    norm = {"type": "BN", "requires_grad": True}
+    config.model.pretrained = None
+    config.model.backbone.depth = depth
+    for part in (config.model.backbone, config.model.decode_head, config.model.auxiliary_head):
+        part.norm_cfg = norm
+    register_all_modules()
+    model: torch.nn.Module = MODELS.build(config.model)
+    return model, config.pretty_text
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Move residual weights, scales and batch statistics away from their start."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("gamma.scale"):
+                tensor.fill_(0.6)
+            elif name.endswith("running_mean"):
+                tensor.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                tensor.uniform_(0.6, 1.6)
+            elif tensor.ndim == 1 and name.endswith("weight"):
+                tensor.uniform_(0.5, 1.2)
+
+
+def run_model(args: argparse.Namespace) -> None:
+    """Write a checkpoint as mmengine's runner does, and all four logits of the given images."""
+    torch.manual_seed(args.depth)
+    model, text = build_model(args.depth)
+    randomize(model)
+    model.eval()
+    dataset = CityscapesDataset.METAINFO
+    torch.save(
+        {
+            "meta": {"dataset_meta": dict(dataset), "cfg": text},
+            "message_hub": {"loss": HistoryBuffer([1.0, 0.5], [1, 1])},
+            "state_dict": model.state_dict(),
+        },
+        args.checkpoint,
+    )
+    with torch.no_grad():
+        features = model.backbone(load_file(args.images)["images"])
+        fused, position, channel = model.decode_head(features)
+        auxiliary = model.auxiliary_head(features)
+    logits = {"fused": fused, "position": position, "channel": channel, "auxiliary": auxiliary}
+    save_file({name: tensor.contiguous() for name, tensor in logits.items()}, args.out)
+
+
 def parse_args() -> argparse.Namespace:
     """Parse the subcommand and the sizes of the head."""
     sizes = argparse.ArgumentParser(add_help=False)
@@ -80,6 +137,13 @@ def parse_args() -> argparse.Namespace:
     head.add_argument("--out", type=Path, required=True, help="gets 'fused', 'position', 'channel'")
     head.add_argument("--train", action="store_true", help="batch statistics in BatchNorm")
     head.set_defaults(command=run_head)
+
+    model = commands.add_parser("model", help="run the whole network on given images")
+    model.add_argument("--depth", type=int, choices=[50, 101], default=50)
+    model.add_argument("--images", type=Path, required=True, help="one tensor 'images', [B,3,H,W]")
+    model.add_argument("--checkpoint", type=Path, required=True, help="gets the weights")
+    model.add_argument("--out", type=Path, required=True, help="gets all four logits")
+    model.set_defaults(command=run_model)
     return parser.parse_args()
 
 

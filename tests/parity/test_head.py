@@ -1,7 +1,6 @@
 """The dual attention head against mmsegmentation's `DAHead` with the same weights."""
 
-import os
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,7 @@ from torch import Tensor
 
 from danet.heads import DualAttentionHead
 
-PEER_PYTHON = Path(os.environ.get("DANET_PEER_PYTHON", ".parity-venv/bin/python"))
-PEER_SCRIPT = Path(__file__).with_name("peer.py")
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not PEER_PYTHON.exists(), reason=f"{PEER_PYTHON} is missing; make parity builds it"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 IN_CHANNELS, CHANNELS, KEY_CHANNELS, NUM_CLASSES = 64, 32, 4, 19
 
@@ -71,7 +62,11 @@ def randomized_head(dtype: torch.dtype) -> DualAttentionHead:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
 def test_all_three_logits_are_the_peers(
-    dtype: torch.dtype, tolerance: float, training: bool, tmp_path: Path
+    dtype: torch.dtype,
+    tolerance: float,
+    training: bool,
+    peer: Callable[..., None],
+    tmp_path: Path,
 ) -> None:
     head = randomized_head(dtype).train(training)
     for classifier in (head.fused_classifier, head.position_classifier, head.channel_classifier):
@@ -82,14 +77,13 @@ def test_all_three_logits_are_the_peers(
     )
     save_file(peer_weights(head), weights_file)
     save_file({"c4": features}, features_file)
-    command = [
-        *(PEER_PYTHON, PEER_SCRIPT, "head"),
+    peer(
+        "head",
         *("--weights", weights_file, "--features", features_file, "--out", logits_file),
         *("--num-classes", NUM_CLASSES, "--in-channels", IN_CHANNELS),
         *("--channels", CHANNELS, "--pam-channels", KEY_CHANNELS),
         *(["--train"] if training else []),
-    ]
-    subprocess.run([str(word) for word in command], check=True)
+    )
     peers = load_file(logits_file)
     with torch.no_grad():
         ours = head(features)._asdict()

@@ -4,6 +4,7 @@ Everything random is drawn from (seed, step) and everything else is in the check
 that was killed and resumed takes the same steps, to the bit on a CPU, as one left alone.
 """
 
+import itertools
 import logging
 import math
 import time
@@ -256,6 +257,7 @@ class _Trainer:
         if done == config.train.steps:
             count = len(self.validation_data)
         model = self._kept_model().eval()
+        scored = itertools.count(1)
         rank, processes = self.fabric.global_rank, self.fabric.world_size
         evaluation = evaluate(
             model,
@@ -263,6 +265,9 @@ class _Trainer:
             config.test,
             precision=config.train.precision,
             indices=range(rank, count, processes),
+            on_picture=lambda: self.progress.advance(
+                f"validating {next(scored) * processes}/{count}", steps=0
+            ),
         )
         confusion = evaluation.confusion["fused"].to(self.fabric.device)
         result = scores(self._reduce(confusion, "sum"))

@@ -1,0 +1,1 @@
+"""Other code bases' checkpoints. Their names for things appear only here."""

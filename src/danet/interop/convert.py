@@ -1,0 +1,110 @@
+"""From other code bases' checkpoints to a model folder."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from danet.data.spec import DatasetSpec
+from danet.errors import UserError
+from danet.interop import mmseg, reference
+from danet.interop.foreign import read_checkpoint, state_dict_of
+from danet.interop.layout import Translated
+from danet.model import DANet
+from danet.model_folder import Metadata
+from danet.palette import default_palette
+
+_NAMES_SHOWN = 20
+
+
+def convert(path: Path, spec: DatasetSpec | None = None) -> DANet:
+    """The network of a checkpoint of mmsegmentation (0.x, 1.x) or of the authors.
+
+    Args:
+        spec: the classes, for a checkpoint that does not name them, or to rename its own.
+
+    Raises:
+        UserError: unreadable, another network, keys that do not fit, or unknown classes.
+    """
+    content = read_checkpoint(path)
+    state = state_dict_of(content)
+    for layout in (mmseg, reference):
+        if layout.recognises(state):
+            return _build(path, layout.translate(state, content), spec)
+    first = ", ".join(list(state)[:3]) or "none"
+    raise UserError(
+        f"{path}: not a DANet of mmsegmentation or of the authors "
+        f"({len(state)} tensors, first {first})"
+    )
+
+
+def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANet:
+    state = translated.state
+    try:
+        num_classes = state["head.fused_classifier.1.weight"].shape[0]
+        head_channels = state["head.position_branch.reduce.0.weight"].shape[0]
+        key_channels = state["head.position_branch.attention.query.weight"].shape[0]
+    except KeyError as error:
+        raise UserError(f"{path}: incomplete, {error.args[0]} is missing") from error
+    metadata = _metadata(path, translated, spec, num_classes)
+    model = DANet(
+        num_classes,
+        translated.backbone,
+        pretrained_backbone=False,
+        head_channels=head_channels,
+        key_channels=key_channels,
+        multi_grid=translated.multi_grid,
+        auxiliary=any(name.startswith("auxiliary_head.") for name in state),
+        align_corners=translated.align_corners,
+        metadata=metadata,
+    )
+    _load(path, model, translated)
+    return model.eval()
+
+
+def _load(path: Path, model: DANet, translated: Translated) -> None:
+    wanted = model.state_dict()
+    state = translated.state
+    # Counters of batches seen: missing in old checkpoints, and no part of what a network computes.
+    counters = {n: t for n, t in wanted.items() if n.endswith("num_batches_tracked")}
+    problems = [f"{name} is not known" for name in translated.unknown]
+    problems += [f"{name} is not in the network" for name in state if name not in wanted]
+    problems += [f"{n} is missing" for n in wanted if n not in state and n not in counters]
+    problems += [
+        f"{name} is {_shape(tensor)}, not {_shape(wanted[name])}"
+        for name, tensor in state.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:_NAMES_SHOWN])
+        more = f"; and {len(problems) - _NAMES_SHOWN} more" if len(problems) > _NAMES_SHOWN else ""
+        raise UserError(
+            f"{path}: {len(problems)} keys do not fit {translated.backbone}: {shown}{more}"
+        )
+    model.load_state_dict({**counters, **state})
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _metadata(
+    path: Path, translated: Translated, spec: DatasetSpec | None, num_classes: int
+) -> Metadata:
+    classes = translated.classes if spec is None else spec.classes
+    palette = translated.palette if spec is None else spec.palette
+    if classes is None:
+        raise UserError(f"{path}: does not name its {num_classes} classes; say --data NAME")
+    if len(classes) != num_classes:
+        raise UserError(
+            f"{path}: has {num_classes} classes, but {len(classes)} are named; "
+            "say the right one with --data NAME"
+        )
+    values = {
+        "classes": classes,
+        "palette": palette or default_palette(num_classes),
+        "dataset": None if spec is None else spec.name,
+        "test": translated.test,
+        "mean": translated.mean,
+        "std": translated.std,
+    }
+    return Metadata.model_validate({k: v for k, v in values.items() if v is not None})

@@ -1,0 +1,178 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import danet
+from danet.data import dataset_spec
+from danet.errors import UserError
+from danet.interop.convert import convert
+
+CLASSES = 11
+
+# From the authors' names to ours, as the table of head keys in the facts has them, by hand.
+AUTHORS = (
+    (r"^backbone\.body\.", "pretrained."),
+    (r"^head\.position_branch\.reduce\.", "head.conv5a."),
+    (r"^head\.position_branch\.attention\.(query|key|value)\.", r"head.sa.\1_conv."),
+    (r"^head\.position_branch\.attention\.residual_weight$", "head.sa.gamma"),
+    (r"^head\.position_branch\.refine\.", "head.conv51."),
+    (r"^head\.position_classifier\.", "head.conv6."),
+    (r"^head\.channel_branch\.reduce\.", "head.conv5c."),
+    (r"^head\.channel_branch\.attention\.residual_weight$", "head.sc.gamma"),
+    (r"^head\.channel_branch\.refine\.", "head.conv52."),
+    (r"^head\.channel_classifier\.", "head.conv7."),
+    (r"^head\.fused_classifier\.", "head.conv8."),
+)
+
+
+def build(backbone: str = "resnet50s", **options: object) -> danet.DANet:
+    torch.manual_seed(0)
+    settings = {"auxiliary": False, "multi_grid": (4, 8, 16), "align_corners": True}
+    return danet.DANet(
+        CLASSES,
+        backbone,
+        pretrained_backbone=False,
+        head_channels=16,
+        key_channels=4,
+        **{**settings, **options},
+    ).eval()
+
+
+def authors_state(model: danet.DANet) -> dict[str, Tensor]:
+    state = {}
+    for name, tensor in model.state_dict().items():
+        renamed = name
+        for pattern, theirs in AUTHORS:
+            renamed = re.sub(pattern, theirs, renamed)
+        state[renamed] = tensor
+    state["pretrained.fc.weight"] = torch.zeros(1000, 2048)
+    return state
+
+
+def saved(tmp_path: Path, content: object, **options: object) -> Path:
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet50s", "resnet50d"])
+def test_the_authors_checkpoint_with_any_stem(backbone: str, tmp_path: Path) -> None:
+    model = build(backbone)
+    path = saved(tmp_path, {"epoch": 3, "state_dict": authors_state(model)})
+    converted = convert(path, dataset_spec("camvid"))
+    assert converted.config.backbone == backbone
+    assert converted.config.multi_grid == (4, 8, 16)
+    assert converted.config.align_corners
+    assert converted.metadata.classes == dataset_spec("camvid").classes
+    images = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(converted(images).fused, model(images).fused)
+
+
+@pytest.mark.parametrize("how", ["legacy", "bare", "ddp", "safetensors", "no counters"])
+def test_however_it_was_saved(how: str, tmp_path: Path) -> None:
+    state = authors_state(build())
+    if how == "safetensors":
+        path = tmp_path / "weights.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    elif how == "legacy":
+        path = saved(tmp_path, {"state_dict": state}, _use_new_zipfile_serialization=False)
+    elif how == "ddp":
+        path = saved(tmp_path, {"state_dict": {f"module.{n}": t for n, t in state.items()}})
+    elif how == "no counters":
+        old = {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
+        path = saved(tmp_path, {"state_dict": old})
+    else:
+        path = saved(tmp_path, state)
+    assert convert(path, dataset_spec("camvid")).config.backbone == "resnet50s"
+
+
+def test_keys_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    state = authors_state(build())
+    state["head.extra.weight"] = torch.zeros(1)
+    del state["head.conv51.0.weight"]
+    state["head.conv8.1.weight"] = torch.zeros(CLASSES, 7, 1, 1)
+    with pytest.raises(UserError) as caught:
+        convert(saved(tmp_path, state), dataset_spec("camvid"))
+    message = str(caught.value)
+    assert "3 keys do not fit" in message
+    assert "head.extra.weight is not known" in message
+    assert "position_branch.refine.0.weight is missing" in message
+    assert f"is {CLASSES}x7x1x1, not {CLASSES}x16x1x1" in message
+
+
+def test_classes_must_be_known_and_fit(tmp_path: Path) -> None:
+    path = saved(tmp_path, authors_state(build()))
+    with pytest.raises(UserError, match="does not name its 11 classes; say --data NAME"):
+        convert(path)
+    other = danet.data.DatasetSpec("other", ("a", "b"))
+    with pytest.raises(UserError, match="has 11 classes, but 2 are named"):
+        convert(path, other)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conv.weight": torch.zeros(1)}, "not a DANet of"),
+        ({"state_dict": 5}, "not a DANet of"),
+        ([1, 2], "holds a list"),
+        ({"head.sa.gamma": torch.zeros(1)}, "0 blocks in the third stage"),
+        ({"decode_head.pam.gamma.scale": torch.zeros(())}, "0 blocks in the third stage"),
+    ],
+)
+def test_other_files_are_named(content: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        convert(saved(tmp_path, content))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])
+def test_damaged_files_are_named(content: bytes | None, tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": torch.zeros(100)})
+    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        convert(path)
+    with pytest.raises(UserError, match="no such file"):
+        convert(tmp_path / "nowhere.pth")
+
+
+class Trap:
+    """Pickled, it asks for a file to be made when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_nothing_in_a_checkpoint_is_executed(new_format: bool, tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    content = {"meta": Trap(sprung), "state_dict": authors_state(build())}
+    path = saved(tmp_path, content, _use_new_zipfile_serialization=new_format)
+    if new_format:
+        convert(path, dataset_spec("camvid"))
+    else:
+        with pytest.raises(UserError, match="damaged or no checkpoint"):
+            convert(path, dataset_spec("camvid"))
+    assert not sprung.exists()
+
+
+def test_foreign_objects_beside_the_weights_are_passed_over(tmp_path: Path) -> None:
+    """As mmengine's message hub: an object of a class that need not even be importable."""
+    path = saved(tmp_path, {"hub": ForeignLog([1.0]), "state_dict": authors_state(build())})
+    model = convert(path, dataset_spec("camvid"))
+    assert model.config.backbone == "resnet50s"
+    assert ForeignLog.built == 1
+
+
+class ForeignLog:
+    built = 0
+
+    def __init__(self, values: list[float]) -> None:
+        type(self).built += 1
+        self.values = values

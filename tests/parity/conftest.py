@@ -1,0 +1,21 @@
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PEER_SCRIPT = Path(__file__).with_name("peer.py")
+
+
+@pytest.fixture(scope="session")
+def peer() -> Callable[..., None]:
+    """Runs a command of peer.py in the peer's own environment."""
+    python = Path(os.environ.get("DANET_PEER_PYTHON", ".parity-venv/bin/python"))
+    if not python.exists():
+        pytest.skip(f"{python} is missing; make test-slow builds it")
+
+    def run(*arguments: object) -> None:
+        subprocess.run([str(python), str(PEER_SCRIPT), *map(str, arguments)], check=True)
+
+    return run

@@ -145,6 +145,8 @@ def test_lists() -> None:
         (("evaluate", "/nowhere"), "no such folder"),
         (("predict", "/nowhere", __file__, "--out", "/tmp/x"), "no such folder"),
         (("config", "demo", "--set", "train"), "SECTION.KEY=VALUE"),
+        (("convert", "/nowhere.pth", "--out", "/nowhere"), "no such file"),
+        (("convert", __file__, "--out", "/nowhere"), "damaged or no checkpoint"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(

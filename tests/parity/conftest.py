@@ -9,13 +9,14 @@ PEER_SCRIPT = Path(__file__).with_name("peer.py")
 
 
 @pytest.fixture(scope="session")
-def peer() -> Callable[..., None]:
-    """Runs a command of peer.py in the peer's own environment."""
+def peer() -> Callable[..., str]:
+    """Runs a command of peer.py in the peer's own environment and gives what it prints."""
     python = Path(os.environ.get("DANET_PEER_PYTHON", ".parity-venv/bin/python"))
     if not python.exists():
         pytest.skip(f"{python} is missing; make test-slow builds it")
 
-    def run(*arguments: object) -> None:
-        subprocess.run([str(python), str(PEER_SCRIPT), *map(str, arguments)], check=True)
+    def run(*arguments: object) -> str:
+        command = [str(python), str(PEER_SCRIPT), *map(str, arguments)]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     return run

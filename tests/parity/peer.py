@@ -10,6 +10,7 @@ Runs under the environment of `requirements.txt` beside this file:
 
 import argparse
 import json
+import runpy
 import sys
 import warnings
 from pathlib import Path
@@ -24,9 +25,17 @@ warnings.filterwarnings("ignore", module="mmseg")  # notices about loss defaults
 
 # ruff: noqa: E402 - the imports need the stub above
 import mmseg
+from cityscapesscripts.helpers.labels import labels as cityscapes_labels
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
-from mmseg.datasets import CityscapesDataset
+from mmseg.datasets import (
+    ADE20KDataset,
+    CityscapesDataset,
+    COCOStuffDataset,
+    PascalContextDataset,
+    PascalContextDataset59,
+    PascalVOCDataset,
+)
 from mmseg.models.decode_heads.da_head import DAHead
 from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
@@ -117,6 +126,35 @@ def run_model(args: argparse.Namespace) -> None:
     save_file({name: tensor.contiguous() for name, tensor in logits.items()}, args.out)
 
 
+def converted_ids(converter: str) -> dict[int, int]:
+    """The table of label ids to train ids in one of mmsegmentation's dataset converters."""
+    path = Path(mmseg.__file__).parent / ".mim" / "tools" / "dataset_converters" / converter
+    table: dict[int, int] = runpy.run_path(str(path))["clsID_to_trID"]
+    return table
+
+
+def list_tables(args: argparse.Namespace) -> None:
+    """Print the classes, colours and label ids of the datasets as one JSON object."""
+    datasets = {
+        "cityscapes": CityscapesDataset,
+        "ade20k": ADE20KDataset,
+        "voc": PascalVOCDataset,
+        "pascal_context": PascalContextDataset,
+        "pascal_context_59": PascalContextDataset59,
+        "coco_stuff": COCOStuffDataset,
+    }
+    tables = {
+        "specs": {
+            name: {"classes": dataset.METAINFO["classes"], "palette": dataset.METAINFO["palette"]}
+            for name, dataset in datasets.items()
+        },
+        "coco_stuff_164k": converted_ids("coco_stuff164k.py"),
+        "coco_stuff_10k": converted_ids("coco_stuff10k.py"),
+        "cityscapes": {label.id: label.trainId for label in cityscapes_labels if label.id >= 0},
+    }
+    json.dump(tables, sys.stdout)
+
+
 def parse_args() -> argparse.Namespace:
     """Parse the subcommand and the sizes of the head."""
     sizes = argparse.ArgumentParser(add_help=False)
@@ -137,6 +175,9 @@ def parse_args() -> argparse.Namespace:
     head.add_argument("--out", type=Path, required=True, help="gets 'fused', 'position', 'channel'")
     head.add_argument("--train", action="store_true", help="batch statistics in BatchNorm")
     head.set_defaults(command=run_head)
+
+    tables = commands.add_parser("tables", help="list the datasets' classes and label ids")
+    tables.set_defaults(command=list_tables)
 
     model = commands.add_parser("model", help="run the whole network on given images")
     model.add_argument("--depth", type=int, choices=[50, 101], default=50)

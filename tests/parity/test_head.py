@@ -65,7 +65,7 @@ def test_all_three_logits_are_the_peers(
     dtype: torch.dtype,
     tolerance: float,
     training: bool,
-    peer: Callable[..., None],
+    peer: Callable[..., str],
     tmp_path: Path,
 ) -> None:
     head = randomized_head(dtype).train(training)

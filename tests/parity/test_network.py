@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("depth", [50, 101])
 def test_converted_weights_give_the_peers_logits(
-    depth: int, peer: Callable[..., None], tmp_path: Path
+    depth: int, peer: Callable[..., str], tmp_path: Path
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, 97, 161, generator=generator)

@@ -1,6 +1,6 @@
 """Datasets that are pairs of image and label files on disk."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,38 +54,105 @@ def list_images(folder: Path) -> list[Path]:
     )
 
 
-def pair_by_stem(image_folder: Path, label_folder: Path) -> list[FilePair]:
-    """Pairs `image_folder/STEM.*` with `label_folder/STEM.*`.
+def find_folder(root: Path, *candidates: str) -> Path:
+    """The first of the candidates, relative to the root, that is a folder.
+
+    Raises:
+        UserError: none is.
+    """
+    for candidate in candidates:
+        if (root / candidate).is_dir():
+            return root / candidate
+    raise UserError(f"{root} holds none of {', '.join(candidates)}; check data.root")
+
+
+def read_names(listing: Path) -> list[str]:
+    """The names in a split's list, one a line, in its order.
+
+    Raises:
+        UserError: it is missing or no text.
+    """
+    try:
+        return listing.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{listing}: cannot be read as the split's list ({error})") from error
+
+
+def pair_by_stem(image_folder: Path, label_folder: Path, label_suffix: str = "") -> list[FilePair]:
+    """Pairs `image_folder/STEM.*` with `label_folder/STEM{label_suffix}.*`.
 
     Raises:
         UserError: a folder is missing or empty, an image has no label, or two share a stem.
     """
-    images, labels = list_images(image_folder), list_images(label_folder)
-    label_of = {path.stem: path for path in labels}
+    images = _by_stem(image_folder)
     if not images:
         raise UserError(f"{image_folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    stems = {path.stem for path in images}
-    for paths, folder in ((images, image_folder), (labels, label_folder)):
-        if len({path.stem for path in paths}) < len(paths):
-            raise UserError(f"{folder}: two files share a name but for the suffix; remove one")
-    without_label = sorted(stems - label_of.keys())
-    if without_label:
+    labels = {
+        stem.removesuffix(label_suffix): path
+        for stem, path in _by_stem(label_folder).items()
+        if stem.endswith(label_suffix)
+    }
+    return pair_up(images, labels, label_folder)
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    paths = list_images(folder)
+    by_stem = {path.stem: path for path in paths}
+    if len(by_stem) < len(paths):
+        raise UserError(f"{folder}: two files share a name but for the suffix; remove one")
+    return by_stem
+
+
+def pair_up(
+    images: Mapping[str, Path], labels: Mapping[str, Path], label_folder: Path
+) -> list[FilePair]:
+    """Pairs each image with the label of the same name, in the images' order.
+
+    Args:
+        label_folder: where the labels were looked for, for the message.
+
+    Raises:
+        UserError: an image has no label.
+    """
+    without = [name for name in images if name not in labels]
+    if without:
         raise UserError(
-            f"{image_folder}: {len(without_label)} images have no label in {label_folder}, "
-            f"first {without_label[0]}; add the labels or remove the images"
+            f"{label_folder}: {len(without)} of {len(images)} images have no label here, "
+            f"first {without[0]}; add the labels or remove the images"
         )
-    return [FilePair(path, label_of[path.stem], path.stem) for path in images]
+    return [FilePair(path, labels[name], name) for name, path in images.items()]
+
+
+def existing(folder: Path, names: Sequence[str], suffix: str) -> dict[str, Path]:
+    """The paths of those names that are files `NAME{suffix}` in the folder."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {name: folder / (name + suffix) for name in names if name + suffix in there}
+
+
+def require_all(found: Mapping[str, Path], names: Sequence[str], folder: Path) -> None:
+    """Raises a UserError unless every name was found."""
+    missing = [name for name in names if name not in found]
+    if missing or not names:
+        raise UserError(
+            f"{folder}: {len(missing)} of the split's {len(names)} images are missing"
+            + (f", first {missing[0]}" if missing else "")
+        )
 
 
 class PairedFiles:
     """Reads each pair when it is asked for."""
 
     def __init__(
-        self, spec: DatasetSpec, pairs: Sequence[FilePair], ids_to_train_ids: LabelMap
+        self,
+        spec: DatasetSpec,
+        pairs: Sequence[FilePair],
+        ids_to_train_ids: LabelMap,
+        read_label: Callable[[Path], npt.NDArray[np.uint8]] = open_label,
     ) -> None:
         self.spec = spec
         self.pairs = list(pairs)
         self._ids_to_train_ids = ids_to_train_ids
+        self._read_label = read_label
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -96,7 +163,7 @@ class PairedFiles:
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
         image = open_image(pair.image)
-        file_ids = open_label(pair.label)
+        file_ids = self._read_label(pair.label)
         if image.size != file_ids.shape[::-1]:
             height, width = file_ids.shape
             raise UserError(

@@ -1,4 +1,5 @@
-"""One module per dataset. Each has `SPLITS`, `spec(root)` and `open_split(root, split)`.
+"""One module per dataset. Each has `SPLITS`, `spec(root)` and `open_split(root, split)`, and
+`COUNTS`, the official number of pictures of each split, where there is one.
 
 A new dataset is a new module here; it is found by its file name.
 """

@@ -1,0 +1,47 @@
+"""Cityscapes, fine annotations, 19 classes: 2975 / 500 / 1525 pictures of 2048x1024.
+
+Layout: `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
+`gtFine/SPLIT/CITY/*_gtFine_labelIds.png` (ids 0..33) or `*_gtFine_labelTrainIds.png`. The labels of
+the test split in the official archive are all void.
+"""
+
+from pathlib import Path
+
+from danet.data.classes import read_spec
+from danet.data.files import PairedFiles, find_folder, label_map, pair_up, require_root
+from danet.data.spec import DatasetSpec
+from danet.errors import UserError
+
+SPLITS = ("train", "val", "test")
+COUNTS = {"train": 2975, "val": 500, "test": 1525}
+SPEC = read_spec("cityscapes")
+LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+"""The label id of each train id, in their order; the other ids 0..33 are ignored."""
+
+_IMAGE, _IDS, _TRAIN_IDS = "_leftImg8bit.png", "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
+
+
+def spec(root: Path | None) -> DatasetSpec:
+    return SPEC
+
+
+def open_split(root: Path | None, split: str) -> PairedFiles:
+    folder = require_root(SPEC.name, root)
+    image_folder = find_folder(folder, f"leftImg8bit/{split}")
+    label_folder = find_folder(folder, f"gtFine/{split}")
+    images = _by_name(image_folder, _IMAGE)
+    if not images:
+        raise UserError(f"{image_folder} holds no CITY/*{_IMAGE}")
+    train_ids = _by_name(label_folder, _TRAIN_IDS)
+    if train_ids.keys() >= images.keys():
+        identity = label_map({i: i for i in range(SPEC.num_classes)})
+        return PairedFiles(SPEC, pair_up(images, train_ids, label_folder), identity)
+    pairs = pair_up(images, _by_name(label_folder, _IDS), label_folder)
+    ignored = dict.fromkeys(range(34), SPEC.ignore_index)
+    mapped = {label_id: train_id for train_id, label_id in enumerate(LABEL_IDS)}
+    return PairedFiles(SPEC, pairs, label_map({**ignored, **mapped}))
+
+
+def _by_name(folder: Path, suffix: str) -> dict[str, Path]:
+    paths = sorted(folder.glob(f"*/*{suffix}"))
+    return {path.name.removesuffix(suffix): path for path in paths}

@@ -1,0 +1,89 @@
+"""COCO-Stuff, 171 classes: 10k (9000 / 1000 pictures) or 164k (118287 / 5000), told by the layout.
+
+10k: `images/*.jpg`, `annotations/*.mat` (ids 1..182 with gaps, 0 ignored) and
+`imageLists/{train,test}.txt` as in the official archive, or `{images,annotations}/{train,test}2014`
+with `*_labelTrainIds.png` (ids 1..171, 0 ignored) as mmsegmentation's converter writes them.
+
+164k: `{train,val}2017` or `images/{train,val}2017`, and the pixel maps (ids 0..181 with gaps, 255
+ignored) in `annotations/`, `stuffthingmaps/` or `annotations/stuffthingmaps/`; or the converter's
+`*_labelTrainIds.png` (ids 0..170).
+"""
+
+from pathlib import Path
+
+from danet.data.classes import read_spec
+from danet.data.files import (
+    PairedFiles,
+    existing,
+    find_folder,
+    label_map,
+    pair_by_stem,
+    pair_up,
+    read_names,
+    require_all,
+    require_root,
+)
+from danet.data.mat import open_coco_stuff_label
+from danet.data.spec import DatasetSpec
+
+SPLITS = ("train", "val")
+COUNTS_10K = {"train": 9000, "val": 1000}
+COUNTS_164K = {"train": 118_287, "val": 5000}
+SPEC = read_spec("coco_stuff")
+UNUSED_IDS = frozenset({11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})
+"""Ids 0..181 of the 164k pixel maps that no pixel has."""
+
+_TRAIN_IDS = "_labelTrainIds"
+_FOLDERS_10K = {"train": "train2014", "val": "test2014"}
+_LISTS_10K = {"train": "train.txt", "val": "test.txt"}
+
+
+def spec(root: Path | None) -> DatasetSpec:
+    return SPEC
+
+
+def pixel_map_ids() -> dict[int, int]:
+    """The train id of each id in the 164k pixel maps; the .mat files' ids are larger by one."""
+    used = [i for i in range(182) if i not in UNUSED_IDS]
+    return {file_id: train_id for train_id, file_id in enumerate(used)}
+
+
+def open_split(root: Path | None, split: str) -> PairedFiles:
+    folder = require_root(SPEC.name, root)
+    if (folder / "imageLists").is_dir():
+        return _open_10k_archive(folder, split)
+    if (folder / "images" / _FOLDERS_10K[split]).is_dir():
+        return _open_10k_converted(folder, split)
+    return _open_164k(folder, split)
+
+
+def _open_10k_archive(root: Path, split: str) -> PairedFiles:
+    names = read_names(root / "imageLists" / _LISTS_10K[split])
+    images = existing(root / "images", names, ".jpg")
+    require_all(images, names, root / "images")
+    labels = existing(root / "annotations", names, ".mat")
+    shifted = {file_id + 1: train_id for file_id, train_id in pixel_map_ids().items()}
+    ids = label_map({0: SPEC.ignore_index, **shifted})
+    pairs = pair_up(images, labels, root / "annotations")
+    return PairedFiles(SPEC, pairs, ids, open_coco_stuff_label)
+
+
+def _open_10k_converted(root: Path, split: str) -> PairedFiles:
+    name = _FOLDERS_10K[split]
+    pairs = pair_by_stem(root / "images" / name, root / "annotations" / name, _TRAIN_IDS)
+    ids = {i + 1: i for i in range(SPEC.num_classes)}
+    return PairedFiles(SPEC, pairs, label_map({0: SPEC.ignore_index, **ids}))
+
+
+def _open_164k(root: Path, split: str) -> PairedFiles:
+    name = f"{split}2017"
+    images = find_folder(root, f"images/{name}", name)
+    labels = find_folder(
+        root,
+        *(f"{folder}/{name}" for folder in ("annotations", "stuffthingmaps")),
+        f"annotations/stuffthingmaps/{name}",
+    )
+    if next(labels.glob(f"*{_TRAIN_IDS}.png"), None) is not None:
+        identity = label_map({i: i for i in range(SPEC.num_classes)})
+        return PairedFiles(SPEC, pair_by_stem(images, labels, _TRAIN_IDS), identity)
+    return PairedFiles(SPEC, pair_by_stem(images, labels), label_map(pixel_map_ids()))

@@ -1,0 +1,90 @@
+"""PASCAL VOC 2012, 21 classes: 1464 / 1449 pictures, 10582 with SBD's annotations.
+
+Layout: `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}`. Split `train_aug`
+is VOC's training images and all of SBD's that VOC does not validate on. SBD's labels are read from
+`SegmentationClassAug/*.png` in VOC2012, or from SBD's own `cls/*.mat` in
+`benchmark_RELEASE/dataset` or `VOCaug/dataset`. Images of VOC's own list keep VOC's labels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from danet.data.classes import read_spec
+from danet.data.files import (
+    PairedFiles,
+    existing,
+    find_folder,
+    label_map,
+    pair_up,
+    read_names,
+    require_all,
+    require_root,
+)
+from danet.data.images import open_label
+from danet.data.mat import open_sbd_label
+from danet.data.spec import DatasetSpec
+from danet.errors import UserError
+
+SPLITS = ("train", "val", "train_aug")
+COUNTS = {"train": 1464, "val": 1449, "train_aug": 10_582}
+SPEC = read_spec("voc")
+_AUGMENTED = "SegmentationClassAug"
+_SBD = (
+    "benchmark_RELEASE/dataset",
+    "../benchmark_RELEASE/dataset",
+    "VOCaug/dataset",
+    "../VOCaug/dataset",
+    "VOCdevkit/VOCaug/dataset",
+    "dataset",
+)
+
+
+def spec(root: Path | None) -> DatasetSpec:
+    return SPEC
+
+
+def open_split(root: Path | None, split: str) -> PairedFiles:
+    folder = require_root(SPEC.name, root)
+    voc = find_folder(folder, "VOCdevkit/VOC2012", "VOC2012", ".")
+    names = read_names(_listing(voc, "val" if split == "val" else "train"))
+    labels = existing(voc / "SegmentationClass", names, ".png")
+    label_folder = voc / "SegmentationClass"
+    if split == "train_aug":
+        label_folder, added = _added_labels(folder, voc)
+        labels = {**added, **labels}
+        names = [*names, *(name for name in added if name not in set(names))]
+    images = existing(voc / "JPEGImages", names, ".jpg")
+    require_all(images, names, voc / "JPEGImages")
+    train_ids = label_map({i: i for i in range(SPEC.num_classes)})
+    return PairedFiles(SPEC, pair_up(images, labels, label_folder), train_ids, _open_any_label)
+
+
+def _listing(voc: Path, split: str) -> Path:
+    return voc / "ImageSets" / "Segmentation" / f"{split}.txt"
+
+
+def _added_labels(root: Path, voc: Path) -> tuple[Path, dict[str, Path]]:
+    """Where SBD's labels lie, and the label of every image that VOC does not validate on."""
+    validated = set(read_names(_listing(voc, "val")))
+    if (voc / _AUGMENTED).is_dir():
+        folder = voc / _AUGMENTED
+        paths = {path.stem: path for path in sorted(folder.glob("*.png"))}
+    else:
+        try:
+            sbd = find_folder(root, *_SBD)
+        except UserError as error:
+            raise UserError(
+                f"{voc}: split train_aug needs SBD's labels; put {_AUGMENTED}/*.png here, or SBD's "
+                f"benchmark_RELEASE in {root}"
+            ) from error
+        folder = sbd / "cls"
+        names = [*read_names(sbd / "train.txt"), *read_names(sbd / "val.txt")]
+        paths = existing(folder, names, ".mat")
+        require_all(paths, names, folder)
+    return folder, {name: path for name, path in paths.items() if name not in validated}
+
+
+def _open_any_label(path: Path) -> npt.NDArray[np.uint8]:
+    return open_sbd_label(path) if path.suffix == ".mat" else open_label(path)

@@ -1,16 +1,18 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
-from danet.config import RunConfig, load_recipe, recipe_names, recipe_title
+from danet.config import RunConfig, load_recipe, recipe_header, recipe_names
 from danet.errors import UserError
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_resolves_and_has_a_header(name: str) -> None:
     assert isinstance(load_recipe(name), RunConfig)
-    assert recipe_title(name)
+    header = recipe_header(name)
+    assert header.title
+    assert header.published
+    assert header.measured
 
 
 def test_resolved_yaml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
@@ -80,16 +82,36 @@ def test_binary_file_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r.yaml")
 
 
-def test_every_field_says_what_it_is_or_is_a_published_name() -> None:
-    """The docs are made from these descriptions, and nobody should have to read the code."""
-    schema = RunConfig.model_json_schema()
-    assert yaml.safe_dump(schema)
-    described = {
-        name
-        for section in schema["$defs"].values()
-        for name, field in section["properties"].items()
-        if "description" in field
-    }
-    assert {"crop_size", "scale_range", "batch_size", "ema_decay", "ratios"} <= described | {
-        "crop_size"
-    }
+def test_the_published_protocols() -> None:
+    """FACTS 2 and 3, for one recipe of each kind."""
+    config = load_recipe("cityscapes_r101_769x769_80k")
+    assert config.model.backbone == "resnet101c"
+    assert config.model.align_corners
+    assert config.data.base_size == (2049, 1025)
+    assert config.data.crop_size == (769, 769)
+    assert (config.train.steps, config.train.batch_size) == (80_000, 8)
+    assert (config.test.mode, config.test.window, config.test.stride) == (
+        "slide",
+        (769, 769),
+        (513, 513),
+    )
+    wide = load_recipe("cityscapes_r50_512x1024_40k")
+    assert wide.data.crop_size == (1024, 512)
+    assert wide.model.backbone == "resnet50c"
+    assert (wide.train.lr, wide.train.lr_min, wide.train.weight_decay) == (0.01, 1e-4, 5e-4)
+    voc = load_recipe("voc_r50_512x512_20k")
+    assert (voc.data.train_split, voc.train.batch_size) == ("train_aug", 16)
+    assert voc.test.scale == (2048, 512)
+    authors = load_recipe("cityscapes_r101_authors")
+    assert authors.model.multi_grid == (4, 8, 16)
+    assert (authors.train.lr, authors.train.head_lr_factor) == (0.003, 10)
+    plain = load_recipe("paper_cityscapes_r50_fcn")
+    assert not plain.model.position
+    assert not plain.model.channel
+    assert plain.model.multi_grid is None
+
+
+def test_bases_are_not_offered_but_can_be_extended(tmp_path: Path) -> None:
+    assert not any(name.startswith("_") for name in recipe_names())
+    (tmp_path / "mine.yaml").write_text("extends: _ade20k_512x512\n")
+    assert load_recipe(tmp_path / "mine.yaml").data.name == "ade20k"

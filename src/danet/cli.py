@@ -189,22 +189,16 @@ def convert(
 
 @app.command()
 def recipes() -> None:
-    """List the built-in recipes."""
+    """List the built-in recipes with their published and measured scores."""
     from rich.console import Console
     from rich.table import Table
 
-    from danet.config import load_recipe, recipe_names, recipe_title
+    from danet.config import recipe_header, recipe_names
 
-    table = Table("recipe", "dataset", "backbone", "steps", "what it is", box=None)
+    table = Table("recipe", "what it is", "published", "measured", box=None)
+    table.columns[0].no_wrap = True
     for name in recipe_names():
-        config = load_recipe(name)
-        table.add_row(
-            name,
-            config.data.name,
-            config.model.backbone,
-            str(config.train.steps),
-            recipe_title(name),
-        )
+        table.add_row(name, *recipe_header(name))
     Console().print(table)
 
 

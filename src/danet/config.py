@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -173,15 +173,29 @@ class RunConfig(Section):
 
 
 def recipe_names() -> tuple[str, ...]:
-    """The built-in recipes."""
+    """The built-in recipes to train by; bases that others extend begin with an underscore."""
+    return tuple(name for name in _built_in() if not name.startswith("_"))
+
+
+def _built_in() -> tuple[str, ...]:
     folder = resources.files("danet.recipes")
     return tuple(sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml")))
 
 
-def recipe_title(name: str) -> str:
-    """The first comment line of a built-in recipe."""
+class RecipeHeader(NamedTuple):
+    """What a built-in recipe says of itself in its comments."""
+
+    title: str
+    published: str
+    measured: str
+
+
+def recipe_header(name: str) -> RecipeHeader:
+    """Reads the header of a built-in recipe."""
     text = resources.files("danet.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return text.partition("\n")[0].lstrip("# ")
+    comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+    facts = dict(line.split(": ", 1) for line in comments[1:] if ": " in line)
+    return RecipeHeader(comments[0], facts["published"].strip(), facts["measured"].strip())
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -236,7 +250,7 @@ def _keys(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 
 def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
-    if recipe in recipe_names():
+    if recipe in _built_in():
         where = recipe
         text = resources.files("danet.recipes").joinpath(f"{recipe}.yaml").read_text("utf-8")
     else:

@@ -21,6 +21,19 @@ def dataset_names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(catalog.__path__)))
 
 
+def splits_of(name: str, root: Path | str | None = None) -> dict[str, int | None]:
+    """The splits of a dataset, each with its official number of pictures or None.
+
+    Args:
+        root: tells versions of a dataset apart, where it has several.
+    """
+    module = _module(name)
+    counts = getattr(module, "COUNTS", {})
+    if callable(counts):
+        counts = counts(None if root is None else Path(root))
+    return {split: counts.get(split) for split in module.SPLITS}
+
+
 def dataset_spec(name: str, root: Path | str | None = None) -> DatasetSpec:
     """The classes of a dataset.
 

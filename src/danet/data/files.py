@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from danet.data.images import IMAGE_SUFFIXES, open_image, open_label
 from danet.data.spec import IGNORE_INDEX, DatasetSpec, Sample
@@ -152,7 +153,7 @@ class PairedFiles:
         self.spec = spec
         self.pairs = list(pairs)
         self._ids_to_train_ids = ids_to_train_ids
-        self._read_label = read_label
+        self.read_label = read_label
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -163,18 +164,30 @@ class PairedFiles:
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
         image = open_image(pair.image)
-        file_ids = self._read_label(pair.label)
+        file_ids = self.read_label(pair.label)
+        self.require_same_size(pair, image, file_ids)
+        return Sample(image, self.to_train_ids(pair, file_ids), pair.name)
+
+    def require_same_size(
+        self, pair: FilePair, image: Image.Image, file_ids: npt.NDArray[np.uint8]
+    ) -> None:
+        """Raises a UserError unless label and image have the same size."""
         if image.size != file_ids.shape[::-1]:
             height, width = file_ids.shape
             raise UserError(
                 f"{pair.label} is {width}x{height} but its image {pair.image.name} is "
                 f"{image.width}x{image.height}; make them the same size"
             )
-        label = self._ids_to_train_ids[file_ids]
+
+    def to_train_ids(
+        self, pair: FilePair, file_ids: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.uint8]:
+        """Maps a label file's ids; raises a UserError for one that the dataset does not define."""
+        label: npt.NDArray[np.uint8] = self._ids_to_train_ids[file_ids]
         if (label == UNMAPPED).any():
             unknown = np.unique(file_ids[label == UNMAPPED]).tolist()
             raise UserError(
                 f"{pair.label} holds label ids {unknown[:5]} that {self.spec.name} does not "
                 f"define; it has {self.spec.num_classes} classes, and 255 is ignored"
             )
-        return Sample(image, label, pair.name)
+        return label

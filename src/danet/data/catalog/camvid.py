@@ -9,6 +9,7 @@ from danet.data.files import PairedFiles, label_map, pair_by_stem, require_root
 from danet.data.spec import DatasetSpec
 
 SPLITS = ("train", "val", "test")
+COUNTS = {"train": 367, "val": 101, "test": 233}
 VOID_ID = 11
 
 SPEC = DatasetSpec(

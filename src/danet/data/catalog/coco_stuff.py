@@ -27,8 +27,6 @@ from danet.data.mat import open_coco_stuff_label
 from danet.data.spec import DatasetSpec
 
 SPLITS = ("train", "val")
-COUNTS_10K = {"train": 9000, "val": 1000}
-COUNTS_164K = {"train": 118_287, "val": 5000}
 SPEC = read_spec("coco_stuff")
 UNUSED_IDS = frozenset({11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})
 """Ids 0..181 of the 164k pixel maps that no pixel has."""
@@ -42,6 +40,13 @@ def spec(root: Path | None) -> DatasetSpec:
     return SPEC
 
 
+def COUNTS(root: Path | None) -> dict[str, int]:  # noqa: N802 - the catalog's name for it
+    """Of the version whose layout the root has."""
+    if root is not None and (_is_10k_archive(root) or _is_10k_converted(root, "train")):
+        return {"train": 9000, "val": 1000}
+    return {"train": 118_287, "val": 5000}
+
+
 def pixel_map_ids() -> dict[int, int]:
     """The train id of each id in the 164k pixel maps; the .mat files' ids are larger by one."""
     used = [i for i in range(182) if i not in UNUSED_IDS]
@@ -50,11 +55,19 @@ def pixel_map_ids() -> dict[int, int]:
 
 def open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
-    if (folder / "imageLists").is_dir():
+    if _is_10k_archive(folder):
         return _open_10k_archive(folder, split)
-    if (folder / "images" / _FOLDERS_10K[split]).is_dir():
+    if _is_10k_converted(folder, split):
         return _open_10k_converted(folder, split)
     return _open_164k(folder, split)
+
+
+def _is_10k_archive(root: Path) -> bool:
+    return (root / "imageLists").is_dir()
+
+
+def _is_10k_converted(root: Path, split: str) -> bool:
+    return (root / "images" / _FOLDERS_10K[split]).is_dir()
 
 
 def _open_10k_archive(root: Path, split: str) -> PairedFiles:

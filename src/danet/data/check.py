@@ -1,0 +1,91 @@
+"""Looking over a dataset before hours are spent on it."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from danet.data.files import FilePair, PairedFiles
+from danet.data.images import open_image
+from danet.data.spec import SegmentationDataset
+from danet.errors import UserError
+
+FILES_SHOWN = 3
+
+
+class Finding(NamedTuple):
+    """What is wrong with one file; `kind` is the same for all files with the same problem."""
+
+    kind: str
+    message: str
+
+
+class SplitCheck(NamedTuple):
+    """What was found in one split.
+
+    Attributes:
+        findings: everything that training or evaluation would fail on.
+        pixels: K + 1 counts of pixels by train id, the ignored ones last.
+    """
+
+    findings: list[Finding]
+    pixels: npt.NDArray[np.int64]
+
+
+def check_pictures(
+    dataset: SegmentationDataset, on_picture: Callable[[], None] = lambda: None
+) -> SplitCheck:
+    """Reads every image and label of a split; generated data has none that could be wrong.
+
+    Args:
+        on_picture: called after each picture.
+    """
+    pixels = np.zeros(dataset.spec.num_classes + 1, np.int64)
+    findings: list[Finding] = []
+    if isinstance(dataset, PairedFiles):
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            outcomes = threads.map(lambda pair: _check_pair(dataset, pair), dataset.pairs)
+            for outcome in outcomes:
+                if isinstance(outcome, Finding):
+                    findings.append(outcome)
+                else:
+                    pixels += outcome
+                on_picture()
+    return SplitCheck(findings, pixels)
+
+
+def _check_pair(dataset: PairedFiles, pair: FilePair) -> Finding | npt.NDArray[np.int64]:
+    try:
+        image = open_image(pair.image)
+    except UserError as error:
+        return Finding("unreadable images", str(error))
+    try:
+        file_ids = dataset.read_label(pair.label)
+    except UserError as error:
+        return Finding("unreadable labels", str(error))
+    try:
+        dataset.require_same_size(pair, image, file_ids)
+    except UserError as error:
+        return Finding("images and labels of different size", str(error))
+    try:
+        label = dataset.to_train_ids(pair, file_ids)
+    except UserError as error:
+        return Finding("label ids out of range", str(error))
+    counts = np.bincount(label.ravel(), minlength=256)
+    return np.append(counts[: dataset.spec.num_classes], counts[dataset.spec.ignore_index])
+
+
+def summarize(findings: list[Finding]) -> list[str]:
+    """One line for each kind of problem, with how many files have it and the first few."""
+    by_kind: dict[str, list[str]] = {}
+    for finding in findings:
+        by_kind.setdefault(finding.kind, []).append(finding.message)
+    lines = []
+    for kind, messages in by_kind.items():
+        shown = "; ".join(messages[:FILES_SHOWN])
+        more = f"; and {len(messages) - FILES_SHOWN} more" if len(messages) > FILES_SHOWN else ""
+        lines.append(f"{kind}: {len(messages)}: {shown}{more}")
+    return lines

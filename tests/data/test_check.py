@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from danet.cli import app
+from danet.data import open_dataset, splits_of
+from danet.data.check import check_pictures, summarize
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Five good pairs, and one of every kind of fault, in a user's folder."""
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    for kind in ("images", "labels"):
+        for split in ("train", "val"):
+            (tmp_path / kind / split).mkdir(parents=True)
+    for index in range(9):
+        Image.new("RGB", (4, 2)).save(tmp_path / f"images/train/{index}.png")
+        ids = np.array([[0, 1, 1, 255], [0, 0, 0, 255]], np.uint8)
+        Image.fromarray(ids).save(tmp_path / f"labels/train/{index}.png")
+    (tmp_path / "images/train/1.png").write_text("no image")
+    (tmp_path / "labels/train/3.png").write_text("no label")
+    Image.new("RGB", (5, 2)).save(tmp_path / "images/train/5.png")
+    Image.new("L", (4, 2), 7).save(tmp_path / "labels/train/7.png")
+    Image.new("RGB", (4, 2)).save(tmp_path / "images/val/x.png")
+    Image.new("L", (4, 2), 1).save(tmp_path / "labels/val/x.png")
+    return tmp_path
+
+
+def test_every_kind_of_fault_is_found_and_the_rest_is_counted(root: Path) -> None:
+    seen = []
+    check = check_pictures(open_dataset("folder", root), lambda: seen.append(1))
+    assert len(seen) == 9
+    assert [finding.kind for finding in check.findings] == [
+        "unreadable images",
+        "unreadable labels",
+        "images and labels of different size",
+        "label ids out of range",
+    ]
+    assert check.pixels.tolist() == [5 * 4, 5 * 2, 5 * 2]
+
+
+def test_one_line_for_each_kind(root: Path) -> None:
+    for index in range(9):
+        (root / f"images/train/{index}.png").write_text("no image")
+    lines = summarize(check_pictures(open_dataset("folder", root)).findings)
+    assert len(lines) == 1
+    assert lines[0].startswith("unreadable images: 9: ")
+    assert lines[0].endswith("; and 6 more")
+
+
+def check(root: Path, name: str = "folder") -> tuple[int, str, list[str]]:
+    result = CliRunner().invoke(app, ["data", "check", name, str(root)])
+    return result.exit_code, result.stdout, result.stderr.splitlines()
+
+
+def test_the_command(root: Path) -> None:
+    status, printed, complaints = check(root)
+    assert status == 2
+    assert "train: 9 pictures" in printed
+    errors = [line for line in complaints if line.startswith("error: train: ")]
+    assert len(errors) == 4
+    assert any(line.startswith("note: test: ") for line in complaints)
+
+
+def test_the_command_on_sound_data(root: Path) -> None:
+    for index in (1, 3, 5, 7):
+        for kind in ("images", "labels"):
+            (root / f"{kind}/train/{index}.png").unlink()
+    status, printed, complaints = check(root)
+    assert status == 0
+    assert "train: 5 pictures\n" in printed
+    assert not [line for line in complaints if line.startswith("error")]
+    assert "0.5000" in printed
+
+
+def test_a_missing_training_split_fails(root: Path) -> None:
+    (root / "images/train").rename(root / "images/other")
+    status, _, complaints = check(root)
+    assert status == 2
+    assert any("images/train is not a folder" in line for line in complaints)
+
+
+def test_official_counts(tmp_path: Path) -> None:
+    assert splits_of("cityscapes") == {"train": 2975, "val": 500, "test": 1525}
+    assert splits_of("folder") == {"train": None, "val": None, "test": None}
+    assert splits_of("coco_stuff", tmp_path)["val"] == 5000
+    (tmp_path / "imageLists").mkdir()
+    assert splits_of("coco_stuff", tmp_path)["val"] == 1000

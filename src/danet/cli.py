@@ -70,12 +70,17 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write an HTML report with pictures.")
     ] = None,
+    submission: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write label files as the dataset's server takes them."),
+    ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
     """Score a model on a dataset by the published protocol."""
     from danet.data import open_dataset
     from danet.evaluation import evaluate as evaluation
+    from danet.evaluation.submission import submission_writer
     from danet.predict import Predictor
     from danet.progress import ProgressReport
     from danet.training.checkpoint import RunFolder
@@ -86,6 +91,7 @@ def evaluate(
     run = RunFolder(Path(model))
     name, folder = _dataset_of(predictor.model.metadata.dataset, run, data, root)
     dataset = open_dataset(name, folder, split)
+    write = None if submission is None else submission_writer(name, submission)
     wanted = evaluation.available_branches(predictor.model) if branches else ("fused",)
     with ProgressReport(f"evaluate {name} {split}", len(dataset)) as progress:
         result = evaluation.evaluate(
@@ -95,6 +101,7 @@ def evaluate(
             precision=precision,
             branches=wanted,
             on_picture=progress.advance,
+            write_prediction=write,
         )
     _print_scores(result)
     if json_file is not None:

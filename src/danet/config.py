@@ -115,6 +115,13 @@ class TrainConfig(Section):
     auxiliary_loss_weight: float = Field(0.4, ge=0)
     loss_divisor: Literal["all", "valid"] = "all"
     """Mean over all pixels, as mmsegmentation, or over labelled pixels only, as the authors."""
+    class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """Factors of the loss, one a class in the order of their ids."""
+    hard_example_threshold: float | None = Field(None, gt=0, lt=1)
+    """Online hard example mining: leave out pixels whose true class has at least this probability;
+    none: keep all. The published value is 0.7."""
+    hard_example_min_kept: int = Field(100_000, ge=1)
+    """But keep at least so many pixels per picture of the batch, the hardest."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Average the weights with this decay per step, and keep the average as the model."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -145,8 +152,14 @@ class TestConfig(Section):
     window: Size = (512, 512)
     stride: Size = (341, 341)
     """Steps between sliding windows, right and down."""
+    window_border: Literal["shift", "pad"] = "shift"
+    """Windows that would reach over the border: shifted back to end there, as mmsegmentation does,
+    or kept and filled up with black, as the authors do."""
     ratios: tuple[Annotated[float, Field(gt=0, le=16)], ...] = Field((1.0,), min_length=1)
-    """Factors of the test scale whose softmax scores are averaged."""
+    """Factors whose softmax scores are averaged."""
+    ratios_of: Literal["scale", "image"] = "scale"
+    """What they are factors of: the test scale, as in mmsegmentation 0.x and the published scores,
+    or the picture's own size, as in 1.x."""
     flip: bool = False
     """Average with the mirrored picture's scores too."""
     batch_size: int = Field(4, ge=1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import danet
 from danet.config import TestConfig
-from danet.evaluation.inference import predict_classes, predict_probabilities
+from danet.evaluation.inference import _views, predict_classes, predict_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,41 @@ def test_one_pixel(model: danet.DANet) -> None:
     pixel = torch.zeros(3, 1, 1, dtype=torch.uint8)
     test = TestConfig(mode="slide", ratios=(0.5, 1.75), flip=True)
     assert predict_classes(model, pixel, test).shape == (1, 1, 1)
+
+
+def test_windows_over_the_border_are_filled_with_black(model: danet.DANet, image: Tensor) -> None:
+    """The authors' form: one grid, and pixels of value 0 beyond the picture."""
+    total, count = torch.zeros(4, 50, 70), torch.zeros(50, 70)
+    with torch.inference_mode():
+        for top in (0, 24):
+            for left in (0, 24, 48):
+                window = torch.zeros(3, 32, 32, dtype=torch.uint8)
+                part = image[:, top : top + 32, left : left + 32]
+                height, width = part.shape[1:]
+                window[:, :height, :width] = part
+                logits = plain_logits(model, window)[:, :height, :width]
+                total[:, top : top + 32, left : left + 32] += logits
+                count[top : top + 32, left : left + 32] += 1
+        expected = (total / count).softmax(0)
+        test = TestConfig(mode="slide", window=(32, 32), stride=(24, 24), window_border="pad")
+        actual = predict_probabilities(model, image, test)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_window_larger_than_the_picture_is_padded(model: danet.DANet, image: Tensor) -> None:
+    test = TestConfig(mode="slide", window=(96, 64), stride=(64, 64), window_border="pad")
+    padded = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    padded[:, :50, :70] = image
+    with torch.inference_mode():
+        expected = plain_logits(model, padded)[:, :50, :70].softmax(0)
+        actual = predict_probabilities(model, image, test)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_ratios_of_the_scale_or_of_the_image(image: Tensor) -> None:
+    def sizes(**options: object) -> list[tuple[int, int]]:
+        test = TestConfig(scale=(140, 200), ratios=(0.5, 1.5), **options)
+        return [size for size, _ in _views(image, test)]
+
+    assert sizes() == [(98, 70), (294, 210)]
+    assert sizes(ratios_of="image") == [(35, 25), (105, 75)]

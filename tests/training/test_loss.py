@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from danet.config import TrainConfig
 from danet.model import DANetOutput
-from danet.training.loss import loss_divisor, segmentation_losses
+from danet.training.loss import hard_examples, loss_divisor, segmentation_losses
 
 
 def nearest(logits: Tensor, size) -> Tensor:
@@ -15,7 +16,7 @@ def nearest(logits: Tensor, size) -> Tensor:
 
 
 def losses(config: TrainConfig, output: DANetOutput, labels: Tensor) -> dict[str, Tensor]:
-    divisor = loss_divisor(labels, config.loss_divisor)
+    divisor = loss_divisor(labels, config)
     return segmentation_losses(output, labels, divisor, nearest, config)
 
 
@@ -64,3 +65,69 @@ def test_half_precision_logits_are_scored_in_float32() -> None:
     labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
     result = losses(TrainConfig(), DANetOutput(logits, None, None, None), labels)
     assert result["loss"].dtype == torch.float32
+
+
+def reference_loss(logits: Tensor, labels: Tensor, weights: list[float]) -> tuple[float, float]:
+    """Pixel by pixel: the weighted sum of -log p, and the sum of the weights."""
+    total = weight = 0.0
+    for sample, row, column in itertools.product(*map(range, labels.shape)):
+        label = int(labels[sample, row, column])
+        if label == 255:
+            continue
+        scores = logits[sample, :, row, column].tolist()
+        log_sum = math.log(sum(math.exp(score) for score in scores))
+        total += weights[label] * (log_sum - scores[label])
+        weight += weights[label]
+    return total, weight
+
+
+@pytest.mark.parametrize("divisor", ["all", "valid"])
+def test_class_weights_pixel_by_pixel(divisor: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 4)
+    labels = torch.randint(0, 4, (2, 4, 4)).to(torch.uint8)
+    labels[labels == 3] = 255
+    weights = [0.5, 2.0, 1.25]
+    total, weight = reference_loss(logits, labels, weights)
+    config = TrainConfig(loss_divisor=divisor, class_weights=tuple(weights))
+    result = losses(config, DANetOutput(logits, None, None, None), labels)
+    expected = total / (labels.numel() if divisor == "all" else weight)
+    assert result["loss"].item() == pytest.approx(expected, rel=1e-5)
+    if divisor == "valid":
+        torchs = F.cross_entropy(logits, labels.long(), torch.tensor(weights), ignore_index=255)
+        assert result["loss"].item() == pytest.approx(torchs.item(), rel=1e-5)
+
+
+class TestHardExamples:
+    """One pixel a column; the true class's probabilities are known."""
+
+    probabilities = torch.tensor([0.9, 0.2, 0.6, 0.8, 0.4])
+
+    def kept(self, threshold: float, min_kept: int, ignored: int | None = None) -> list[int]:
+        logits = torch.stack([self.probabilities, 1 - self.probabilities]).log().view(1, 2, 1, 5)
+        target = torch.zeros(1, 1, 5, dtype=torch.long)
+        if ignored is not None:
+            target[..., ignored] = 255
+        hard = hard_examples(logits, target, threshold, min_kept)
+        return hard.flatten().nonzero().flatten().tolist()
+
+    def test_below_the_threshold(self) -> None:
+        assert self.kept(0.7, 1) == [1, 2, 4]
+
+    def test_at_least_the_hardest(self) -> None:
+        assert self.kept(0.3, 3) == [1, 2, 4]
+
+    def test_ignored_pixels_are_not_kept(self) -> None:
+        assert self.kept(0.7, 1, ignored=1) == [2, 4]
+
+    def test_nothing_labelled(self) -> None:
+        target = torch.full((1, 1, 5), 255)
+        assert not hard_examples(torch.randn(1, 2, 1, 5), target, 0.7, 1).any()
+
+    def test_only_they_count(self) -> None:
+        logits = torch.stack([self.probabilities, 1 - self.probabilities]).log().view(1, 2, 1, 5)
+        labels = torch.zeros(1, 1, 5, dtype=torch.uint8)
+        config = TrainConfig(hard_example_threshold=0.7, hard_example_min_kept=1)
+        result = losses(config, DANetOutput(logits, None, None, None), labels)
+        expected = -(math.log(0.2) + math.log(0.6) + math.log(0.4)) / 5
+        assert result["loss"].item() == pytest.approx(expected, rel=1e-5)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from danet.data import catalog
-from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
+from danet.data.spec import DatasetSpec, Sample, SegmentationDataset, SubmissionFormat
 from danet.errors import UserError
 
 __all__ = ["DatasetSpec", "Sample", "dataset_names", "dataset_spec", "open_dataset"]
@@ -46,6 +46,19 @@ def dataset_spec(name: str, root: Path | str | None = None) -> DatasetSpec:
     spec = _module(name).spec(None if root is None else Path(root))
     assert isinstance(spec, DatasetSpec)
     return spec
+
+
+def submission_format(name: str) -> SubmissionFormat:
+    """How the dataset's server takes label files.
+
+    Raises:
+        UserError: no such dataset, or it has no server.
+    """
+    submission = getattr(_module(name), "SUBMISSION", None)
+    if submission is None:
+        raise UserError(f"{name} has no server that takes label files")
+    assert isinstance(submission, SubmissionFormat)
+    return submission
 
 
 def open_dataset(

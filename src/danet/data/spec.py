@@ -55,6 +55,18 @@ class DatasetSpec:
         return len(self.classes)
 
 
+class SubmissionFormat(NamedTuple):
+    """How a benchmark's server takes label files.
+
+    Attributes:
+        file_ids: the id to write for each train id.
+        suffix: of the file names, after the picture's name.
+    """
+
+    file_ids: tuple[int, ...]
+    suffix: str
+
+
 class SegmentationDataset(Protocol):
     """A sequence of samples that knows its classes. Items may be read from several processes."""
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -72,6 +74,7 @@ def evaluate(
     branches: Sequence[Branch] = ("fused",),
     indices: Iterable[int] | None = None,
     on_picture: Callable[[], None] = lambda: None,
+    write_prediction: Callable[[str, npt.NDArray[np.uint8]], None] | None = None,
 ) -> Evaluation:
     """Segments pictures and counts every labelled pixel.
 
@@ -79,6 +82,7 @@ def evaluate(
         model: in evaluation mode, on the device to compute on.
         indices: the pictures to score; all where None.
         on_picture: called after each picture.
+        write_prediction: takes each picture's name and its H W class ids.
 
     Raises:
         UserError: classes differ, or a picture or label cannot be read.
@@ -98,6 +102,8 @@ def evaluate(
                 right = int(counts.diagonal().sum())
                 accuracy = right / labelled if labelled else math.nan
                 pictures.append(PictureScore(index, sample.name, accuracy))
+                if write_prediction is not None:
+                    write_prediction(sample.name, prediction.to(torch.uint8).cpu().numpy())
         on_picture()
     return Evaluation(dataset.spec, confusion, pictures)
 

@@ -55,7 +55,8 @@ def _views(image: Tensor, test: TestConfig) -> Iterator[tuple[Size, bool]]:
     """The (width, height) and mirroring of every pass over the picture."""
     own_size = (image.shape[2], image.shape[1])
     for ratio in test.ratios:
-        size = fitted_size(own_size, test.scale or own_size, ratio)
+        bounds = own_size if test.scale is None or test.ratios_of == "image" else test.scale
+        size = fitted_size(own_size, bounds, ratio)
         for mirrored in (False, True) if test.flip else (False,):
             yield size, mirrored
 
@@ -101,34 +102,41 @@ def _logits(model: DANet, images: Tensor, branches: Sequence[Branch]) -> Tensor:
 def _slide(model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch]) -> Tensor:
     """1 3 h w -> logits R K h w, averaged where windows overlap.
 
-    Windows start every `stride` pixels; the last ones are shifted back to end at the border.
+    Windows start every `stride` pixels; `window_border` says what becomes of the last ones.
     """
     height, width = image.shape[-2:]
-    window_width, window_height = min(test.window[0], width), min(test.window[1], height)
-    corners = [
-        (top, left)
-        for top in _window_starts(height, window_height, test.stride[1])
-        for left in _window_starts(width, window_width, test.stride[0])
+    window_width, window_height = test.window
+    if test.window_border == "shift":
+        window_width, window_height = min(window_width, width), min(window_height, height)
+    spans = [
+        (rows, columns)
+        for rows in _window_spans(height, window_height, test.stride[1], test.window_border)
+        for columns in _window_spans(width, window_width, test.stride[0], test.window_border)
     ]
+    black = normalize(image.new_zeros(3, 1, 1), model.metadata.mean, model.metadata.std)
     num_classes = len(model.metadata.classes)
     total = image.new_zeros(len(branches), num_classes, height, width)
     count = image.new_zeros(height, width)
-    for first in range(0, len(corners), test.batch_size):
-        batch = corners[first : first + test.batch_size]
-        windows = torch.cat(
-            [
-                image[..., top : top + window_height, left : left + window_width]
-                for top, left in batch
-            ]
-        )
-        logits = _logits(model, windows, branches)
-        for index, (top, left) in enumerate(batch):
-            area = (slice(top, top + window_height), slice(left, left + window_width))
-            total[..., *area] += logits[:, index]
-            count[area] += 1
+    for first in range(0, len(spans), test.batch_size):
+        batch = spans[first : first + test.batch_size]
+        windows = black.repeat(len(batch), 1, window_height, window_width)
+        for window, (rows, columns) in zip(windows, batch, strict=True):
+            part = image[0, :, rows, columns]
+            window[:, : part.shape[1], : part.shape[2]] = part
+        logits = _logits(model, windows.contiguous(memory_format=torch.channels_last), branches)
+        for index, (rows, columns) in enumerate(batch):
+            inside = total[..., rows, columns]
+            inside += logits[:, index, :, : inside.shape[-2], : inside.shape[-1]]
+            count[rows, columns] += 1
     return total / count
 
 
-def _window_starts(length: int, window: int, stride: int) -> list[int]:
-    steps = max(0, -(-(length - window) // stride))
-    return [min(step * stride, length - window) for step in range(steps + 1)]
+def _window_spans(length: int, window: int, stride: int, border: str) -> list[slice]:
+    """The part of the picture that each window covers along one axis."""
+    spans = []
+    for step in range(max(0, -(-(length - window) // stride)) + 1):
+        start = step * stride
+        if border == "shift":
+            start = min(start, length - window)
+        spans.append(slice(start, min(start + window, length)))
+    return spans

@@ -20,7 +20,7 @@ def build_model(config: RunConfig, spec: DatasetSpec, resumed: dict[str, Tensor]
         resumed: a checkpoint's weights to go on from; the recipe's first weights where None.
 
     Raises:
-        UserError: weights cannot be had, or are another network's.
+        UserError: weights cannot be had, or are another network's; class weights do not fit.
     """
     metadata = Metadata(
         classes=spec.classes,
@@ -30,6 +30,12 @@ def build_model(config: RunConfig, spec: DatasetSpec, resumed: dict[str, Tensor]
         dataset=spec.name,
         test=config.test,
     )
+    weights = config.train.class_weights
+    if weights is not None and len(weights) != spec.num_classes:
+        raise UserError(
+            f"train.class_weights: {len(weights)} weights, but {spec.name} has "
+            f"{spec.num_classes} classes; give one each"
+        )
     architecture = config.model
     if resumed is not None or architecture.init_from is not None:
         architecture = architecture.model_copy(

@@ -204,7 +204,7 @@ class _Trainer:
         images = images.contiguous(memory_format=torch.channels_last)
         # Gradients are averaged over processes, so dividing by the average of their divisors is
         # dividing the sum over all of them by the sum of all pixels.
-        divisor = self._reduce(loss_divisor(labels, settings.loss_divisor), "mean")
+        divisor = self._reduce(loss_divisor(labels, settings), "mean")
         totals: dict[str, Tensor] = {}
         parts = zip(
             images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True

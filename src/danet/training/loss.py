@@ -14,15 +14,19 @@ from danet.data.spec import IGNORE_INDEX
 from danet.model import DANetOutput
 
 
-def loss_divisor(labels: Tensor, divisor: str) -> Tensor:
-    """How many pixels of B H W labels the summed cross-entropy is divided by.
+def loss_divisor(labels: Tensor, config: TrainConfig) -> Tensor:
+    """What the summed cross-entropy of B H W labels is divided by, at least a tiny number.
 
-    "all" counts ignored pixels too, as mmsegmentation's CrossEntropyLoss does by default; "valid"
-    counts labelled pixels, as torch's and the authors' code. At least 1.
+    "all" counts every pixel, ignored ones too, as mmsegmentation's CrossEntropyLoss does by
+    default; "valid" sums the class weights (1 without) of the labelled pixels, as torch's
+    cross_entropy and the authors' code.
     """
-    if divisor == "all":
+    if config.loss_divisor == "all":
         return torch.tensor(float(labels.numel()), device=labels.device)
-    return (labels != IGNORE_INDEX).sum().clamp(min=1).float()
+    valid = labels[labels != IGNORE_INDEX].long()
+    weights = _class_weights(config, labels.device)
+    total = torch.tensor(float(valid.numel())) if weights is None else weights[valid].sum()
+    return total.to(labels.device).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def segmentation_losses(
@@ -37,7 +41,7 @@ def segmentation_losses(
     Args:
         output: logits B K h w.
         labels: B H W train ids, 255 ignored.
-        divisor: pixels to divide by; see `loss_divisor`.
+        divisor: see `loss_divisor`.
         upsample: logits B K h w and (H, W) -> B K H W.
     """
     weights = {
@@ -46,6 +50,7 @@ def segmentation_losses(
         "channel": config.branch_loss_weight,
         "auxiliary": config.auxiliary_loss_weight,
     }
+    class_weights = _class_weights(config, labels.device)
     target = labels.long()
     total = labels.new_zeros((), dtype=divisor.dtype)
     parts: dict[str, Tensor] = {}
@@ -53,7 +58,46 @@ def segmentation_losses(
         if logits is None:
             continue
         full_size = upsample(logits.float(), labels.shape[-2:])
-        summed = F.cross_entropy(full_size, target, ignore_index=IGNORE_INDEX, reduction="sum")
+        considered = target
+        if config.hard_example_threshold is not None:
+            hard = hard_examples(
+                full_size, target, config.hard_example_threshold, config.hard_example_min_kept
+            )
+            considered = target.where(hard, IGNORE_INDEX)
+        summed = F.cross_entropy(
+            full_size, considered, class_weights, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
         parts[f"loss_{name}"] = summed / divisor
         total = total + weights[name] * parts[f"loss_{name}"]
     return {"loss": total, **parts}
+
+
+@torch.no_grad()
+def hard_examples(logits: Tensor, target: Tensor, threshold: float, min_kept: int) -> Tensor:
+    """Which labelled pixels are hard (mmsegmentation's OHEMPixelSampler).
+
+    Those whose true class has a probability below the threshold, or below that of the
+    `B * min_kept`-th hardest pixel where this is larger.
+
+    Args:
+        logits: B K H W.
+        target: B H W int64, 255 ignored.
+
+    Returns:
+        B H W bool.
+    """
+    valid = target != IGNORE_INDEX
+    true_class = target.where(valid, 0).unsqueeze(1)
+    probability = logits.softmax(1).gather(1, true_class).squeeze(1)
+    of_valid = probability[valid]
+    if of_valid.numel() == 0:
+        return valid
+    rank = min(min_kept * target.shape[0], of_valid.numel() - 1)
+    bound = of_valid.kthvalue(rank + 1).values.clamp(min=threshold)
+    return valid & (probability < bound)
+
+
+def _class_weights(config: TrainConfig, device: torch.device) -> Tensor | None:
+    if config.class_weights is None:
+        return None
+    return torch.tensor(config.class_weights, device=device)

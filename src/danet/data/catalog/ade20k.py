@@ -7,11 +7,12 @@ from pathlib import Path
 
 from danet.data.classes import read_spec
 from danet.data.files import PairedFiles, find_folder, label_map, pair_by_stem, require_root
-from danet.data.spec import DatasetSpec
+from danet.data.spec import DatasetSpec, SubmissionFormat
 
 SPLITS = ("train", "val")
 COUNTS = {"train": 20_210, "val": 2_000}
 SPEC = read_spec("ade20k")
+SUBMISSION = SubmissionFormat(tuple(range(1, 151)), ".png")
 _FOLDERS = {"train": "training", "val": "validation"}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from danet.data.classes import read_spec
 from danet.data.files import PairedFiles, find_folder, label_map, pair_up, require_root
-from danet.data.spec import DatasetSpec
+from danet.data.spec import DatasetSpec, SubmissionFormat
 from danet.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -17,6 +17,9 @@ COUNTS = {"train": 2975, "val": 500, "test": 1525}
 SPEC = read_spec("cityscapes")
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """The label id of each train id, in their order; the other ids 0..33 are ignored."""
+
+SUBMISSION = SubmissionFormat(LABEL_IDS, "_pred_labelIds.png")
+"""The official evaluator pairs files by CITY_SEQUENCE_FRAME*.png."""
 
 _IMAGE, _IDS, _TRAIN_IDS = "_leftImg8bit.png", "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
 

@@ -1,0 +1,35 @@
+"""Label files for the benchmarks' servers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from danet.atomic import replacing, require_writable
+from danet.data import submission_format
+
+
+def submission_writer(dataset: str, folder: Path) -> Callable[[str, npt.NDArray[np.uint8]], None]:
+    """A function that writes one picture's classes as the dataset's server wants them.
+
+    Args:
+        dataset: a dataset whose server takes label files.
+        folder: is made.
+
+    Returns:
+        Takes the picture's name and H W train ids.
+
+    Raises:
+        UserError: there is no such server, or the folder cannot be written to.
+    """
+    submission = submission_format(dataset)
+    file_ids = np.array(submission.file_ids, np.uint8)
+    require_writable(folder)
+
+    def write(name: str, classes: npt.NDArray[np.uint8]) -> None:
+        with replacing(folder / f"{name}{submission.suffix}") as path:
+            Image.fromarray(file_ids[classes]).save(path, format="PNG")
+
+    return write

@@ -28,6 +28,8 @@ import mmseg
 from cityscapesscripts.helpers.labels import labels as cityscapes_labels
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OptimWrapper, PolyLR
+from mmengine.structures import PixelData
 from mmseg.datasets import (
     ADE20KDataset,
     CityscapesDataset,
@@ -38,6 +40,7 @@ from mmseg.datasets import (
 )
 from mmseg.models.decode_heads.da_head import DAHead
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
 
 
@@ -126,6 +129,62 @@ def run_model(args: argparse.Namespace) -> None:
     save_file({name: tensor.contiguous() for name, tensor in logits.items()}, args.out)
 
 
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """Make training a pure function of weights and batch."""
+    model.decode_head.dropout = None
+    model.auxiliary_head.dropout = None
+    return model
+
+
+def total_loss(
+    model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The training loss as mmseg's model computes it, and its parts."""
+    samples = []
+    for label in labels:
+        sample = SegDataSample()
+        sample.gt_sem_seg = PixelData(data=label[None].long())
+        samples.append(sample)
+    features = model.backbone(images)
+    decode = model.decode_head.loss_by_feat(model.decode_head(features), samples)
+    auxiliary = model.auxiliary_head.loss_by_feat(model.auxiliary_head(features), samples)
+    parts = {name: value for name, value in decode.items() if "loss" in name}
+    parts["auxiliary"] = auxiliary["loss_ce"]
+    return sum(parts.values()), parts
+
+
+def run_training(args: argparse.Namespace) -> None:
+    """Write the first weights, the first gradients, every step's losses, and the last weights."""
+    batches = load_file(args.batches)
+    steps = len(batches["images"])
+    torch.manual_seed(args.depth)
+    model, _ = build_model(args.depth)
+    randomize(model)
+    without_dropout(model).train().to(batches["images"].dtype)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    meta = {"CLASSES": CityscapesDataset.METAINFO["classes"]}
+    torch.save({"meta": meta, "state_dict": state}, args.checkpoint)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
+    schedule = PolyLR(
+        OptimWrapper(optimizer), power=0.9, eta_min=1e-4, begin=0, end=steps, by_epoch=False
+    )
+    losses, first_gradients = [], {}
+    for images, labels in zip(batches["images"], batches["labels"], strict=True):
+        optimizer.zero_grad()
+        loss, _ = total_loss(model, images, labels)
+        loss.backward()
+        if not losses:
+            first_gradients = {
+                f"gradient/{name}": parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+            }
+        losses.append(loss.detach())
+        optimizer.step()
+        schedule.step()
+    last = {f"last/{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file({"losses": torch.stack(losses), **first_gradients, **last}, args.out)
+
+
 def converted_ids(converter: str) -> dict[int, int]:
     """The table of label ids to train ids in one of mmsegmentation's dataset converters."""
     path = Path(mmseg.__file__).parent / ".mim" / "tools" / "dataset_converters" / converter
@@ -175,6 +234,13 @@ def parse_args() -> argparse.Namespace:
     head.add_argument("--out", type=Path, required=True, help="gets 'fused', 'position', 'channel'")
     head.add_argument("--train", action="store_true", help="batch statistics in BatchNorm")
     head.set_defaults(command=run_head)
+
+    training = commands.add_parser("train", help="train the whole network on given batches")
+    training.add_argument("--depth", type=int, choices=[50, 101], default=50)
+    training.add_argument("--batches", type=Path, required=True, help="images TB3HW, labels TBHW")
+    training.add_argument("--checkpoint", type=Path, required=True, help="gets the first weights")
+    training.add_argument("--out", type=Path, required=True, help="gets losses and weights")
+    training.set_defaults(command=run_training)
 
     tables = commands.add_parser("tables", help="list the datasets' classes and label ids")
     tables.set_defaults(command=list_tables)

@@ -232,6 +232,23 @@ class TestInitFrom:
         for name in names:
             torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-6)
 
+    def test_other_classes_leave_out_the_classifiers(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        torch.manual_seed(0)
+        source = danet.DANet(
+            3, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4,
+            auxiliary=False,
+        )  # fmt: skip
+        source.save_pretrained(tmp_path / "source")
+        settings = (f"model.init_from={tmp_path / 'source'}", "train.steps=1", "train.lr=1e-12")
+        target = run(tmp_path / "target", *settings, "train.ema_decay=null")
+        assert "all but the classifiers" in capsys.readouterr().err
+        after = load_file(target.model / "model.safetensors")
+        assert after["head.fused_classifier.1.weight"].shape[0] == 11
+        name = "head.position_branch.reduce.0.weight"
+        torch.testing.assert_close(after[name], source.state_dict()[name], rtol=1e-4, atol=1e-6)
+
     def test_another_network_is_refused(self, tmp_path: Path) -> None:
         source = run(tmp_path / "source", "train.steps=1")
         with pytest.raises(UserError, match="another network"):

@@ -1,5 +1,6 @@
 """What a run trains: the network with its first weights, and its optimizer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,11 +14,17 @@ from danet.model import DANet
 from danet.model_folder import Metadata, locate, read_folder
 
 
-def build_model(config: RunConfig, spec: DatasetSpec, resumed: dict[str, Tensor] | None) -> DANet:
+def build_model(
+    config: RunConfig,
+    spec: DatasetSpec,
+    resumed: dict[str, Tensor] | None,
+    say: Callable[[str], None],
+) -> DANet:
     """The recipe's network for a dataset's classes.
 
     Args:
         resumed: a checkpoint's weights to go on from; the recipe's first weights where None.
+        say: is told which of another model's weights were taken.
 
     Raises:
         UserError: weights cannot be had, or are another network's; class weights do not fit.
@@ -52,18 +59,21 @@ def build_model(config: RunConfig, spec: DatasetSpec, resumed: dict[str, Tensor]
                 "the run's recipe.yaml"
             ) from error
     elif architecture.init_from is not None:
-        _initialize_from(model, architecture.init_from)
+        _initialize_from(model, architecture.init_from, say)
     return model.to(memory_format=torch.channels_last)
 
 
-def _initialize_from(model: DANet, source: Path) -> None:
+def _initialize_from(model: DANet, source: Path, say: Callable[[str], None]) -> None:
     """Loads another model's weights, its classifiers only if it has the same classes.
 
     Raises:
         UserError: the networks differ in more than their classes.
     """
     stored, state = read_folder(locate(source))
-    if stored.metadata.classes != model.metadata.classes:
+    if stored.metadata.classes == model.metadata.classes:
+        say(f"all weights from {source}")
+    else:
+        say(f"weights from {source}, all but the classifiers, whose classes differ")
         state = {name: tensor for name, tensor in state.items() if "classifier" not in name}
     wanted = model.state_dict()
     unfit = [

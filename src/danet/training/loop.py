@@ -80,18 +80,21 @@ class _Trainer:
         )
         self.fabric.launch()
         self._check_batch_size()
+        self.first_step: int = 0 if checkpoint is None else checkpoint["step"]
+        self.progress = ProgressReport(
+            "train", config.train.steps, done=self.first_step, enabled=self.fabric.is_global_zero
+        )
         data = config.data
         self.training_data = open_dataset(data.name, data.root, data.train_split)
         self.validation_data = open_dataset(data.name, data.root, data.val_split)
         resumed = None if checkpoint is None else checkpoint["model"]
-        self.model = build_model(config, self.training_data.spec, resumed)
+        self.model = build_model(config, self.training_data.spec, resumed, self.progress.say)
         if self.fabric.world_size > 1 and device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         self.network, self.optimizer = self.fabric.setup(
             self.model, build_optimizer(self.model, config.train)
         )
         self.average = self._start_average()
-        self.first_step = 0
         self.best: dict[str, float] | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -102,9 +105,6 @@ class _Trainer:
             SummaryWriter(run.path, purge_step=self.first_step)
             if self.fabric.is_global_zero
             else None
-        )
-        self.progress = ProgressReport(
-            "train", config.train.steps, done=self.first_step, enabled=self.fabric.is_global_zero
         )
 
     # Setting up
@@ -132,7 +132,6 @@ class _Trainer:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.average is not None and checkpoint["average"] is not None:
             self.average.module.load_state_dict(checkpoint["average"])
-        self.first_step = checkpoint["step"]
         self.best = checkpoint["best"]
         if self.fabric.is_global_zero:
             self.run.forget_metrics_after(self.first_step)

@@ -57,7 +57,8 @@ def segmentation_losses(
     for name, logits in output._asdict().items():
         if logits is None:
             continue
-        full_size = upsample(logits.float(), labels.shape[-2:])
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        full_size = upsample(exact, labels.shape[-2:])
         considered = target
         if config.hard_example_threshold is not None:
             hard = hard_examples(

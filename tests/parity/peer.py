@@ -165,8 +165,10 @@ def run_training(args: argparse.Namespace) -> None:
     meta = {"CLASSES": CityscapesDataset.METAINFO["classes"]}
     torch.save({"meta": meta, "state_dict": state}, args.checkpoint)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
+    # mmengine spreads the decay over end - 1 steps; the published models were trained by mmcv's
+    # hook, which spreads it over all of them.
     schedule = PolyLR(
-        OptimWrapper(optimizer), power=0.9, eta_min=1e-4, begin=0, end=steps, by_epoch=False
+        OptimWrapper(optimizer), power=0.9, eta_min=1e-4, begin=0, end=steps + 1, by_epoch=False
     )
     losses, first_gradients = [], {}
     for images, labels in zip(batches["images"], batches["labels"], strict=True):

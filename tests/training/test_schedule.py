@@ -12,7 +12,10 @@ def test_published_poly_schedule_by_hand() -> None:
 
 
 def test_matches_the_recurrence_that_mmengine_steps() -> None:
-    """PolyParamScheduler multiplies (lr - eta_min) by (1 - 1 / (total - t + 1))^power each step."""
+    """PolyParamScheduler multiplies (lr - eta_min) by (1 - 1 / (total - t + 1))^power each step.
+
+    Its total is one less than its `end`, so it has mmcv's published schedule with end = steps + 1.
+    """
     config = TrainConfig(steps=200)
     rate = config.lr
     for step in range(1, 200):

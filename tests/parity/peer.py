@@ -159,7 +159,7 @@ def run_training(args: argparse.Namespace) -> None:
     steps = len(batches["images"])
     torch.manual_seed(args.depth)
     model, _ = build_model(args.depth)
-    # Its own initialisation: from random scales the gradients are so large that training is chaotic.
+    # Its own initialisation: random scales give gradients so large that training is chaotic.
     model.init_weights()
     for attention in (model.decode_head.pam, model.decode_head.cam):
         torch.nn.init.constant_(attention.gamma.scale, 0.6)

@@ -35,7 +35,7 @@ def test_other_families_give_the_output_stride_too(name: str) -> None:
 
 
 def test_published_dilations() -> None:
-    """FACTS 3: stages 3 and 4 are dilated 2 and 4, their first block keeping the one before."""
+    """Published: stages 3 and 4 are dilated 2 and 4, their first block keeping the one before."""
     body = build("resnet50c").body
     for stage, first, rest in ((body.layer3, 1, 2), (body.layer4, 2, 4)):
         dilations = [block.conv2.dilation[0] for block in stage]

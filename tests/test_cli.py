@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,27 +13,60 @@ import yaml
 from PIL import Image
 
 import danet
+from danet.cli import main
 from danet.model_folder import Metadata
 
 
-def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+class Outcome(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs the command in this process, as its entry point does."""
+
+    def call(*arguments: object, status: int = 0) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["danet", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:  # noqa: PT012 - success does not exit
+            main()
+            sys.exit(0)
+        outcome = Outcome(ended.value.code or 0, *capfd.readouterr())
+        assert outcome.status == status, outcome.stderr
+        return outcome
+
+    return call
+
+
+@pytest.fixture
+def fails(run: Command) -> Callable[..., str]:
+    """Runs a command that must end with status 2 and one line; returns the line."""
+
+    def call(*arguments: object) -> str:
+        outcome = run(*arguments, status=2)
+        lines = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, outcome.stderr
+        assert "Traceback" not in outcome.stderr
+        return lines[0]
+
+    return call
+
+
+def test_a_mistake_ends_the_process_with_one_line_and_status_2() -> None:
+    """The real thing once: `python -m danet`, its exit status and its standard error."""
     result = subprocess.run(
-        [sys.executable, "-m", "danet", *map(str, arguments)],
+        [sys.executable, "-m", "danet", "config", "nowhere"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == status, result.stderr
-    return result
-
-
-def fails(*arguments: object) -> str:
-    """Runs a command that must end with status 2 and one line; returns the line."""
-    result = run(*arguments, status=2)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    return lines[0]
+    assert result.returncode == 2
+    assert result.stderr == "error: recipe nowhere: no such recipe or file; see danet recipes\n"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +98,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_train_evaluate_predict_on_a_users_own_folder(dataset: Path, tmp_path: Path) -> None:
+def test_train_evaluate_predict_on_a_users_own_folder(
+    dataset: Path, tmp_path: Path, run: Command
+) -> None:
     out = tmp_path / "run"
     settings = {
         "data.name": "folder",
@@ -98,7 +135,7 @@ def test_train_evaluate_predict_on_a_users_own_folder(dataset: Path, tmp_path: P
     assert Image.open(masks / "0.png").size == (96, 72)
 
 
-def test_predict_passes_over_broken_files(model: Path, tmp_path: Path) -> None:
+def test_predict_passes_over_broken_files(model: Path, tmp_path: Path, run: Command) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no picture")
     out = tmp_path / "out"
@@ -110,7 +147,9 @@ def test_predict_passes_over_broken_files(model: Path, tmp_path: Path) -> None:
     assert "1 of 2 pictures" in result.stdout
 
 
-def test_sliding_and_multi_scale_evaluation(model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_sliding_and_multi_scale_evaluation(
+    model: Path, dataset: Path, tmp_path: Path, run: Command
+) -> None:
     out = tmp_path / "scores.json"
     arguments = ("--data", "folder", "--root", dataset, "--json", out)
     run("evaluate", model, *arguments, "--mode", "slide", "--multi-scale")
@@ -119,14 +158,14 @@ def test_sliding_and_multi_scale_evaluation(model: Path, dataset: Path, tmp_path
     assert test["ratios"] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
 
 
-def test_config_prints_the_resolved_recipe() -> None:
+def test_config_prints_the_resolved_recipe(run: Command) -> None:
     printed = run("config", "demo", "--set", "train.seed=5").stdout
     tree = yaml.safe_load(printed)
     assert tree["train"]["seed"] == 5
     assert set(tree) == {"model", "data", "train", "test"}
 
 
-def test_lists() -> None:
+def test_lists(run: Command) -> None:
     assert {"camvid", "folder", "scenes"} <= set(run("data", "list").stdout.split())
     assert "demo" in run("recipes").stdout
 
@@ -138,7 +177,7 @@ def test_lists() -> None:
         (("train", "demo", "--set", "train.stepz=1"), "did you mean steps"),
         (("train", "camvid"), "data.root=DIR"),
         (("train", "camvid", "--set", "data.root=/nowhere"), "not a folder"),
-        (("train", "demo", "--set", "data.name=scene"), "there are camvid"),
+        (("train", "demo", "--set", "data.name=scene"), "there are ade20k, camvid"),
         (("train", "demo", "--set", "train.device=mps"), "none on this machine"),
         (("train", "demo", "--set", "model.backbone=resnet7"), "no 'resnet7'"),
         (("train", "demo", "--set", "model.init_from=/nowhere"), "no such folder"),
@@ -150,7 +189,7 @@ def test_lists() -> None:
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
-    arguments: tuple[object, ...], message: str, tmp_path: Path
+    arguments: tuple[object, ...], message: str, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     out = ("--out", tmp_path / "run") if arguments[0] == "train" else ()
     assert message in fails(*arguments, *out)
@@ -167,11 +206,15 @@ def test_mistakes_are_one_line_and_status_2(
         (("--data", "camvid"), "data.root"),
     ],
 )
-def test_evaluate_mistakes(model: Path, options: tuple[str, ...], message: str) -> None:
+def test_evaluate_mistakes(
+    model: Path, options: tuple[str, ...], message: str, fails: Callable[..., str]
+) -> None:
     assert message in fails("evaluate", model, *options)
 
 
-def test_a_dataset_of_other_classes(model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_dataset_of_other_classes(
+    model: Path, dataset: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
     for kind in ("images", "labels"):
         (tmp_path / kind).symlink_to(dataset / kind)
     (tmp_path / "classes.txt").write_text("\n".join("abcdefghijkl"))
@@ -179,7 +222,9 @@ def test_a_dataset_of_other_classes(model: Path, dataset: Path, tmp_path: Path) 
     assert "11 classes but dataset folder has 12" in line
 
 
-def test_label_out_of_range_stops_training_with_its_file(dataset: Path, tmp_path: Path) -> None:
+def test_label_out_of_range_stops_training_with_its_file(
+    dataset: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
     for name in ("images", "labels"):
         (tmp_path / name).symlink_to(dataset / name)
     (tmp_path / "classes.txt").write_text("only\n")
@@ -192,14 +237,14 @@ def test_label_out_of_range_stops_training_with_its_file(dataset: Path, tmp_path
     assert "does not define" in line
 
 
-def test_unwritable_output(model: Path, tmp_path: Path) -> None:
+def test_unwritable_output(model: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "file").touch()
     line = fails("predict", model, tmp_path / "a.png", "--out", tmp_path / "file")
     assert "file" in line
 
 
-def test_unknown_options_end_with_status_2() -> None:
+def test_unknown_options_end_with_status_2(run: Command) -> None:
     run("train", "demo", "--wrong", status=2)
     run("nonsense", status=2)
 

@@ -83,7 +83,7 @@ def test_binary_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_published_protocols() -> None:
-    """FACTS 2 and 3, for one recipe of each kind."""
+    """As published, for one recipe of each kind."""
     config = load_recipe("cityscapes_r101_769x769_80k")
     assert config.model.backbone == "resnet101c"
     assert config.model.align_corners

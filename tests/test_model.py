@@ -37,7 +37,7 @@ def test_output_is_at_the_feature_stride() -> None:
 
 
 def test_published_size() -> None:
-    """FACTS 5: 49.85 M parameters for a ResNet-50 with 19 classes, auxiliary head included."""
+    """Published: 49.85 M parameters for a ResNet-50 with 19 classes, auxiliary head included."""
     with torch.device("meta"):
         model = danet.DANet(19, pretrained_backbone=False)
     assert sum(parameter.numel() for parameter in model.parameters()) == 49_846_574

@@ -24,9 +24,11 @@ sys.modules["mmcv._ext"] = mock.MagicMock()
 warnings.filterwarnings("ignore", module="mmseg")  # notices about loss defaults, unused here
 
 # ruff: noqa: E402 - the imports need the stub above
+import mmcv
 import mmseg
+import numpy as np
 from cityscapesscripts.helpers.labels import labels as cityscapes_labels
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper, PolyLR
 from mmengine.structures import PixelData
@@ -38,6 +40,8 @@ from mmseg.datasets import (
     PascalContextDataset59,
     PascalVOCDataset,
 )
+from mmseg.evaluation import IoUMetric
+from mmseg.models import SegTTAModel
 from mmseg.models.decode_heads.da_head import DAHead
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -127,6 +131,75 @@ def run_model(args: argparse.Namespace) -> None:
         auxiliary = model.auxiliary_head(features)
     logits = {"fused": fused, "position": position, "channel": channel, "auxiliary": auxiliary}
     save_file({name: tensor.contiguous() for name, tensor in logits.items()}, args.out)
+
+
+def load_model(path: Path, depth: int) -> torch.nn.Module:
+    """The published network with a checkpoint's weights."""
+    model, _ = build_model(depth)
+    model.load_state_dict(torch.load(path, weights_only=False)["state_dict"])
+    return model.eval()
+
+
+def view_samples(
+    model: torch.nn.Module, image: np.ndarray, ratio: float, flip: bool
+) -> list[SegDataSample]:
+    """One pass over an RGB picture as the test pipeline and the model do it."""
+    height, width = image.shape[:2]
+    resized = mmcv.imrescale(image, (int(width * ratio), int(height * ratio)))
+    resized = mmcv.imflip(resized) if flip else resized
+    mean = np.array([123.675, 116.28, 103.53])
+    std = np.array([58.395, 57.12, 57.375])
+    pixels = mmcv.imnormalize(resized, mean, std, to_rgb=False)
+    tensor = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+    meta = {
+        "img_shape": resized.shape[:2],
+        "ori_shape": (height, width),
+        "flip": flip,
+        "flip_direction": "horizontal",
+    }
+    sample = SegDataSample(metainfo=meta)
+    with torch.no_grad():
+        return model.postprocess_result(model.inference(tensor, [meta]), [sample])
+
+
+def run_prediction(args: argparse.Namespace) -> None:
+    """Write label maps and averaged scores of a picture: whole, sliding, and augmented."""
+    model = load_model(args.checkpoint, args.depth)
+    image = load_file(args.image)["image"].numpy()
+    window, stride = (96, 128), (64, 80)
+    tests = {
+        "whole": ({"mode": "whole"}, [(1.0, False)]),
+        "slide": ({"mode": "slide", "crop_size": window, "stride": stride}, [(1.0, False)]),
+        "augmented": (
+            {"mode": "whole"},
+            [(ratio, flip) for ratio in (0.5, 1.0, 1.75) for flip in (False, True)],
+        ),
+    }
+    results = {}
+    for align_corners in (False, True):
+        model.align_corners = model.decode_head.align_corners = align_corners
+        for name, (test_cfg, views) in tests.items():
+            model.test_cfg = ConfigDict(test_cfg)
+            samples = [view_samples(model, image, *view)[0] for view in views]
+            scores = torch.stack([s.seg_logits.data.softmax(0) for s in samples]).mean(0)
+            labels = SegTTAModel.merge_preds(mock.MagicMock(), [samples])[0].pred_sem_seg.data[0]
+            results[f"{name}/{align_corners}/scores"] = scores
+            results[f"{name}/{align_corners}/labels"] = labels
+    save_file({name: tensor.contiguous() for name, tensor in results.items()}, args.out)
+
+
+def run_metric(args: argparse.Namespace) -> None:
+    """Print IoUMetric's scores of label maps."""
+    maps = load_file(args.maps)
+    metric = IoUMetric(iou_metrics=["mIoU"])
+    metric.dataset_meta = {"classes": [str(index) for index in range(args.num_classes)]}
+    areas = [
+        metric.intersect_and_union(prediction.long(), truth.long(), args.num_classes, 255)
+        for prediction, truth in zip(maps["predictions"], maps["truths"], strict=True)
+    ]
+    total = [sum(area) for area in zip(*areas, strict=True)]
+    scores = metric.total_area_to_metrics(*total, metrics=["mIoU"])
+    json.dump({name: np.atleast_1d(values).tolist() for name, values in scores.items()}, sys.stdout)
 
 
 def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
@@ -239,6 +312,18 @@ def parse_args() -> argparse.Namespace:
     head.add_argument("--out", type=Path, required=True, help="gets 'fused', 'position', 'channel'")
     head.add_argument("--train", action="store_true", help="batch statistics in BatchNorm")
     head.set_defaults(command=run_head)
+
+    prediction = commands.add_parser("predict", help="segment a picture in several ways")
+    prediction.add_argument("--depth", type=int, choices=[50, 101], default=50)
+    prediction.add_argument("--checkpoint", type=Path, required=True)
+    prediction.add_argument("--image", type=Path, required=True, help="one tensor 'image', [H,W,3]")
+    prediction.add_argument("--out", type=Path, required=True, help="gets labels and scores")
+    prediction.set_defaults(command=run_prediction)
+
+    metric = commands.add_parser("metric", help="score label maps")
+    metric.add_argument("--maps", type=Path, required=True, help="predictions and truths, [N,H,W]")
+    metric.add_argument("--num-classes", type=int, default=19)
+    metric.set_defaults(command=run_metric)
 
     training = commands.add_parser("train", help="train the whole network on given batches")
     training.add_argument("--depth", type=int, choices=[50, 101], default=50)

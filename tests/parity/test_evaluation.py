@@ -1,0 +1,92 @@
+"""Whole pictures, sliding windows, scales and flips, and the metric, against mmsegmentation."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from danet.config import TestConfig
+from danet.data import open_dataset
+from danet.data.transforms import as_tensors
+from danet.evaluation.inference import predict_probabilities
+from danet.evaluation.metrics import confusion_matrix, scores
+from danet.interop.convert import convert
+from danet.model import DANet
+
+pytestmark = pytest.mark.slow
+
+TESTS = {
+    "whole": TestConfig(),
+    "slide": TestConfig(mode="slide", window=(128, 96), stride=(80, 64)),
+    "augmented": TestConfig(ratios=(0.5, 1.0, 1.75), flip=True),
+}
+
+
+@pytest.fixture(scope="module")
+def picture() -> Tensor:
+    """A generated scene of an odd size, uint8 3 H W."""
+    scene = open_dataset("scenes", split="val")[0]
+    image, _ = as_tensors(scene.image, scene.label)
+    return image.as_subclass(Tensor)[:, 40:203, 100:341]
+
+
+@pytest.fixture(scope="module")
+def converted(
+    picture: Tensor, peer: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[DANet, dict[str, Tensor]]:
+    """The peer's network, and what the peer makes of the picture."""
+    folder = tmp_path_factory.mktemp("peer")
+    images, checkpoint, image, out = (
+        folder / name for name in ("i.safetensors", "w.pth", "p.safetensors", "o.safetensors")
+    )
+    save_file({"images": torch.zeros(1, 3, 64, 64)}, images)
+    peer("model", "--images", images, "--checkpoint", checkpoint, "--out", folder / "unused")
+    save_file({"image": picture.permute(1, 2, 0).contiguous()}, image)
+    peer("predict", "--checkpoint", checkpoint, "--image", image, "--out", out)
+    return convert(checkpoint), load_file(out)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("name", TESTS)
+def test_label_maps_are_the_peers(
+    name: str, align_corners: bool, picture: Tensor, converted: tuple[DANet, dict[str, Tensor]]
+) -> None:
+    model, theirs = converted
+    model.config = model.config.model_copy(update={"align_corners": align_corners})
+    with torch.inference_mode():
+        ours = predict_probabilities(model, picture, TESTS[name])[0]
+    expected = theirs[f"{name}/{align_corners}/scores"]
+    difference = (ours - expected).abs().max().item()
+    labels = theirs[f"{name}/{align_corners}/labels"]
+    disagree = ours.argmax(0) != labels
+    top = expected.topk(2, 0).values
+    print(f"{name} align_corners={align_corners}: {difference:.1e}, {disagree.sum()} pixels")
+    # OpenCV's bilinear resize of 8-bit pixels rounds otherwise than torch's by up to one level.
+    tolerance = 2e-2 if name == "augmented" else 1e-4
+    assert difference < tolerance
+    assert ((top[0] - top[1])[disagree] < 2 * tolerance).all()  # ties only
+    assert len(labels.unique()) > 1
+
+
+def test_scores_are_those_of_ioumetric(peer: Callable[..., str], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    truths = torch.randint(0, 18, (4, 60, 80), generator=generator)
+    noise = torch.randint(0, 18, truths.shape, generator=generator)
+    predictions = truths.where(torch.rand(truths.shape, generator=generator) < 0.7, noise)
+    truths[:, :10] = 255
+    truths[truths == 3] = 4
+    maps = {"predictions": predictions.byte(), "truths": truths.byte()}
+    save_file(maps, tmp_path / "maps.safetensors")
+    printed = peer("metric", "--maps", tmp_path / "maps.safetensors", "--num-classes", 19)
+    theirs = json.loads(printed.splitlines()[-1])
+    ours = scores(confusion_matrix(truths, predictions, 19))
+    assert ours.overall_accuracy == pytest.approx(theirs["aAcc"][0], abs=1e-6)
+    for index, score in enumerate(ours.per_class):
+        assert score.iou == pytest.approx(theirs["IoU"][index], abs=1e-6, nan_ok=True)
+        assert score.accuracy == pytest.approx(theirs["Acc"][index], abs=1e-6, nan_ok=True)
+    means = torch.tensor([theirs["IoU"], theirs["Acc"]], dtype=torch.float64).nanmean(1).tolist()
+    assert [ours.mean_iou, ours.mean_accuracy] == pytest.approx(means, abs=1e-6)

@@ -7,6 +7,13 @@ import pytest
 
 PEER_SCRIPT = Path(__file__).with_name("peer.py")
 
+CAMVID = Path(os.environ.get("DANET_CAMVID", "../shared/camvid"))
+
+
+def street_pictures() -> list[tuple[str, Path | None]]:
+    """Data sets and their roots: generated streets, and real ones where they are at hand."""
+    return [("scenes", None), *([("camvid", CAMVID)] if CAMVID.is_dir() else [])]
+
 
 @pytest.fixture(scope="session")
 def peer() -> Callable[..., str]:

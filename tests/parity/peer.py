@@ -14,6 +14,7 @@ import runpy
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -97,11 +98,13 @@ def build_model(depth: int) -> tuple[torch.nn.Module, str]:
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Move residual weights, scales and batch statistics away from their start."""
+    """Move residual weights, scales and batch statistics from their start; spread the logits."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.endswith("gamma.scale"):
                 tensor.fill_(0.6)
+            elif name.endswith("conv_seg.weight"):
+                tensor.mul_(20)
             elif name.endswith("running_mean"):
                 tensor.normal_(0, 0.1)
             elif name.endswith("running_var"):
@@ -154,6 +157,7 @@ def view_samples(
     meta = {
         "img_shape": resized.shape[:2],
         "ori_shape": (height, width),
+        "img_path": "",
         "flip": flip,
         "flip_direction": "horizontal",
     }
@@ -182,9 +186,9 @@ def run_prediction(args: argparse.Namespace) -> None:
             model.test_cfg = ConfigDict(test_cfg)
             samples = [view_samples(model, image, *view)[0] for view in views]
             scores = torch.stack([s.seg_logits.data.softmax(0) for s in samples]).mean(0)
-            labels = SegTTAModel.merge_preds(mock.MagicMock(), [samples])[0].pred_sem_seg.data[0]
+            merged = SegTTAModel.merge_preds(SimpleNamespace(module=model), [samples])[0]
             results[f"{name}/{align_corners}/scores"] = scores
-            results[f"{name}/{align_corners}/labels"] = labels
+            results[f"{name}/{align_corners}/labels"] = merged.pred_sem_seg.data[0]
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, args.out)
 
 

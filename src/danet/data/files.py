@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from danet.data.archives import Location, ZipPath, locate
 from danet.data.images import IMAGE_SUFFIXES, open_image, open_label
 from danet.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from danet.errors import UserError
@@ -19,10 +20,10 @@ LabelMap = npt.NDArray[np.uint8]
 
 
 class FilePair(NamedTuple):
-    """An image and its label on disk."""
+    """An image and its label, on disk or in an archive."""
 
-    image: Path
-    label: Path
+    image: Location
+    label: Location
     name: str
 
 
@@ -35,39 +36,43 @@ def label_map(train_ids: Mapping[int, int]) -> LabelMap:
     return table
 
 
-def require_root(name: str, root: Path | None) -> Path:
-    """The dataset's folder; raises a UserError where none is given or there is none."""
+def require_root(name: str, root: Path | None) -> Location:
+    """The dataset's folder or .zip archive; raises a UserError where there is none."""
     if root is None:
         raise UserError(f"dataset {name} is read from disk: say where it is with data.root=DIR")
+    if root.suffix == ".zip" and root.is_file():
+        return ZipPath(root)
     if not root.is_dir():
         raise UserError(f"data.root: {root} is not a folder; give the folder that holds {name}")
     return root
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Location) -> list[Location]:
     """The image files right inside a folder, sorted by name; hidden files are left out."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; check data.root and the split's name")
-    return sorted(
+    images: list[Location] = [
         path
         for path in folder.iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
+    ]
+    return sorted(images, key=str)
 
 
-def find_folder(root: Path, *candidates: str) -> Path:
-    """The first of the candidates, relative to the root, that is a folder.
+def find_folder(root: Location, *candidates: str) -> Location:
+    """The first of the candidates, relative to the root, that is a folder, be it in a .zip file.
 
     Raises:
         UserError: none is.
     """
     for candidate in candidates:
-        if (root / candidate).is_dir():
-            return root / candidate
+        folder = locate(root, candidate)
+        if folder.is_dir():
+            return folder
     raise UserError(f"{root} holds none of {', '.join(candidates)}; check data.root")
 
 
-def read_names(listing: Path) -> list[str]:
+def read_names(listing: Location) -> list[str]:
     """The names in a split's list, one a line, in its order.
 
     Raises:
@@ -79,7 +84,9 @@ def read_names(listing: Path) -> list[str]:
         raise UserError(f"{listing}: cannot be read as the split's list ({error})") from error
 
 
-def pair_by_stem(image_folder: Path, label_folder: Path, label_suffix: str = "") -> list[FilePair]:
+def pair_by_stem(
+    image_folder: Location, label_folder: Location, label_suffix: str = ""
+) -> list[FilePair]:
     """Pairs `image_folder/STEM.*` with `label_folder/STEM{label_suffix}.*`.
 
     Raises:
@@ -96,7 +103,7 @@ def pair_by_stem(image_folder: Path, label_folder: Path, label_suffix: str = "")
     return pair_up(images, labels, label_folder)
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: Location) -> dict[str, Location]:
     paths = list_images(folder)
     by_stem = {path.stem: path for path in paths}
     if len(by_stem) < len(paths):
@@ -105,7 +112,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def pair_up(
-    images: Mapping[str, Path], labels: Mapping[str, Path], label_folder: Path
+    images: Mapping[str, Location], labels: Mapping[str, Location], label_folder: Location
 ) -> list[FilePair]:
     """Pairs each image with the label of the same name, in the images' order.
 
@@ -124,13 +131,13 @@ def pair_up(
     return [FilePair(path, labels[name], name) for name, path in images.items()]
 
 
-def existing(folder: Path, names: Sequence[str], suffix: str) -> dict[str, Path]:
+def existing(folder: Location, names: Sequence[str], suffix: str) -> dict[str, Location]:
     """The paths of those names that are files `NAME{suffix}` in the folder."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return {name: folder / (name + suffix) for name in names if name + suffix in there}
 
 
-def require_all(found: Mapping[str, Path], names: Sequence[str], folder: Path) -> None:
+def require_all(found: Mapping[str, Location], names: Sequence[str], folder: Location) -> None:
     """Raises a UserError unless every name was found."""
     missing = [name for name in names if name not in found]
     if missing or not names:
@@ -148,7 +155,7 @@ class PairedFiles:
         spec: DatasetSpec,
         pairs: Sequence[FilePair],
         ids_to_train_ids: LabelMap,
-        read_label: Callable[[Path], npt.NDArray[np.uint8]] = open_label,
+        read_label: Callable[[Location], npt.NDArray[np.uint8]] = open_label,
     ) -> None:
         self.spec = spec
         self.pairs = list(pairs)

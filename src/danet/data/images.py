@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from danet.data.archives import Location, ZipPath
 from danet.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(
@@ -21,7 +22,7 @@ MAX_PIXELS = 150_000_000
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 
-def open_image(source: Path | str | bytes) -> Image.Image:
+def open_image(source: Location | str | bytes) -> Image.Image:
     """Opens a picture as 8-bit RGB, turned upright by its EXIF orientation.
 
     Grey, palette, alpha (dropped), CMYK and 16-bit pictures are converted. An animated picture
@@ -56,7 +57,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_label(path: Path) -> npt.NDArray[np.uint8]:
+def open_label(path: Location) -> npt.NDArray[np.uint8]:
     """Reads a label image as H W ids: grey of 8 or 16 bit, palette indices, or RGB whose three
     channels are equal.
 
@@ -79,15 +80,19 @@ def open_label(path: Path) -> npt.NDArray[np.uint8]:
     return ids.astype(np.uint8)
 
 
-def _decode(source: Path | str | bytes) -> tuple[Image.Image, str]:
+def _decode(source: Location | str | bytes) -> tuple[Image.Image, str]:
     """The decoded picture in its own mode, and what to call it in messages."""
     where = "the uploaded image" if isinstance(source, bytes) else str(source)
+    file: Path | str | io.BytesIO
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    else:
+        file = source.open() if isinstance(source, ZipPath) else source
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=formats) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError

@@ -1,6 +1,7 @@
 """ADE20K's scene parsing benchmark, 150 classes: 20210 / 2000 pictures.
 
-Layout: `ADEChallengeData2016/{images,annotations}/{training,validation}`, label 0 ignored.
+Layout: `ADEChallengeData2016/{images,annotations}/{training,validation}`, label 0 ignored; or
+`ADEChallengeData2016.zip` as it is.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ SPLITS = ("train", "val")
 COUNTS = {"train": 20_210, "val": 2_000}
 SPEC = read_spec("ade20k")
 SUBMISSION = SubmissionFormat(tuple(range(1, 151)), ".png")
+_PLACES = ("ADEChallengeData2016/", "", "ADEChallengeData2016.zip/ADEChallengeData2016/")
 _FOLDERS = {"train": "training", "val": "validation"}
 
 
@@ -22,8 +24,10 @@ def spec(root: Path | None) -> DatasetSpec:
 
 def open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
-    images = find_folder(folder, "ADEChallengeData2016/images", "images") / _FOLDERS[split]
-    labels = find_folder(folder, "ADEChallengeData2016/annotations", "annotations")
+    images, labels = (
+        find_folder(folder, *(f"{place}{kind}" for place in _PLACES)) / _FOLDERS[split]
+        for kind in ("images", "annotations")
+    )
     train_ids = {i + 1: i for i in range(SPEC.num_classes)}
-    pairs = pair_by_stem(images, labels / _FOLDERS[split])
+    pairs = pair_by_stem(images, labels)
     return PairedFiles(SPEC, pairs, label_map({0: SPEC.ignore_index, **train_ids}))

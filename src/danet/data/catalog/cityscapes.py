@@ -2,13 +2,22 @@
 
 Layout: `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
 `gtFine/SPLIT/CITY/*_gtFine_labelIds.png` (ids 0..33) or `*_gtFine_labelTrainIds.png`. The labels of
-the test split in the official archive are all void.
+the test split in the official archive are all void. The official `.zip` files in the root are read
+as they are.
 """
 
 from pathlib import Path
 
+from danet.data.archives import Location
 from danet.data.classes import read_spec
-from danet.data.files import PairedFiles, find_folder, label_map, pair_up, require_root
+from danet.data.files import (
+    PairedFiles,
+    find_folder,
+    label_map,
+    list_images,
+    pair_up,
+    require_root,
+)
 from danet.data.spec import DatasetSpec, SubmissionFormat
 from danet.errors import UserError
 
@@ -30,8 +39,10 @@ def spec(root: Path | None) -> DatasetSpec:
 
 def open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
-    image_folder = find_folder(folder, f"leftImg8bit/{split}")
-    label_folder = find_folder(folder, f"gtFine/{split}")
+    image_folder = find_folder(
+        folder, f"leftImg8bit/{split}", f"leftImg8bit_trainvaltest.zip/leftImg8bit/{split}"
+    )
+    label_folder = find_folder(folder, f"gtFine/{split}", f"gtFine_trainvaltest.zip/gtFine/{split}")
     images = _by_name(image_folder, _IMAGE)
     if not images:
         raise UserError(f"{image_folder} holds no CITY/*{_IMAGE}")
@@ -45,6 +56,11 @@ def open_split(root: Path | None, split: str) -> PairedFiles:
     return PairedFiles(SPEC, pairs, label_map({**ignored, **mapped}))
 
 
-def _by_name(folder: Path, suffix: str) -> dict[str, Path]:
-    paths = sorted(folder.glob(f"*/*{suffix}"))
-    return {path.name.removesuffix(suffix): path for path in paths}
+def _by_name(folder: Location, suffix: str) -> dict[str, Location]:
+    cities = sorted((city for city in folder.iterdir() if city.is_dir()), key=str)
+    return {
+        path.name.removesuffix(suffix): path
+        for city in cities
+        for path in list_images(city)
+        if path.name.endswith(suffix)
+    }

@@ -7,10 +7,14 @@ with `*_labelTrainIds.png` (ids 1..171, 0 ignored) as mmsegmentation's converter
 164k: `{train,val}2017` or `images/{train,val}2017`, and the pixel maps (ids 0..181 with gaps, 255
 ignored) in `annotations/`, `stuffthingmaps/` or `annotations/stuffthingmaps/`; or the converter's
 `*_labelTrainIds.png` (ids 0..170).
+
+The official `.zip` files in the root are read as they are: `cocostuff-10k-v1.1.zip`;
+`{train,val}2017.zip` and `stuffthingmaps_trainval2017.zip`.
 """
 
 from pathlib import Path
 
+from danet.data.archives import Location, locate
 from danet.data.classes import read_spec
 from danet.data.files import (
     PairedFiles,
@@ -42,7 +46,7 @@ def spec(root: Path | None) -> DatasetSpec:
 
 def COUNTS(root: Path | None) -> dict[str, int]:  # noqa: N802 - the catalog's name for it
     """Of the version whose layout the root has."""
-    if root is not None and (_is_10k_archive(root) or _is_10k_converted(root, "train")):
+    if root is not None and (_archive_10k(root) or _is_10k_converted(root, "train")):
         return {"train": 9000, "val": 1000}
     return {"train": 118_287, "val": 5000}
 
@@ -55,22 +59,25 @@ def pixel_map_ids() -> dict[int, int]:
 
 def open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
-    if _is_10k_archive(folder):
-        return _open_10k_archive(folder, split)
+    archive = _archive_10k(folder)
+    if archive:
+        return _open_10k_archive(archive, split)
     if _is_10k_converted(folder, split):
         return _open_10k_converted(folder, split)
     return _open_164k(folder, split)
 
 
-def _is_10k_archive(root: Path) -> bool:
-    return (root / "imageLists").is_dir()
+def _archive_10k(root: Location) -> Location | None:
+    """The official archive's content, unpacked or not."""
+    contents = (root, locate(root, "cocostuff-10k-v1.1.zip"))
+    return next((content for content in contents if (content / "imageLists").is_dir()), None)
 
 
-def _is_10k_converted(root: Path, split: str) -> bool:
+def _is_10k_converted(root: Location, split: str) -> bool:
     return (root / "images" / _FOLDERS_10K[split]).is_dir()
 
 
-def _open_10k_archive(root: Path, split: str) -> PairedFiles:
+def _open_10k_archive(root: Location, split: str) -> PairedFiles:
     names = read_names(root / "imageLists" / _LISTS_10K[split])
     images = existing(root / "images", names, ".jpg")
     require_all(images, names, root / "images")
@@ -81,22 +88,23 @@ def _open_10k_archive(root: Path, split: str) -> PairedFiles:
     return PairedFiles(SPEC, pairs, ids, open_coco_stuff_label)
 
 
-def _open_10k_converted(root: Path, split: str) -> PairedFiles:
+def _open_10k_converted(root: Location, split: str) -> PairedFiles:
     name = _FOLDERS_10K[split]
     pairs = pair_by_stem(root / "images" / name, root / "annotations" / name, _TRAIN_IDS)
     ids = {i + 1: i for i in range(SPEC.num_classes)}
     return PairedFiles(SPEC, pairs, label_map({0: SPEC.ignore_index, **ids}))
 
 
-def _open_164k(root: Path, split: str) -> PairedFiles:
+def _open_164k(root: Location, split: str) -> PairedFiles:
     name = f"{split}2017"
-    images = find_folder(root, f"images/{name}", name)
+    images = find_folder(root, f"images/{name}", name, f"{name}.zip/{name}")
     labels = find_folder(
         root,
         *(f"{folder}/{name}" for folder in ("annotations", "stuffthingmaps")),
         f"annotations/stuffthingmaps/{name}",
+        f"stuffthingmaps_trainval2017.zip/{name}",
     )
-    if next(labels.glob(f"*{_TRAIN_IDS}.png"), None) is not None:
+    if any(path.stem.endswith(_TRAIN_IDS) for path in labels.iterdir()):
         identity = label_map({i: i for i in range(SPEC.num_classes)})
         return PairedFiles(SPEC, pair_by_stem(images, labels, _TRAIN_IDS), identity)
     return PairedFiles(SPEC, pair_by_stem(images, labels), label_map(pixel_map_ids()))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from danet.data.archives import Location
 from danet.data.files import PairedFiles, label_map, list_images, pair_by_stem, require_root
 from danet.data.images import open_label
 from danet.data.spec import IGNORE_INDEX, DatasetSpec
@@ -34,14 +35,14 @@ def open_split(root: Path | None, split: str) -> PairedFiles:
     return PairedFiles(classes, pairs, label_map({i: i for i in range(classes.num_classes)}))
 
 
-def _label_folder(root: Path) -> Path:
+def _label_folder(root: Location) -> Location:
     for name in _LABEL_FOLDERS:
         if (root / name).is_dir():
             return root / name
     raise UserError(f"{root} has neither labels/ nor masks/; put the label images there")
 
 
-def _read_classes(listing: Path) -> DatasetSpec:
+def _read_classes(listing: Location) -> DatasetSpec:
     names: list[str] = []
     colors: list[Color | None] = []
     try:
@@ -65,9 +66,9 @@ def _read_classes(listing: Path) -> DatasetSpec:
     return DatasetSpec(NAME, tuple(names), tuple(palette))
 
 
-def _count_classes(root: Path) -> DatasetSpec:
+def _count_classes(root: Location) -> DatasetSpec:
     largest = -1
-    splits = sorted(path for path in _label_folder(root).iterdir() if path.is_dir())
+    splits = [path for path in _label_folder(root).iterdir() if path.is_dir()]
     for path in (path for split in splits for path in list_images(split)):
         ids = np.unique(open_label(path))
         largest = max([largest, *ids[ids != IGNORE_INDEX].tolist()])

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from danet.data.archives import Location
 from danet.data.classes import read_spec
 from danet.data.files import (
     PairedFiles,
     existing,
     find_folder,
     label_map,
+    list_images,
     pair_up,
     read_names,
     require_all,
@@ -61,16 +63,16 @@ def open_split(root: Path | None, split: str) -> PairedFiles:
     return PairedFiles(SPEC, pair_up(images, labels, label_folder), train_ids, _open_any_label)
 
 
-def _listing(voc: Path, split: str) -> Path:
+def _listing(voc: Location, split: str) -> Location:
     return voc / "ImageSets" / "Segmentation" / f"{split}.txt"
 
 
-def _added_labels(root: Path, voc: Path) -> tuple[Path, dict[str, Path]]:
+def _added_labels(root: Location, voc: Location) -> tuple[Location, dict[str, Location]]:
     """Where SBD's labels lie, and the label of every image that VOC does not validate on."""
     validated = set(read_names(_listing(voc, "val")))
     if (voc / _AUGMENTED).is_dir():
         folder = voc / _AUGMENTED
-        paths = {path.stem: path for path in sorted(folder.glob("*.png"))}
+        paths = {path.stem: path for path in list_images(folder)}
     else:
         try:
             sbd = find_folder(root, *_SBD)
@@ -86,5 +88,5 @@ def _added_labels(root: Path, voc: Path) -> tuple[Path, dict[str, Path]]:
     return folder, {name: path for name, path in paths.items() if name not in validated}
 
 
-def _open_any_label(path: Path) -> npt.NDArray[np.uint8]:
+def _open_any_label(path: Location) -> npt.NDArray[np.uint8]:
     return open_sbd_label(path) if path.suffix == ".mat" else open_label(path)

@@ -1,0 +1,122 @@
+"""Files inside .zip archives, read where they lie as if they were in a folder."""
+
+import functools
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from danet.errors import UserError
+
+MAX_FILE_BYTES = 1 << 29
+"""A packed file that unpacks to more is refused: no picture within the pixel limit needs it."""
+
+
+_TOP = PurePosixPath()
+
+
+@dataclass(frozen=True, order=True)
+class ZipPath:
+    """A file or folder in an archive, with what the readers use of `pathlib.Path`.
+
+    Nothing is unpacked to disk. May be pickled and used after a fork: every process opens the
+    archive for itself.
+
+    Raises:
+        UserError: the archive or the file in it cannot be read.
+    """
+
+    archive: Path
+    inner: PurePosixPath = _TOP
+
+    def __str__(self) -> str:
+        return str(self.archive / self.inner)
+
+    def __truediv__(self, part: str) -> "ZipPath":
+        return ZipPath(self.archive, self.inner / part)
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def stem(self) -> str:
+        return self.inner.stem
+
+    @property
+    def suffix(self) -> str:
+        return self.inner.suffix
+
+    def is_dir(self) -> bool:
+        return self.inner in _opened(self.archive).folders
+
+    def is_file(self) -> bool:
+        siblings = _opened(self.archive).folders.get(self.inner.parent, ())
+        return self.name in siblings and not self.is_dir()
+
+    def iterdir(self) -> Iterator["ZipPath"]:
+        return (self / name for name in _opened(self.archive).folders[self.inner])
+
+    def read_bytes(self) -> bytes:
+        file = _opened(self.archive).file
+        try:
+            member = file.getinfo(str(self.inner))
+            if member.file_size > MAX_FILE_BYTES:
+                raise UserError(f"{self}: unpacks to over {MAX_FILE_BYTES >> 20} MiB; refused")
+            return file.read(member)
+        except KeyError as error:
+            raise UserError(f"{self}: no such file in the archive") from error
+        # Damage, encryption and unknown compression, in this order.
+        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise UserError(f"{self}: cannot be unpacked ({error})") from error
+
+    def read_text(self, encoding: str) -> str:
+        return self.read_bytes().decode(encoding)
+
+    def open(self) -> io.BytesIO:
+        return io.BytesIO(self.read_bytes())
+
+
+Location = Path | ZipPath
+"""Where a file of a dataset lies."""
+
+
+@dataclass(frozen=True)
+class _Archive:
+    file: zipfile.ZipFile
+    folders: dict[PurePosixPath, dict[str, None]]
+    """The names in each folder, in the archive's order."""
+
+
+@functools.cache
+def _opened(archive: Path) -> _Archive:
+    try:
+        file = zipfile.ZipFile(archive)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{archive}: cannot be read as a .zip archive ({error})") from error
+    folders: dict[PurePosixPath, dict[str, None]] = {_TOP: {}}
+    for member in file.namelist():
+        path = PurePosixPath(member)
+        if member.endswith("/"):
+            folders.setdefault(path, {})
+        for inside in (path, *path.parents):
+            if inside.name:
+                folders.setdefault(inside.parent, {})[inside.name] = None
+    return _Archive(file, folders)
+
+
+if hasattr(os, "register_at_fork"):  # an open file's position would be shared by both processes
+    os.register_at_fork(after_in_child=_opened.cache_clear)
+
+
+def locate(root: Location, path: str) -> Location:
+    """`root / path`, where a part of the path that is a .zip file is gone into."""
+    location = root
+    for part in PurePosixPath(path).parts:
+        location = location / part
+        if isinstance(location, Path) and location.suffix == ".zip" and location.is_file():
+            location = ZipPath(location)
+    return location

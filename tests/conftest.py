@@ -1,8 +1,10 @@
-import pytest
-import torch
+import os
 
 # Test inputs are small: threads would wait for each other, and several test processes for cores.
-torch.set_num_threads(1)
+# Set before torch is imported, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+from torchvision.datasets import SBDataset, VOCSegmentation
 
 from danet.data import dataset_spec, open_dataset
 from danet.data.catalog import cityscapes, coco_stuff
@@ -133,6 +134,32 @@ class TestVoc:
             "c": [7, 0, 20],
             "d": [7, 0, 20],
         }
+
+    def test_torchvision_reads_the_same(self, make: Maker, tmp_path: Path) -> None:
+        """Its own readers of VOC and SBD as a second source, on every class id."""
+        sbd = tmp_path / "benchmark_RELEASE/dataset"
+        ids = np.array([[*range(21), 255]], np.uint8)
+        make(f"{self.VOC}/SegmentationClass/a.png", ids.tolist())
+        for listing, names in (("train", ["c"]), ("val", ["d"])):
+            make(f"benchmark_RELEASE/dataset/{listing}.txt", names)
+        (sbd / "cls").mkdir()
+        for name in "cd":
+            segmentation = {"Segmentation": np.roll(ids[:, :21], ord(name))}
+            savemat(sbd / f"cls/{name}.mat", {"GTcls": segmentation})
+            Image.new("RGB", (21, 1)).save(sbd / f"../../{self.VOC}/JPEGImages/{name}.jpg")
+        (sbd / "img").symlink_to(tmp_path / self.VOC / "JPEGImages")
+        Image.new("RGB", (22, 1)).save(tmp_path / self.VOC / "JPEGImages/a.jpg")
+        theirs = {
+            Path(source.images[index]).stem: np.asarray(source[index][1])[0].tolist()
+            for source in (
+                VOCSegmentation(str(tmp_path), image_set="train"),
+                SBDataset(str(sbd), image_set="train", mode="segmentation"),
+                SBDataset(str(sbd), image_set="val", mode="segmentation"),
+            )
+            for index in range(len(source))
+        }
+        assert labels("voc", tmp_path, "train_aug") == theirs
+        assert sorted(theirs) == ["a", "b", "c", "d"]
 
     def test_what_is_missing_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="needs SBD's labels"):

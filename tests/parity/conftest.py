@@ -4,8 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-PEER_SCRIPT = Path(__file__).with_name("peer.py")
+from danet.config import DataConfig
+from danet.data import open_dataset
+from danet.data.transforms import as_tensors, normalize
+
+PEER_SCRIPT = Path(__file__).with_name("peer")
 
 CAMVID = Path(os.environ.get("DANET_CAMVID", "../shared/camvid"))
 
@@ -15,9 +20,22 @@ def street_pictures() -> list[tuple[str, Path | None]]:
     return [("scenes", None), *([("camvid", CAMVID)] if CAMVID.is_dir() else [])]
 
 
+def street(dataset: str, root: Path | None, index: int = 0) -> tuple[Tensor, Tensor]:
+    """A street, uint8 3 H W, and its train ids, uint8 H W."""
+    item = open_dataset(dataset, root, split="val")[index]
+    image, label = as_tensors(item.image, item.label)
+    return image.as_subclass(Tensor), label.as_subclass(Tensor)
+
+
+def normalized(image: Tensor) -> Tensor:
+    """What the networks get: float32, with the published mean and deviation taken out."""
+    config = DataConfig()
+    return normalize(image, config.mean, config.std)
+
+
 @pytest.fixture(scope="session")
 def peer() -> Callable[..., str]:
-    """Runs a command of peer.py in the peer's own environment and gives what it prints."""
+    """Runs a command of peer/ in the peer's own environment and gives what it prints."""
     python = Path(os.environ.get("DANET_PEER_PYTHON", ".parity-venv/bin/python"))
     if not python.exists():
         pytest.skip(f"{python} is missing; make test-slow builds it")

@@ -1,23 +1,26 @@
 """Whole pictures, sliding windows, scales and flips, and the metric, against mmsegmentation."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from danet.config import TestConfig
-from danet.data import open_dataset
-from danet.data.transforms import as_tensors
+from danet.data import dataset_spec
 from danet.evaluation.inference import predict_probabilities
 from danet.evaluation.metrics import confusion_matrix, scores
 from danet.interop.convert import convert
 from danet.model import DANet
 
-from .conftest import street_pictures
+from .conftest import street, street_pictures
 
 pytestmark = pytest.mark.slow
 
@@ -31,10 +34,7 @@ TESTS = {
 @pytest.fixture(scope="module", params=street_pictures())
 def picture(request: pytest.FixtureRequest) -> Tensor:
     """A street of an odd size, uint8 3 H W."""
-    dataset, root = request.param
-    item = open_dataset(dataset, root, split="val")[0]
-    image, _ = as_tensors(item.image, item.label)
-    return image.as_subclass(Tensor)[:, 40:203, 100:341]
+    return street(*request.param)[0][:, 40:203, 100:341]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,45 @@ def test_label_maps_are_the_peers(
     assert (first - second)[disagree].lt(2e-4).all()  # ties only
     assert len(labels.unique()) >= 3
     assert expected.std((1, 2)).max() > 0.05  # the scores differ between places
+
+
+def test_a_cityscapes_submission_scores_officially_what_we_say(
+    peer: Callable[..., str], tmp_path: Path
+) -> None:
+    """From the command line, on a miniature of the data set with every label id."""
+    random = np.random.default_rng(0)
+    for city, number in (("ulm", 1), ("ulm", 2), ("bonn", 1)):
+        name = f"{city}_00000{number}_000019"
+        pixels = random.integers(0, 256, (6, 12, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+        ids = random.integers(0, 34, (6, 12), np.uint8).repeat(16, 0).repeat(16, 1)
+        for folder, suffix, array in (
+            ("leftImg8bit", "leftImg8bit", pixels),
+            ("gtFine", "gtFine_labelIds", ids),
+        ):
+            path = tmp_path / f"{folder}/val/{city}/{name}_{suffix}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+    torch.manual_seed(0)
+    spec = dataset_spec("cityscapes")
+    model = DANet(19, backbone="test_resnet", pretrained_backbone=False, head_channels=32)
+    model.metadata = model.metadata.model_copy(
+        update={"classes": spec.classes, "palette": spec.palette}
+    )
+    with torch.no_grad():
+        model.head.fused_classifier[1].weight.mul_(100)
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "labels"
+    arguments = ["evaluate", tmp_path / "model", "--data", "cityscapes", "--root", tmp_path]
+    arguments += ["--submission", out, "--json", tmp_path / "scores.json"]
+    subprocess.run([sys.executable, "-m", "danet", *map(str, arguments)], check=True)
+
+    printed = peer("cityscapes", "--root", tmp_path, "--predictions", out)
+    theirs = json.loads(printed.splitlines()[-1])
+    ours = json.loads((tmp_path / "scores.json").read_text())["per_class"]
+    assert len(np.unique(np.stack([np.asarray(Image.open(p)) for p in out.iterdir()]))) > 3
+    assert sum(score["IoU"] > 0 for score in ours.values()) > 3
+    for name, score in ours.items():
+        assert score["IoU"] == pytest.approx(theirs[name], abs=1e-9)
 
 
 def test_scores_are_those_of_ioumetric(peer: Callable[..., str], tmp_path: Path) -> None:

@@ -16,19 +16,27 @@ from danet.training.build import build_optimizer
 from danet.training.loss import loss_divisor, segmentation_losses
 from danet.training.schedule import learning_rate
 
+from .conftest import normalized, street, street_pictures
+
 pytestmark = pytest.mark.slow
 
-STEPS, BATCH, SIDE = 50, 2, 65
+STEPS, SIDE = 50, 65
 
 
 @pytest.fixture(scope="module")
 def batches() -> dict[str, Tensor]:
-    """Random images, and blocks of random labels with some ignored."""
+    """In each batch noise with blocks of random labels, some ignored, and a street."""
     generator = torch.Generator().manual_seed(3)
-    images = torch.randn(STEPS, BATCH, 3, SIDE, SIDE, generator=generator)
-    blocks = torch.randint(0, 21, (STEPS, BATCH, 5, 5), generator=generator)
-    labels = blocks.repeat_interleave(13, 2).repeat_interleave(13, 3)
-    return {"images": images, "labels": labels.where(labels < 19, 255).to(torch.uint8)}
+    noise = torch.randn(STEPS, 3, SIDE, SIDE, generator=generator)
+    blocks = torch.randint(0, 21, (STEPS, 5, 5), generator=generator)
+    ids = blocks.repeat_interleave(13, 1).repeat_interleave(13, 2)
+    ids = ids.where(ids < 19, 255).to(torch.uint8)
+    images, labels = [], []
+    for step in range(STEPS):
+        image, label = street(*street_pictures()[-1], index=step)
+        images.append(torch.stack([noise[step], normalized(image)[:, ::4, ::4][:, :SIDE, :SIDE]]))
+        labels.append(torch.stack([ids[step], label[::4, ::4][:SIDE, :SIDE]]))
+    return {"images": torch.stack(images), "labels": torch.stack(labels)}
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -59,7 +67,7 @@ def train(model: DANet, batches: dict[str, Tensor]) -> tuple[list[float], dict[s
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=str
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str
 )
 def test_losses_gradients_and_weights(
     dtype: torch.dtype,

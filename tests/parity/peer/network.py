@@ -1,52 +1,23 @@
-"""Run mmsegmentation's DANet on a CPU as an independent peer; never imports danet.
-
-Runs under the environment of `requirements.txt` beside this file:
-
-    pip install --no-deps -r requirements.txt
-    python peer.py keys --num-classes 19
-    python peer.py head --weights in.safetensors --features c4.safetensors --out out.safetensors
-    python peer.py model --depth 50 --images x.safetensors --checkpoint w.pth --out y.safetensors
-"""
+"""The peer's head and network: their keys, logits, losses and training."""
 
 import argparse
 import json
-import runpy
 import sys
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
+from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
-# mmseg imports mmcv's compiled operators, which mmcv-lite leaves out; DAHead calls none of them.
-sys.modules["mmcv._ext"] = mock.MagicMock()
-warnings.filterwarnings("ignore", module="mmseg")  # notices about loss defaults, unused here
-
-# ruff: noqa: E402 - the imports need the stub above
-import mmcv
 import mmseg
-import numpy as np
-from cityscapesscripts.helpers.labels import labels as cityscapes_labels
-from mmengine.config import Config, ConfigDict
+import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper, PolyLR
 from mmengine.structures import PixelData
-from mmseg.datasets import (
-    ADE20KDataset,
-    CityscapesDataset,
-    COCOStuffDataset,
-    PascalContextDataset,
-    PascalContextDataset59,
-    PascalVOCDataset,
-)
-from mmseg.evaluation import IoUMetric
-from mmseg.models import SegTTAModel
+from mmseg.datasets import CityscapesDataset
 from mmseg.models.decode_heads.da_head import DAHead
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
+from safetensors.torch import load_file, save_file
 
 
 def build_head(args: argparse.Namespace) -> torch.nn.Module:
@@ -143,69 +114,6 @@ def load_model(path: Path, depth: int) -> torch.nn.Module:
     return model.eval()
 
 
-def view_samples(
-    model: torch.nn.Module, image: np.ndarray, ratio: float, flip: bool
-) -> list[SegDataSample]:
-    """One pass over an RGB picture as the test pipeline and the model do it."""
-    height, width = image.shape[:2]
-    resized = mmcv.imrescale(image, (int(width * ratio), int(height * ratio)))
-    resized = mmcv.imflip(resized) if flip else resized
-    mean = np.array([123.675, 116.28, 103.53])
-    std = np.array([58.395, 57.12, 57.375])
-    pixels = mmcv.imnormalize(resized, mean, std, to_rgb=False)
-    tensor = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
-    meta = {
-        "img_shape": resized.shape[:2],
-        "ori_shape": (height, width),
-        "img_path": "",
-        "flip": flip,
-        "flip_direction": "horizontal",
-    }
-    sample = SegDataSample(metainfo=meta)
-    with torch.no_grad():
-        return model.postprocess_result(model.inference(tensor, [meta]), [sample])
-
-
-def run_prediction(args: argparse.Namespace) -> None:
-    """Write label maps and averaged scores of a picture: whole, sliding, and augmented."""
-    model = load_model(args.checkpoint, args.depth)
-    image = load_file(args.image)["image"].numpy()
-    window, stride = (96, 128), (64, 80)
-    tests = {
-        "whole": ({"mode": "whole"}, [(1.0, False)]),
-        "slide": ({"mode": "slide", "crop_size": window, "stride": stride}, [(1.0, False)]),
-        "augmented": (
-            {"mode": "whole"},
-            [(ratio, flip) for ratio in (0.5, 1.0, 1.75) for flip in (False, True)],
-        ),
-    }
-    results = {}
-    for align_corners in (False, True):
-        model.align_corners = model.decode_head.align_corners = align_corners
-        for name, (test_cfg, views) in tests.items():
-            model.test_cfg = ConfigDict(test_cfg)
-            samples = [view_samples(model, image, *view)[0] for view in views]
-            scores = torch.stack([s.seg_logits.data.softmax(0) for s in samples]).mean(0)
-            merged = SegTTAModel.merge_preds(SimpleNamespace(module=model), [samples])[0]
-            results[f"{name}/{align_corners}/scores"] = scores
-            results[f"{name}/{align_corners}/labels"] = merged.pred_sem_seg.data[0]
-    save_file({name: tensor.contiguous() for name, tensor in results.items()}, args.out)
-
-
-def run_metric(args: argparse.Namespace) -> None:
-    """Print IoUMetric's scores of label maps."""
-    maps = load_file(args.maps)
-    metric = IoUMetric(iou_metrics=["mIoU"])
-    metric.dataset_meta = {"classes": [str(index) for index in range(args.num_classes)]}
-    areas = [
-        metric.intersect_and_union(prediction.long(), truth.long(), args.num_classes, 255)
-        for prediction, truth in zip(maps["predictions"], maps["truths"], strict=True)
-    ]
-    total = [sum(area) for area in zip(*areas, strict=True)]
-    scores = metric.total_area_to_metrics(*total, metrics=["mIoU"])
-    json.dump({name: np.atleast_1d(values).tolist() for name, values in scores.items()}, sys.stdout)
-
-
 def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
     """Make training a pure function of weights and batch."""
     model.decode_head.dropout = None
@@ -267,45 +175,13 @@ def run_training(args: argparse.Namespace) -> None:
     save_file({"losses": torch.stack(losses), **first_gradients, **last}, args.out)
 
 
-def converted_ids(converter: str) -> dict[int, int]:
-    """The table of label ids to train ids in one of mmsegmentation's dataset converters."""
-    path = Path(mmseg.__file__).parent / ".mim" / "tools" / "dataset_converters" / converter
-    table: dict[int, int] = runpy.run_path(str(path))["clsID_to_trID"]
-    return table
-
-
-def list_tables(args: argparse.Namespace) -> None:
-    """Print the classes, colours and label ids of the datasets as one JSON object."""
-    datasets = {
-        "cityscapes": CityscapesDataset,
-        "ade20k": ADE20KDataset,
-        "voc": PascalVOCDataset,
-        "pascal_context": PascalContextDataset,
-        "pascal_context_59": PascalContextDataset59,
-        "coco_stuff": COCOStuffDataset,
-    }
-    tables = {
-        "specs": {
-            name: {"classes": dataset.METAINFO["classes"], "palette": dataset.METAINFO["palette"]}
-            for name, dataset in datasets.items()
-        },
-        "coco_stuff_164k": converted_ids("coco_stuff164k.py"),
-        "coco_stuff_10k": converted_ids("coco_stuff10k.py"),
-        "cityscapes": {label.id: label.trainId for label in cityscapes_labels if label.id >= 0},
-    }
-    json.dump(tables, sys.stdout)
-
-
-def parse_args() -> argparse.Namespace:
-    """Parse the subcommand and the sizes of the head."""
+def add_commands(commands: Any) -> None:
+    """Add this module's subcommands."""
     sizes = argparse.ArgumentParser(add_help=False)
     sizes.add_argument("--num-classes", type=int, default=19)
     sizes.add_argument("--in-channels", type=int, default=2048)
     sizes.add_argument("--channels", type=int, default=512)
     sizes.add_argument("--pam-channels", type=int, default=64)
-
-    parser = argparse.ArgumentParser(description="mmsegmentation's DAHead as a peer")
-    commands = parser.add_subparsers(required=True)
 
     keys = commands.add_parser("keys", parents=[sizes], help="list state dict keys and shapes")
     keys.set_defaults(command=list_keys)
@@ -317,17 +193,12 @@ def parse_args() -> argparse.Namespace:
     head.add_argument("--train", action="store_true", help="batch statistics in BatchNorm")
     head.set_defaults(command=run_head)
 
-    prediction = commands.add_parser("predict", help="segment a picture in several ways")
-    prediction.add_argument("--depth", type=int, choices=[50, 101], default=50)
-    prediction.add_argument("--checkpoint", type=Path, required=True)
-    prediction.add_argument("--image", type=Path, required=True, help="one tensor 'image', [H,W,3]")
-    prediction.add_argument("--out", type=Path, required=True, help="gets labels and scores")
-    prediction.set_defaults(command=run_prediction)
-
-    metric = commands.add_parser("metric", help="score label maps")
-    metric.add_argument("--maps", type=Path, required=True, help="predictions and truths, [N,H,W]")
-    metric.add_argument("--num-classes", type=int, default=19)
-    metric.set_defaults(command=run_metric)
+    model = commands.add_parser("model", help="run the whole network on given images")
+    model.add_argument("--depth", type=int, choices=[50, 101], default=50)
+    model.add_argument("--images", type=Path, required=True, help="one tensor 'images', [B,3,H,W]")
+    model.add_argument("--checkpoint", type=Path, required=True, help="gets the weights")
+    model.add_argument("--out", type=Path, required=True, help="gets all four logits")
+    model.set_defaults(command=run_model)
 
     training = commands.add_parser("train", help="train the whole network on given batches")
     training.add_argument("--depth", type=int, choices=[50, 101], default=50)
@@ -335,19 +206,3 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--checkpoint", type=Path, required=True, help="gets the first weights")
     training.add_argument("--out", type=Path, required=True, help="gets losses and weights")
     training.set_defaults(command=run_training)
-
-    tables = commands.add_parser("tables", help="list the datasets' classes and label ids")
-    tables.set_defaults(command=list_tables)
-
-    model = commands.add_parser("model", help="run the whole network on given images")
-    model.add_argument("--depth", type=int, choices=[50, 101], default=50)
-    model.add_argument("--images", type=Path, required=True, help="one tensor 'images', [B,3,H,W]")
-    model.add_argument("--checkpoint", type=Path, required=True, help="gets the weights")
-    model.add_argument("--out", type=Path, required=True, help="gets all four logits")
-    model.set_defaults(command=run_model)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-    arguments.command(arguments)

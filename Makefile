@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup check test-slow test-all bench
+.PHONY: help demo test setup check test-slow parity docs test-all bench
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,14 +22,22 @@ test: $(VENV)/development ## run the tests (minutes)
 
 setup: $(VENV)/development ## make .venv with everything for development
 
-check: $(VENV)/development ## lint, types, and who may import whom
+check: $(VENV)/development ## lint, types, who may import whom, and whether docs tables are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/tables.py --check
 
 test-slow: $(VENV)/development $(PEER)/ready ## run the slow tests, parity with mmsegmentation among them
 	$(BIN)/python -m pytest -n 2 -m slow
+
+parity: $(VENV)/development $(PEER)/ready ## compare with mmsegmentation, printing the differences
+	$(BIN)/python -m pytest tests/parity -s
+
+docs: $(VENV)/development ## write the tables and curves in docs/ from benchmarks/results
+	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/loss_curves.py
 
 test-all: test test-slow ## run every test
 

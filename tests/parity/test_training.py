@@ -1,7 +1,9 @@
 """50 training steps on the same batches as mmsegmentation, from the same weights."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from danet.config import TrainConfig
 from danet.interop import mmseg
 from danet.interop.convert import convert
-from danet.model import DANet
+from danet.model import DANet, DANetOutput
 from danet.training.build import build_optimizer
 from danet.training.loss import loss_divisor, segmentation_losses
 from danet.training.schedule import learning_rate
@@ -66,6 +68,37 @@ def train(model: DANet, batches: dict[str, Tensor]) -> tuple[list[float], dict[s
     return losses, gradients
 
 
+def test_hard_examples_and_class_weights(peer: Callable[..., str], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(2, 19, 60, 70, generator=generator)
+    labels = torch.randint(0, 19, (2, 60, 70), generator=generator, dtype=torch.uint8)
+    labels[:, :7] = 255
+    class_weights = torch.rand(19, generator=generator) + 0.5
+    tensors = {"logits": logits, "labels": labels, "class_weights": class_weights}
+    save_file(tensors, tmp_path / "in.safetensors")
+    peer("losses", "--tensors", tmp_path / "in.safetensors", "--out", tmp_path / "out.safetensors")
+    theirs = load_file(tmp_path / "out.safetensors")
+
+    def ours(labels: Tensor, **settings: Any) -> float:
+        config = TrainConfig(**settings)
+        output = DANetOutput(logits, None, None, None)
+        divisor = loss_divisor(labels, config)
+        same_size = lambda logits, _: logits  # noqa: E731
+        return segmentation_losses(output, labels, divisor, same_size, config)["loss"].item()
+
+    labelled = labels.where(labels != 255, 0)
+    losses = {
+        "plain": ours(labels),
+        "weighted": ours(labelled, class_weights=class_weights.tolist(), loss_divisor="valid"),
+        "hard/few": ours(labels, hard_example_threshold=0.02, hard_example_min_kept=10),
+        "hard/many": ours(labels, hard_example_threshold=0.3, hard_example_min_kept=3000),
+    }
+    for name, loss in losses.items():
+        print(f"{name}: {abs(loss / theirs[name].item() - 1):.1e}")
+        assert loss == pytest.approx(theirs[name].item(), rel=1e-6), name
+    assert len(set(losses.values())) == len(losses)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str
 )
@@ -97,6 +130,10 @@ def test_losses_gradients_and_weights(
     differences = [abs(ours / t - 1) for ours, t in zip(losses, expected, strict=True)]
     last = in_our_names(theirs, "last/")
     state = model.state_dict()
+    if folder := os.environ.get("DANET_RECORD"):
+        name = f"parity_losses_{str(dtype).removeprefix('torch.')}.csv"
+        rows = (f"{t:.17g},{ours:.17g}" for t, ours in zip(expected, losses, strict=True))
+        (Path(folder) / name).write_text("\n".join(["mmsegmentation,danet", *rows, ""]))
     drift = max(relative(state[n].double(), last[n].double()) for n in last if last[n].ndim > 1)
     print(f"{dtype}: first loss {differences[0]:.1e}, largest of {STEPS} {max(differences):.1e}")
     print(f"{dtype}: last weights {drift:.1e}")

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mmseg
@@ -14,8 +15,9 @@ from mmengine.optim import OptimWrapper, PolyLR
 from mmengine.structures import PixelData
 from mmseg.datasets import CityscapesDataset
 from mmseg.models.decode_heads.da_head import DAHead
+from mmseg.models.losses import CrossEntropyLoss
 from mmseg.registry import MODELS
-from mmseg.structures import SegDataSample
+from mmseg.structures import OHEMPixelSampler, SegDataSample
 from mmseg.utils import register_all_modules
 from safetensors.torch import load_file, save_file
 
@@ -175,6 +177,23 @@ def run_training(args: argparse.Namespace) -> None:
     save_file({"losses": torch.stack(losses), **first_gradients, **last}, args.out)
 
 
+def run_losses(args: argparse.Namespace) -> None:
+    """Write the cross-entropy of given logits, plain, with class weights, on hard examples."""
+    tensors = load_file(args.tensors)
+    logits, labels = tensors["logits"], tensors["labels"].long()
+    class_weight = tensors["class_weights"].tolist()
+    loss, weighted = CrossEntropyLoss(), CrossEntropyLoss(class_weight=class_weight)
+    losses = {}
+    for name, threshold, kept in (("few", 0.02, 10), ("many", 0.3, 3000)):
+        sampler = OHEMPixelSampler(SimpleNamespace(ignore_index=255), threshold, kept)
+        weight = sampler.sample(logits, labels[:, None])
+        losses[f"hard/{name}"] = loss(logits, labels, weight=weight, ignore_index=255)
+    losses["plain"] = loss(logits, labels, ignore_index=255)
+    # With ignored pixels its class weights are indexed by 255 and fail.
+    losses["weighted"] = weighted(logits, labels.where(labels != 255, 0), ignore_index=255)
+    save_file(losses, args.out)
+
+
 def add_commands(commands: Any) -> None:
     """Add this module's subcommands."""
     sizes = argparse.ArgumentParser(add_help=False)
@@ -199,6 +218,11 @@ def add_commands(commands: Any) -> None:
     model.add_argument("--checkpoint", type=Path, required=True, help="gets the weights")
     model.add_argument("--out", type=Path, required=True, help="gets all four logits")
     model.set_defaults(command=run_model)
+
+    losses = commands.add_parser("losses", help="compute losses of given logits")
+    losses.add_argument("--tensors", type=Path, required=True, help="logits, labels, class_weights")
+    losses.add_argument("--out", type=Path, required=True, help="gets a number for each loss")
+    losses.set_defaults(command=run_losses)
 
     training = commands.add_parser("train", help="train the whole network on given batches")
     training.add_argument("--depth", type=int, choices=[50, 101], default=50)

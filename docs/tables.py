@@ -1,0 +1,86 @@
+"""Writes the tables in docs/*.md from benchmarks/results/*.csv: `make docs`.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; the functions below, by their
+names, make them. With --check nothing is written and the status is 1 where a page is out of date.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    """The rows of one results file."""
+    with (RESULTS / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table with these columns."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def recipes() -> str:
+    """Every built-in recipe: what was published for it and what was measured here."""
+    measured: dict[str, list[str]] = {}
+    for row in rows_of("scores"):
+        score = f"{100 * float(row['mIoU']):.2f} ({row['split']}, {row['steps']} steps"
+        score += f", seed {row['seed']})" if row["seed"] != "0" else ")"
+        measured.setdefault(row["recipe"], []).append(score)
+    published = {row["recipe"]: row for row in rows_of("published")}
+    names = (path.stem for path in (DOCS.parent / "src/danet/recipes").glob("[!_]*.yaml"))
+    cells = []
+    for name in sorted(names):
+        row = published.get(name, dict.fromkeys(rows_of("published")[0], ""))
+        scores = " / ".join(filter(None, (row["mIoU"], row["mIoU_multi_scale_flip"])))
+        here = "; ".join(measured.get(name, ["not run"]))
+        cells.append([f"`{name}`", scores or "-", row["source"] or "ours", row["note"], here])
+    return markdown(["recipe", "published", "by", "unsure", "measured here"], cells)
+
+
+def position_attention() -> str:
+    """Time and memory of position attention against the form that holds N x N."""
+    by_case: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows_of("position_attention"):
+        case = (row["positions"], row["dtype"], row["direction"])
+        by_case.setdefault(case, {})[row["form"]] = row
+    cells = []
+    for case, implementations in sorted(by_case.items(), key=lambda item: int(item[0][0])):
+        figures = [
+            f"{row['seconds']} s, {row['extra_MiB']} MiB" if row else "not run"
+            for row in map(implementations.get, ("danet", "eager"))
+        ]
+        cells.append([*case, *figures])
+    return markdown(["N", "dtype", "what", "ours", "eager, holding N x N"], cells)
+
+
+MAKERS = {maker.__name__: maker for maker in (recipes, position_attention)}
+
+
+def main() -> int:
+    """Bring every page up to date, or say which is not."""
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        renewed = TABLE.sub(lambda match: match[1] + MAKERS[match[2]]() + match[3], text)
+        if renewed != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(renewed, encoding="utf-8")
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run make docs")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""How equations (1) and (2) of the paper are evaluated in O(N) memory.
+
+One exact result, two ways to it:
+
+- `attend`, a torch operator made of matrix products on blocks (`danet.kernels.blocks`): on every
+  device and in every dtype;
+- `attend_by_heads` (`danet.kernels.fused`): torch's fused attention, for half precision on NVIDIA
+  GPUs.
+
+Shapes: B batch, D key width, C value width, N query positions, M key positions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from danet.kernels import blocks
+from danet.kernels.fused import attend_by_heads, fused_attention_fits
+
+__all__ = ["attend", "attend_backward", "position_attention"]
+
+
+def position_attention(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
+    """Output B C N by the best way for the inputs, which must be of one device and dtype."""
+    if fused_attention_fits(query_BDN, value_BCM):
+        return attend_by_heads(query_BDN, key_BDM, value_BCM)
+    output_BCN: Tensor
+    output_BCN, _ = attend(query_BDN, key_BDM, value_BCM)
+    return output_BCN
+
+
+@torch.library.custom_op("danet::position_attention", mutates_args=())
+def attend(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
+    """Output B C N in the value's dtype, and the log-sum-exp B N of each row of scores."""
+    return blocks.forward(query_BDN, key_BDM, value_BCM)
+
+
+@torch.library.custom_op("danet::position_attention_backward", mutates_args=())
+def attend_backward(
+    grad_BCN: Tensor,
+    query_BDN: Tensor,
+    key_BDM: Tensor,
+    value_BCM: Tensor,
+    output_BCN: Tensor,
+    logsumexp_BN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, shaped and typed as these."""
+    return blocks.backward(grad_BCN, query_BDN, key_BDM, value_BCM, output_BCN, logsumexp_BN)
+
+
+@attend.register_fake
+def _(query_BDN: Tensor, _key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
+    batch, channels, _ = value_BCM.shape
+    queries = query_BDN.shape[2]
+    return (
+        value_BCM.new_empty(batch, queries, channels).transpose(1, 2),
+        query_BDN.new_empty(batch, queries, dtype=blocks.score_dtype(query_BDN.dtype)),
+    )
+
+
+@attend_backward.register_fake
+def _(
+    _grad_BCN: Tensor,
+    query_BDN: Tensor,
+    key_BDM: Tensor,
+    value_BCM: Tensor,
+    _output_BCN: Tensor,
+    _logsumexp_BN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def transposed(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2)
+
+    return transposed(query_BDN), transposed(key_BDM), transposed(value_BCM)
+
+
+def _save_for_backward(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(
+    ctx: torch.autograd.function.BackwardCFunction, grad_BCN: Tensor, _: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = attend_backward(grad_BCN, *ctx.saved_tensors)
+    return gradients
+
+
+attend.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+# torch's counter, which `danet bench` counts with, takes shapes: 2 operations a multiply-add.
+@register_flop_formula(torch.ops.danet.position_attention)
+def _(query: Any, _key: Any, value: Any, **_: Any) -> int:
+    batch, key_width, queries = query
+    _, channels, keys = value
+    return int(2 * batch * queries * keys * (key_width + channels))
+
+
+@register_flop_formula(torch.ops.danet.position_attention_backward)
+def _(_grad: Any, query: Any, _key: Any, value: Any, *_: Any, **__: Any) -> int:
+    batch, key_width, queries = query
+    _, channels, keys = value
+    return int(2 * batch * queries * keys * (3 * key_width + 2 * channels))

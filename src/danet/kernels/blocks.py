@@ -1,0 +1,218 @@
+"""Position attention block by block: plain matrix products, on any device and in any dtype.
+
+Shapes: B batch, D key width, C value width, N query positions, M key positions; a lower-case
+letter is a block of that axis.
+
+    scores_NM = query^T key      attention_NM = softmax over M      output_CN = value attention^T
+
+The N x M matrices only ever exist as blocks, small enough that the next product finds them in the
+cache. The forward pass goes over blocks of queries; where a whole row of scores is too long for a
+block, its parts' softmaxes are merged as they come (online softmax, arXiv 1805.02867). It keeps the
+log-sum-exp of each row, from which the backward pass recomputes each block (FlashAttention, arXiv
+2205.14135, section 3.1). That one goes over blocks of keys, whose own gradients are then written
+once, and forms the scores transposed.
+
+Scores and their softmax are float32 even for half-precision inputs: both directions then see the
+same attention, and rounding the scores to bfloat16 would cost five times the accuracy.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BlockShape(NamedTuple):
+    """How many rows and columns of scores are formed at a time."""
+
+    rows: int
+    columns: int
+
+
+# docs/performance.md has the measurements. On a CPU every shape that keeps a block within the
+# third-level cache is as fast; a device wants larger products.
+_CPU_WHOLE_ROWS = BlockShape(512, 10_240)
+_CPU_TILES = BlockShape(1024, 2048)
+_DEVICE_WHOLE_ROWS = BlockShape(2048, 16_384)
+_DEVICE_TILES = BlockShape(4096, 8192)
+
+
+def block_shape(row_length: int, device: torch.device) -> BlockShape:
+    """Whole rows of scores where they are short enough, else tiles."""
+    on_cpu = device.type == "cpu"
+    whole, tiles = (_CPU_WHOLE_ROWS, _CPU_TILES) if on_cpu else (_DEVICE_WHOLE_ROWS, _DEVICE_TILES)
+    return whole if row_length <= whole.columns else tiles
+
+
+def _blocks(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@contextlib.contextmanager
+def _fast_exact_float32(device: torch.device) -> Iterator[None]:
+    """Runs a CPU's float32 products on oneDNN, which is up to twice as fast as MKL on AMD.
+
+    The setting allows bfloat16 products, but oneDNN only takes them where there is AMX; elsewhere
+    its AVX-512 kernels compute in float32. So with AMX nothing is changed.
+    """
+    if device.type != "cpu" or torch.cpu._is_amx_tile_supported():
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
+    """Output B C N in the value's dtype, and the log-sum-exp B N of each row of scores."""
+    exact = score_dtype(query_BDN.dtype)
+    batch, channels, _ = value_BCM.shape
+    queries = query_BDN.shape[2]
+    output_BNC = value_BCM.new_empty(batch, queries, channels)
+    logsumexp_BN = query_BDN.new_empty(batch, queries, dtype=exact)
+    with _fast_exact_float32(query_BDN.device):
+        for sample in range(batch):
+            _forward_sample(
+                query_BDN[sample].T.to(exact),
+                key_BDM[sample].to(exact),
+                value_BCM[sample].T,
+                output_BNC[sample],
+                logsumexp_BN[sample],
+            )
+    return output_BNC.transpose(1, 2), logsumexp_BN
+
+
+def _forward_sample(
+    query_ND: Tensor, key_DM: Tensor, value_MC: Tensor, output_NC: Tensor, logsumexp_N: Tensor
+) -> None:
+    queries, keys = len(query_ND), len(value_MC)
+    shape = block_shape(keys, query_ND.device)
+    buffer = query_ND.new_empty(min(shape.rows, queries) * min(shape.columns, keys))
+    tiles = _blocks(keys, shape.columns)
+    for block in _blocks(queries, shape.rows):
+        rows = block.stop - block.start
+        for tile in tiles:
+            columns = tile.stop - tile.start
+            scores_nm = buffer[: rows * columns].view(rows, columns)
+            torch.mm(query_ND[block], key_DM[:, tile], out=scores_nm)
+            largest_n = scores_nm.amax(1)
+            attention_nm = torch.softmax(scores_nm, 1, out=scores_nm)
+            # At a row's largest score, log(attention) = score - logsumexp.
+            logsumexp_n = largest_n - attention_nm.amax(1).log_()
+            weights_nm = attention_nm.to(value_MC.dtype)
+            if len(tiles) == 1:
+                torch.mm(weights_nm, value_MC, out=output_NC[block])
+                logsumexp_N[block] = logsumexp_n
+                continue
+            part_nC = (weights_nm @ value_MC[tile]).to(scores_nm.dtype)
+            if tile.start == 0:
+                sum_nC, running_n = part_nC, logsumexp_n
+                continue
+            merged_n = torch.logaddexp(running_n, logsumexp_n)
+            sum_nC.mul_((running_n - merged_n).exp_().unsqueeze(1))
+            sum_nC.addcmul_(part_nC, (logsumexp_n - merged_n).exp_().unsqueeze(1))
+            running_n = merged_n
+        if len(tiles) > 1:
+            output_NC[block] = sum_nC
+            logsumexp_N[block] = running_n
+
+
+def backward(
+    grad_BCN: Tensor,
+    query_BDN: Tensor,
+    key_BDM: Tensor,
+    value_BCM: Tensor,
+    output_BCN: Tensor,
+    logsumexp_BN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, shaped and typed as these.
+
+    With P = attention and G = grad: dV = G P; dP = G^T V; dS = P (dP - rowsum(G * output));
+    dQ = K dS^T; dK = Q dS.
+    """
+    batch, key_width, queries = query_BDN.shape
+    channels, keys = value_BCM.shape[1:]
+    grad_query_BND = query_BDN.new_empty(batch, queries, key_width)
+    grad_key_BMD = key_BDM.new_empty(batch, keys, key_width)
+    grad_value_BMC = value_BCM.new_empty(batch, keys, channels)
+    with _fast_exact_float32(query_BDN.device):
+        for sample in range(batch):
+            grad_query_BND[sample] = _backward_sample(
+                grad_BCN[sample].T,
+                query_BDN[sample].T,
+                key_BDM[sample].T,
+                value_BCM[sample].T,
+                output_BCN[sample].T,
+                logsumexp_BN[sample],
+                grad_key_BMD[sample],
+                grad_value_BMC[sample],
+            )
+    return (
+        grad_query_BND.transpose(1, 2),
+        grad_key_BMD.transpose(1, 2),
+        grad_value_BMC.transpose(1, 2),
+    )
+
+
+def _backward_sample(
+    grad_NC: Tensor,
+    query_ND: Tensor,
+    key_MD: Tensor,
+    value_MC: Tensor,
+    output_NC: Tensor,
+    logsumexp_N: Tensor,
+    grad_key_MD: Tensor,
+    grad_value_MC: Tensor,
+) -> Tensor:
+    """Writes the gradients of key and value, and returns the query's, N D."""
+    exact, given = logsumexp_N.dtype, grad_NC.dtype
+    queries, keys, channels = len(query_ND), len(key_MD), grad_NC.shape[1]
+    # What is subtracted from every row of a product is made its last term: a column more of each
+    # factor instead of a pass over the block. As two halves it survives half precision.
+    row_dot_N = torch.linalg.vecdot(grad_NC.to(exact), output_NC.to(exact))
+    high_N = row_dot_N.to(given)
+    parts = [high_N] if given == exact else [high_N, (row_dot_N - high_N).to(given)]
+    grad_and_dot_Nc = torch.cat([grad_NC, torch.stack(parts, 1).neg_()], 1)
+    value_and_ones_Mc = torch.cat([value_MC, value_MC.new_ones(keys, len(parts))], 1)
+    query_and_sum_Nd = torch.cat([query_ND.to(exact), logsumexp_N.neg().unsqueeze(1)], 1)
+    key_and_one_Md = torch.cat([key_MD.to(exact), logsumexp_N.new_ones(keys, 1)], 1)
+
+    shape = block_shape(queries, query_ND.device)
+    size = min(shape.rows, keys) * min(shape.columns, queries)
+    score_buffer, grad_buffer = logsumexp_N.new_empty(size), grad_NC.new_empty(size)
+    grad_query_ND = torch.zeros_like(query_ND, dtype=exact)
+    tiles = _blocks(queries, shape.columns)
+    for block in _blocks(keys, shape.rows):
+        rows = block.stop - block.start
+        grad_key_mD = logsumexp_N.new_zeros(rows, query_ND.shape[1])
+        grad_value_mC = logsumexp_N.new_zeros(rows, channels) if len(tiles) > 1 else None
+        for tile in tiles:
+            columns = tile.stop - tile.start
+            scores_mn = score_buffer[: rows * columns].view(rows, columns)
+            torch.mm(key_and_one_Md[block], query_and_sum_Nd[tile].T, out=scores_mn)
+            # Exactly computed it is never positive; of huge scores, rounding leaves more.
+            attention_mn = scores_mn.clamp_(max=0).exp_().to(given)
+            if grad_value_mC is None:
+                torch.mm(attention_mn, grad_NC[tile], out=grad_value_MC[block])
+            else:
+                grad_value_mC += attention_mn @ grad_NC[tile]
+            grad_scores_mn = grad_buffer[: rows * columns].view(rows, columns)
+            torch.mm(value_and_ones_Mc[block], grad_and_dot_Nc[tile].T, out=grad_scores_mn)
+            grad_scores_mn.mul_(attention_mn)
+            grad_key_mD += grad_scores_mn @ query_ND[tile]
+            grad_query_ND[tile] += grad_scores_mn.T @ key_MD[block]
+        grad_key_MD[block] = grad_key_mD
+        if grad_value_mC is not None:
+            grad_value_MC[block] = grad_value_mC
+    return grad_query_ND

@@ -1,0 +1,54 @@
+"""Position attention on torch's fused attention kernels, for NVIDIA GPUs.
+
+These kernels take values of at most 128 channels at full speed. Attention acts on each channel of
+the value alike, so the channels are spread over heads that all have the same query and key: exact,
+for the price of forming the scores once a head.
+
+Shapes: B batch, D key width, C value width, E heads, N query positions, M key positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_HEAD_CHANNELS = 128
+_ALIGNMENT = 8
+_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""In the order of preference. The math backend, which holds N x M, is never among them."""
+
+
+def fused_attention_fits(query_BDN: Tensor, value_BCM: Tensor) -> bool:
+    """Whether the fused kernels take these inputs."""
+    return (
+        query_BDN.device.type == "cuda"
+        and torch.version.hip is None
+        and query_BDN.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query_BDN.device) >= (8, 0)
+        and query_BDN.shape[1] % _ALIGNMENT == 0
+        and query_BDN.shape[1] <= _HEAD_CHANNELS
+        and value_BCM.shape[1] % _ALIGNMENT == 0
+    )
+
+
+def attend_by_heads(
+    query_BDN: Tensor,
+    key_BDM: Tensor,
+    value_BCM: Tensor,
+    backends: list[SDPBackend] = _BACKENDS,
+) -> Tensor:
+    """Output B C N."""
+    channels = value_BCM.shape[1]
+    width = max(w for w in range(1, min(channels, _HEAD_CHANNELS) + 1) if _divides(w, channels))
+    heads = channels // width
+    # Copies, not views of stride 0, which some of these kernels read wrongly.
+    query_BEND = query_BDN.transpose(1, 2).unsqueeze(1).repeat(1, heads, 1, 1)
+    key_BEMD = key_BDM.transpose(1, 2).unsqueeze(1).repeat(1, heads, 1, 1)
+    value_BEMc = value_BCM.reshape(len(value_BCM), heads, width, -1).transpose(2, 3).contiguous()
+    with sdpa_kernel(backends, set_priority=True):
+        output_BENc = F.scaled_dot_product_attention(query_BEND, key_BEMD, value_BEMc, scale=1.0)
+    return output_BENc.transpose(2, 3).flatten(1, 2)
+
+
+def _divides(width: int, channels: int) -> bool:
+    return channels % width == 0 and (width % _ALIGNMENT == 0 or channels % _ALIGNMENT != 0)

@@ -114,8 +114,11 @@ class DANet(nn.Module):
 
     def predict_logits(self, images: Tensor) -> Tensor:
         """Normalised RGB B 3 H W -> fused logits B K H W at the input's size."""
-        logits = self.head.fused_logits(self.backbone(images).c4)
-        return self.upsample(logits, images.shape[-2:])
+        return self.upsample(self.fused_logits(images), images.shape[-2:])
+
+    def fused_logits(self, images: Tensor) -> Tensor:
+        """Normalised RGB B 3 H W -> fused logits B K h w, without what only training needs."""
+        return self.head.fused_logits(self.backbone(images).c4)
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """B K h w -> B K H W, bilinear with this network's align_corners."""

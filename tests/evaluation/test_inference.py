@@ -6,7 +6,7 @@ from torch import Tensor
 
 import danet
 from danet.config import TestConfig
-from danet.evaluation.inference import _views, predict_classes, predict_probabilities
+from danet.evaluation.inference import predict_classes, predict_probabilities, view_sizes
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_whole_picture(model: danet.DANet, image: Tensor) -> None:
         actual = predict_probabilities(model, image, TestConfig())[0]
         classes = predict_classes(model, image, TestConfig())[0]
     torch.testing.assert_close(actual, expected.softmax(0), rtol=1e-4, atol=1e-5)
-    assert torch.equal(classes, expected.argmax(0))
+    assert torch.equal(classes.long(), expected.argmax(0))
 
 
 def test_branches_are_their_classifiers(model: danet.DANet, image: Tensor) -> None:
@@ -152,10 +152,10 @@ def test_a_window_larger_than_the_picture_is_padded(model: danet.DANet, image: T
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_ratios_of_the_scale_or_of_the_image(image: Tensor) -> None:
+def test_ratios_of_the_scale_or_of_the_image() -> None:
     def sizes(**options: object) -> list[tuple[int, int]]:
         test = TestConfig(scale=(140, 200), ratios=(0.5, 1.5), **options)
-        return [size for size, _ in _views(image, test)]
+        return view_sizes(70, 50, test)
 
     assert sizes() == [(98, 70), (294, 210)]
     assert sizes(ratios_of="image") == [(35, 25), (105, 75)]

@@ -2,7 +2,7 @@
 
 The steps and their order are mmsegmentation's (`EncoderDecoder.inference`, `SegTTAModel`).
 
-Shapes: R branches, K classes, H W the picture, h w the picture at a test scale.
+Shapes: R branches, K classes, V views, H W the picture, h w the features.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,21 @@ from torchvision.transforms.v2 import functional as TF
 
 from danet.config import Size, TestConfig
 from danet.data.transforms import fitted_size, normalize
+from danet.evaluation.strips import (
+    LogitRows,
+    Mirrored,
+    Overlapped,
+    Resized,
+    Stored,
+    average_probabilities,
+    most_likely_classes,
+)
 from danet.model import DANet
 
 Branch = Literal["fused", "position", "channel"]
 
 
+@torch.no_grad()
 def predict_classes(
     model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch] = ("fused",)
 ) -> Tensor:
@@ -28,107 +38,97 @@ def predict_classes(
         image: uint8 RGB 3 H W on the model's device.
 
     Returns:
-        R H W int64, one label map per branch.
+        R H W uint8, one label map per branch.
     """
-    views = list(_views(image, test))
-    if len(views) == 1:
-        logits = _view_logits(model, image, *views[0], test, branches)
-        return logits.argmax(1)
-    return predict_probabilities(model, image, test, branches).argmax(1)
+    return most_likely_classes(list(_views(model, image, test, branches)))
 
 
+@torch.no_grad()
 def predict_probabilities(
     model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch] = ("fused",)
 ) -> Tensor:
     """Softmax scores R K H W in 0..1, averaged over the scales and flips of `test`."""
-    total: Tensor | None = None
-    views = list(_views(image, test))
-    for size, mirrored in views:
-        logits = _view_logits(model, image, size, mirrored, test, branches)
-        scores = logits.softmax(1)
-        total = scores if total is None else total.add_(scores)
-    assert total is not None
-    return total.div_(len(views))
+    return average_probabilities(list(_views(model, image, test, branches)))
 
 
-def _views(image: Tensor, test: TestConfig) -> Iterator[tuple[Size, bool]]:
-    """The (width, height) and mirroring of every pass over the picture."""
-    own_size = (image.shape[2], image.shape[1])
-    for ratio in test.ratios:
-        bounds = own_size if test.scale is None or test.ratios_of == "image" else test.scale
-        size = fitted_size(own_size, bounds, ratio)
-        for mirrored in (False, True) if test.flip else (False,):
-            yield size, mirrored
+def view_sizes(width: int, height: int, test: TestConfig) -> list[Size]:
+    """The (width, height) that the picture is resized to, one for each ratio."""
+    own_size = (width, height)
+    bounds = own_size if test.scale is None or test.ratios_of == "image" else test.scale
+    return [fitted_size(own_size, bounds, ratio) for ratio in test.ratios]
 
 
-def _view_logits(
-    model: DANet,
-    image: Tensor,
-    size: Size,
-    mirrored: bool,
-    test: TestConfig,
-    branches: Sequence[Branch],
-) -> Tensor:
-    """Float32 logits R K H W of one pass, at the picture's own size."""
+def _views(
+    model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch]
+) -> Iterator[LogitRows]:
+    """The logits of every scale and mirroring, at the picture's own size."""
     metadata = model.metadata
-    width, height = size
-    resized = TF.resize(image, [height, width], antialias=False)
-    pixels = normalize(resized, metadata.mean, metadata.std)
-    if mirrored:
-        pixels = pixels.flip(-1)
-    network_input = pixels[None].contiguous(memory_format=torch.channels_last)
-    if test.mode == "slide":
-        logits = _slide(model, network_input, test, branches)
-    else:
-        logits = _logits(model, network_input, branches)[:, 0]
-    if mirrored:
-        logits = logits.flip(-1)
     own_height, own_width = image.shape[-2:]
-    if size == (own_width, own_height):
-        return logits
-    return model.upsample(logits, (own_height, own_width))
+    align_corners = model.config.align_corners
+    for width, height in view_sizes(own_width, own_height, test):
+        resized = TF.resize(image, [height, width], antialias=False)
+        pixels = normalize(resized, metadata.mean, metadata.std)
+        inputs = torch.stack([pixels, pixels.flip(-1)] if test.flip else [pixels])
+        segment = _slide if test.mode == "slide" else _whole
+        for mirrored, segmented in enumerate(segment(model, inputs, test, branches)):
+            view = Mirrored(segmented) if mirrored else segmented
+            if (width, height) != (own_width, own_height):
+                view = Resized(view, (own_height, own_width), align_corners)
+            yield view
 
 
-def _logits(model: DANet, images: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """B 3 h w -> float32 logits R B K h w."""
+def _whole(
+    model: DANet, inputs: Tensor, _: TestConfig, branches: Sequence[Branch]
+) -> Iterator[LogitRows]:
+    """The logits of each of V 3 height width, at that size."""
+    for logits in _feature_logits(model, inputs, branches):
+        yield Resized(Stored(logits), inputs.shape[-2:], model.config.align_corners)
+
+
+def _feature_logits(model: DANet, images: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
+    """B 3 height width -> for each of B float32 logits R K h w."""
+    images = images.contiguous(memory_format=torch.channels_last)
     if tuple(branches) == ("fused",):
-        features = [model.head.fused_logits(model.backbone(images).c4)]
+        logits = [model.fused_logits(images)]
     else:
         output = model(images)
-        features = [getattr(output, branch) for branch in branches]
-    return torch.stack([model.upsample(logits.float(), images.shape[-2:]) for logits in features])
+        logits = [getattr(output, branch) for branch in branches]
+    return list(torch.stack(logits, 1).float())
 
 
-def _slide(model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch]) -> Tensor:
-    """1 3 h w -> logits R K h w, averaged where windows overlap.
+def _slide(
+    model: DANet, inputs: Tensor, test: TestConfig, branches: Sequence[Branch]
+) -> Iterator[LogitRows]:
+    """The logits of each of V 3 height width, averaged where windows overlap.
 
     Windows start every `stride` pixels; `window_border` says what becomes of the last ones.
     """
-    height, width = image.shape[-2:]
+    height, width = inputs.shape[-2:]
     window_width, window_height = test.window
     if test.window_border == "shift":
         window_width, window_height = min(window_width, width), min(window_height, height)
+    window_size = (window_height, window_width)
     spans = [
-        (rows, columns)
+        (view, rows, columns)
+        for view in range(len(inputs))
         for rows in _window_spans(height, window_height, test.stride[1], test.window_border)
         for columns in _window_spans(width, window_width, test.stride[0], test.window_border)
     ]
-    black = normalize(image.new_zeros(3, 1, 1), model.metadata.mean, model.metadata.std)
-    num_classes = len(model.metadata.classes)
-    total = image.new_zeros(len(branches), num_classes, height, width)
-    count = image.new_zeros(height, width)
+    black = normalize(inputs.new_zeros(3, 1, 1), model.metadata.mean, model.metadata.std)
+    windows: list[list[tuple[slice, slice, LogitRows]]] = [[] for _ in inputs]
     for first in range(0, len(spans), test.batch_size):
         batch = spans[first : first + test.batch_size]
-        windows = black.repeat(len(batch), 1, window_height, window_width)
-        for window, (rows, columns) in zip(windows, batch, strict=True):
-            part = image[0, :, rows, columns]
-            window[:, : part.shape[1], : part.shape[2]] = part
-        logits = _logits(model, windows.contiguous(memory_format=torch.channels_last), branches)
-        for index, (rows, columns) in enumerate(batch):
-            inside = total[..., rows, columns]
-            inside += logits[:, index, :, : inside.shape[-2], : inside.shape[-1]]
-            count[rows, columns] += 1
-    return total / count
+        pictures = black.repeat(len(batch), 1, window_height, window_width)
+        for picture, (view, rows, columns) in zip(pictures, batch, strict=True):
+            part = inputs[view, :, rows, columns]
+            picture[:, : part.shape[1], : part.shape[2]] = part
+        for logits, (view, rows, columns) in zip(
+            _feature_logits(model, pictures, branches), batch, strict=True
+        ):
+            resized = Resized(Stored(logits), window_size, model.config.align_corners)
+            windows[view].append((rows, columns, resized))
+    for of_view in windows:
+        yield Overlapped((height, width), of_view)
 
 
 def _window_spans(length: int, window: int, stride: int, border: str) -> list[slice]:

@@ -30,6 +30,9 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")
+]
 
 
 @app.command()
@@ -76,6 +79,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    compile_graph: Compile = False,
 ) -> None:
     """Score a model on a dataset by the published protocol."""
     from danet.data import open_dataset
@@ -86,7 +90,7 @@ def evaluate(
     from danet.training.checkpoint import RunFolder
 
     _check_precision(precision)
-    predictor = Predictor(model, device, precision)
+    predictor = Predictor(model, device, precision, compile_graph=compile_graph)
     test = _changed_test(predictor.test, mode, multi_scale, flip)
     run = RunFolder(Path(model))
     name, folder = _dataset_of(predictor.model.metadata.dataset, run, data, root)
@@ -143,6 +147,7 @@ def predict(
     ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    compile_graph: Compile = False,
 ) -> None:
     """Segment photos: a palette PNG of class ids for each, at its own size."""
     from danet.atomic import require_writable
@@ -153,7 +158,7 @@ def predict(
     _check_precision(precision)
     paths, problems = find_inputs(inputs)
     require_writable(out)
-    predictor = Predictor(model, device, precision) if paths else None
+    predictor = Predictor(model, device, precision, compile_graph=compile_graph) if paths else None
     stems = output_stems(paths)
     written = 0
     with ProgressReport("predict", len(paths)) as progress:

@@ -1,5 +1,6 @@
 """Segmenting photos."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +13,11 @@ from PIL import Image, ImageOps
 from danet.atomic import replacing
 from danet.config import TestConfig
 from danet.data.images import IMAGE_SUFFIXES, open_image, to_rgb
-from danet.devices import autocast, choose_device
+from danet.devices import autocast, choose_device, uses_bfloat16
 from danet.errors import UserError
 from danet.evaluation.inference import predict_classes, predict_probabilities
 from danet.model import DANet
+from danet.optimize import optimize_for_inference
 from danet.palette import Color, palette_bytes
 
 OVERLAY_OPACITY = 0.55
@@ -64,10 +66,11 @@ class Predictor:
     """Segments pictures with a model, one call a picture.
 
     Args:
-        model: a network, a model folder, a run folder, or a hub id.
+        model: a network, which is copied, a model folder, a run folder, or a hub id.
         device: "auto", "cpu", "cuda", "mps".
         precision: "auto" computes in bfloat16 where the device does so in hardware; "fp32", "bf16".
         test: scales, flips and windows; the model's own recipe where None.
+        compile_graph: compile the network, for many pictures of one size.
 
     Raises:
         UserError: there is no such model or device.
@@ -79,11 +82,16 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
         test: TestConfig | None = None,
+        compile_graph: bool = False,
     ) -> None:
-        network = model if isinstance(model, DANet) else DANet.from_pretrained(model)
+        network = copy.deepcopy(model) if isinstance(model, DANet) else DANet.from_pretrained(model)
         self.device = choose_device(device)
-        self.model = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.precision = precision
+        self.model = optimize_for_inference(
+            network.to(self.device),
+            bfloat16=uses_bfloat16(precision, self.device),
+            compile_graph=compile_graph,
+        )
         self.test = network.metadata.test if test is None else test
 
     @torch.inference_mode()

@@ -1,0 +1,134 @@
+"""The same network, made fast for inference: fewer passes over memory, smaller weights.
+
+What is exact: batch norm folded into the convolution before it, channels-last layout. What rounds:
+bfloat16, where it is asked for. What costs a wait at first use: compilation.
+"""
+
+from collections import Counter, OrderedDict
+from typing import Any
+
+import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from danet.model import DANet
+
+_PROBE_SIDE = 64
+_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+"""Exactly these: other subclasses compute their weight anew in every pass."""
+
+
+def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool) -> DANet:
+    """Changes the network in place, for inference only, and returns it.
+
+    Args:
+        model: on the device to compute on.
+        bfloat16: keep the convolutions' weights in bfloat16; to be run under its autocast.
+        compile_graph: compile backbone and branches at first use; later processes find the code
+            in torch's cache, which the variable TORCHINDUCTOR_CACHE_DIR moves.
+    """
+    model.eval().requires_grad_(False)
+    fold_batch_norms(model)
+    if bfloat16:
+        for module in model.modules():
+            if type(module) in (*_CONVOLUTIONS, nn.Linear):
+                module.to(torch.bfloat16)
+    model.to(memory_format=torch.channels_last)
+    if compile_graph:
+        for part in (model.backbone, model.head.position_branch, model.head.channel_branch):
+            if part is not None:
+                part.compile()
+    return model
+
+
+@torch.no_grad()
+def fold_batch_norms(model: DANet) -> int:
+    """Folds every batch norm that follows a convolution into its weights, and returns how many.
+
+    Which follows which is read off a run, so that any backbone will do: a pair is folded where a
+    convolution's output goes to one batch norm and nowhere else, and each runs once.
+    """
+    pairs = _pairs_to_fold(model)
+    replaced: dict[nn.Module, nn.Module] = {}
+    for convolution, norm in pairs:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        weight, bias = fuse_conv_bn_weights(
+            convolution.weight,
+            convolution.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        convolution.weight, convolution.bias = weight, bias
+        replaced[norm] = nn.Identity()
+        if isinstance(norm, BatchNormAct2d):
+            replaced[norm] = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+    return len(pairs)
+
+
+def _pairs_to_fold(model: DANet) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    run = _Run(model)
+    parameter = next(model.parameters())
+    multiple = model.backbone.size_multiple
+    side = -(-_PROBE_SIDE // multiple) * multiple
+    with run:
+        model(torch.zeros(1, 3, side, side, device=parameter.device, dtype=parameter.dtype))
+    run.remove_hooks()
+    return run.pairs()
+
+
+class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches one run: how often each tensor is read, and what each layer read and wrote."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reads: Counter[int] = Counter()
+        self.alive: list[Tensor] = []  # so that no identity is given twice
+        self.convolutions: dict[int, nn.Conv2d] = {}
+        self.norms: list[tuple[nn.BatchNorm2d, int]] = []
+        self.runs: Counter[nn.Module] = Counter()
+        self.handles = [
+            module.register_forward_hook(self._note)
+            for module in model.modules()
+            if type(module) in _CONVOLUTIONS or isinstance(module, nn.BatchNorm2d)
+        ]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self.reads[id(leaf)] += 1
+        self.alive += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        return output
+
+    def _note(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.runs[module] += 1
+        if isinstance(module, nn.Conv2d):
+            self.convolutions[id(output)] = module
+        elif isinstance(module, nn.BatchNorm2d):
+            self.norms.append((module, id(inputs[0])))
+
+    def remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        return [
+            (convolution, norm)
+            for norm, read in self.norms
+            if (convolution := self.convolutions.get(read)) is not None
+            and self.reads[read] == 1
+            and self.runs[norm] == self.runs[convolution] == 1
+            and norm.running_mean is not None
+        ]

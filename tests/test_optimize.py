@@ -1,0 +1,93 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import danet
+from danet.optimize import fold_batch_norms, optimize_for_inference
+
+
+def network(backbone: str) -> danet.DANet:
+    """With batch statistics and residual weights away from their start."""
+    torch.manual_seed(0)
+    model = danet.DANet(5, backbone, pretrained_backbone=False, head_channels=32, key_channels=8)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    for name, parameter in model.named_parameters():
+        if "residual_weight" in name:
+            nn.init.constant_(parameter, 0.7)
+    return model.eval()
+
+
+def batch_norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+# One has activations inside its norms; one has norms before convolutions, which stay.
+@pytest.mark.parametrize(
+    ("backbone", "left"),
+    [("test_resnet", 0), ("mobilenetv3_small_100", 0), ("densenet121", 62), ("convnext_atto", 0)],
+)
+def test_folding_changes_no_logits(backbone: str, left: int) -> None:
+    model = network(backbone)
+    images = torch.randn(2, 3, 75, 91)
+    with torch.no_grad():
+        expected = model(images)
+        count = batch_norms(model)
+        folded = fold_batch_norms(model)
+        actual = model(images)
+    assert folded == count - batch_norms(model)
+    assert batch_norms(model) == left
+    for branch, reference in zip(actual, expected, strict=True):
+        assert relative_error(branch, reference) < 1e-5
+
+
+def test_a_convolution_that_is_read_twice_keeps_its_norm() -> None:
+    class ReadTwice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32)
+
+        def forward(self, features: Tensor) -> Tensor:
+            convolved = self.conv(features)
+            return self.norm(convolved) + convolved
+
+    model = network("test_resnet")
+    model.head.position_branch.attention = ReadTwice().eval()
+    before = batch_norms(model)
+    assert fold_batch_norms(model) == before - 1
+    assert isinstance(model.head.position_branch.attention.norm, nn.BatchNorm2d)
+
+
+def test_bfloat16_weights_need_half_the_memory() -> None:
+    model = network("test_resnet")
+    exact = copy.deepcopy(model)
+    images = torch.randn(1, 3, 64, 64)
+    fast = optimize_for_inference(model, bfloat16=True, compile_graph=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = fast.fused_logits(images)
+    assert relative_error(logits.float(), exact.fused_logits(images)) < 0.05
+    bytes_of = lambda net: sum(p.numel() * p.element_size() for p in net.parameters())  # noqa: E731
+    assert bytes_of(fast) < 0.55 * bytes_of(exact)
+
+
+@pytest.mark.slow
+def test_compiled_gives_the_same(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = network("test_resnet")
+    exact = copy.deepcopy(model)
+    compiled = optimize_for_inference(model, bfloat16=False, compile_graph=True)
+    images = torch.randn(1, 3, 64, 80)
+    with torch.no_grad():
+        error = relative_error(compiled.fused_logits(images), exact.fused_logits(images))
+    assert error < 1e-5
+    assert any(tmp_path.iterdir())

@@ -2,4 +2,5 @@
 
 from danet.cli import main
 
-main()
+if __name__ == "__main__":  # not in the processes that `danet bench` starts
+    main()

@@ -9,6 +9,8 @@ Where the paper and the code behind its published numbers differ:
 - Neither scales scores by 1 / sqrt(D), unlike later attention.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -37,7 +39,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ValueError: shapes do not fit, M is 0, or dtypes or devices differ.
     """
     device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value)
@@ -89,7 +91,7 @@ def channel_attention(features: Tensor, affinity: Affinity = "reference") -> Ten
         raise ValueError(
             f"channel attention takes floating B C N, not {features.dtype} {tuple(features.shape)}"
         )
-    with torch.autocast(features.device.type, enabled=False):
+    with _no_autocast(features.device.type):
         exact_BCN = features.to(torch.promote_types(features.dtype, torch.float32))
         energy_BCC = exact_BCN @ exact_BCN.transpose(1, 2)
         if affinity == "reference":
@@ -97,6 +99,12 @@ def channel_attention(features: Tensor, affinity: Affinity = "reference") -> Ten
             energy_BCC = -energy_BCC
         attention_BCC = energy_BCC.softmax(-1)
     return attention_BCC.to(features.dtype) @ features
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class PositionAttention(nn.Module):
@@ -115,10 +123,11 @@ class PositionAttention(nn.Module):
         self.query = nn.Conv2d(channels, key_channels, 1)
         self.key = nn.Conv2d(channels, key_channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = position_attention
         self.residual_weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, features: Tensor) -> Tensor:
-        attended = position_attention(
+        attended = self.attend(
             self.query(features).flatten(2),
             self.key(features).flatten(2),
             self.value(features).flatten(2),

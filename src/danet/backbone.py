@@ -99,6 +99,13 @@ class Backbone(nn.Module):
             c4=self._resample(_channels_first(c4, self.c4_channels), height, width),
         )
 
+    def blocks(self) -> list[nn.Module]:
+        """What the stages are made of, such as a ResNet's residual blocks; not single layers."""
+        found: list[nn.Module] = []
+        for stage in self.body.children():
+            found += stage.children() if isinstance(stage, nn.Sequential) else [stage]
+        return [block for block in found if any(True for _ in block.children())]
+
     def _resample(self, features: Tensor, height: int, width: int) -> Tensor:
         """To the output stride of an image of this height and width before padding."""
         if self.size_multiple > 1:

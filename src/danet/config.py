@@ -126,6 +126,11 @@ class TrainConfig(Section):
     """Average the weights with this decay per step, and keep the average as the model."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bfloat16 autocast where the device computes in it."""
+    activation_checkpointing: bool = False
+    """Keep the backbone's blocks' inputs only, and compute the rest again in the backward pass: a
+    third more time for much less memory, and the same weights."""
+    compile: bool = False
+    """Compile backbone and branches at the first step; takes minutes, pays in long runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(1, ge=1)
     """Processes on this machine, one per device."""
@@ -139,6 +144,12 @@ class TrainConfig(Section):
     """Pictures of the validation split that are scored while training; none: all."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the run's model: the last, or those that validated best."""
+
+    @model_validator(mode="after")
+    def _compiled_or_checkpointed(self) -> "TrainConfig":
+        if self.compile and self.activation_checkpointing:
+            raise ValueError("compile and activation_checkpointing exclude each other; choose one")
+        return self
 
 
 class TestConfig(Section):

@@ -126,6 +126,12 @@ class DANet(nn.Module):
             logits, size=tuple(size), mode="bilinear", align_corners=self.config.align_corners
         )
 
+    def compile_parts(self) -> None:
+        """Compiles backbone and branches, each at its first use, in place."""
+        for part in (self.backbone, self.head.position_branch, self.head.channel_branch):
+            if part is not None:
+                part.compile()
+
     @classmethod
     def from_config(cls, config: ModelConfig, metadata: Metadata) -> Self:
         """Builds what a recipe or a model folder describes; `init_from` is left to training."""

@@ -33,16 +33,23 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
     """
     model.eval().requires_grad_(False)
     fold_batch_norms(model)
-    if bfloat16:
-        for module in model.modules():
-            if type(module) in (*_CONVOLUTIONS, nn.Linear):
-                module.to(torch.bfloat16)
-    model.to(memory_format=torch.channels_last)
+    convert_parameters(model, bfloat16=bfloat16)
     if compile_graph:
-        for part in (model.backbone, model.head.position_branch, model.head.channel_branch):
-            if part is not None:
-                part.compile()
+        model.compile_parts()
     return model
+
+
+def convert_parameters(model: nn.Module, *, bfloat16: bool) -> None:
+    """Replaces parameters by channels-last ones, those of convolutions and linear layers in
+    bfloat16 if so wanted; unlike `Module.to`, also works on tensors without data."""
+    for module in model.modules():
+        rounded = bfloat16 and type(module) in (*_CONVOLUTIONS, nn.Linear)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            converted = parameter.detach().to(
+                torch.bfloat16 if rounded else parameter.dtype,
+                memory_format=torch.channels_last if parameter.ndim == 4 else torch.preserve_format,
+            )
+            setattr(module, name, nn.Parameter(converted, parameter.requires_grad))
 
 
 @torch.no_grad()

@@ -1,11 +1,15 @@
 """What a run trains: the network with its first weights, and its optimizer."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from timm.optim.muon import Muon
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from danet.config import RunConfig, TrainConfig
 from danet.data.spec import DatasetSpec
@@ -89,6 +93,51 @@ def _initialize_from(model: DANet, source: Path, say: Callable[[str], None]) -> 
             "settings as its config.json"
         )
     model.load_state_dict(state, strict=False)
+
+
+def prepare_for_training(model: DANet, config: TrainConfig) -> None:
+    """Sets activation checkpointing and compilation, in place.
+
+    To be called when no more copies of the network are made: a copy would share what is set here.
+    """
+    if config.activation_checkpointing:
+        for block in model.backbone.blocks():
+            checkpoint_activations(block)
+    if config.compile:
+        model.compile_parts()
+
+
+def checkpoint_activations(block: nn.Module) -> None:
+    """Makes a module forget what is inside it until the backward pass."""
+    plain_forward = block.forward
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+
+    def forward(*inputs: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return cast(Tensor, plain_forward(*inputs))
+        output = checkpoint(
+            plain_forward,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(norms)),
+        )
+        return cast(Tensor, output)
+
+    block.forward = forward
+
+
+@contextlib.contextmanager
+def _statistics_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Batch norms do not take the same batch into their running statistics a second time."""
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def build_optimizer(model: DANet, config: TrainConfig) -> torch.optim.Optimizer:

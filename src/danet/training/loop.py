@@ -28,7 +28,7 @@ from danet.evaluation.evaluate import evaluate
 from danet.evaluation.metrics import scores
 from danet.model import DANet
 from danet.progress import ProgressReport
-from danet.training.build import build_model, build_optimizer
+from danet.training.build import build_model, build_optimizer, prepare_for_training
 from danet.training.checkpoint import (
     RunFolder,
     load_checkpoint,
@@ -95,6 +95,7 @@ class _Trainer:
             self.model, build_optimizer(self.model, config.train)
         )
         self.average = self._start_average()
+        prepare_for_training(self.model, config.train)
         self.best: dict[str, float] | None = None
         if checkpoint is not None:
             self._restore(checkpoint)

@@ -1,0 +1,137 @@
+"""Parameters, operations and memory of a network, worked out without running it."""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from danet.bench.workload import Workload
+
+_MIB = 2**20
+_CPU_RUNTIME_BYTES = 48 * _MIB
+_CPU_WEIGHT_COPIES = {"prediction": 1, "training": 4}
+"""What a CPU's libraries take besides the tensors: their own code and, at the largest convolution,
+its weight in other layouts and a gradient for each thread. Fitted, see docs/performance.md."""
+
+_STATE_COPIES = {"sgd": 1, "adamw": 2, "muon": 1}
+"""What each optimizer keeps for every parameter."""
+
+_PARTS = ("backbone", "head.position_branch", "head.channel_branch", "head", "auxiliary_head")
+
+
+class PartCost(NamedTuple):
+    """Of one part of the network, for one picture's forward pass.
+
+    Attributes:
+        operations: floating point, two for a multiply-add.
+    """
+
+    name: str
+    parameters: int
+    operations: int
+
+
+def cost_by_part(workload: Workload) -> list[PartCost]:
+    """The parts, in the order of the data; "head" is what is outside its branches."""
+    width, height = workload.size
+    with torch.device("meta"):
+        model = workload.build_model().eval()
+        images = torch.empty(1, 3, height, width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    by_module = {
+        name.partition(".")[2]: sum(by_operator.values())
+        for name, by_operator in counter.get_flop_counts().items()
+    }
+    costs = []
+    for part in _PARTS:
+        children = [other for other in _PARTS if other.startswith(f"{part}.")]
+        parameters = sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if name.startswith(f"{part}.")
+            and not any(name.startswith(f"{child}.") for child in children)
+        )
+        operations = by_module.get(part, 0) - sum(by_module.get(child, 0) for child in children)
+        if parameters or operations:
+            costs.append(PartCost(part, parameters, operations))
+    return costs
+
+
+def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> int:
+    """The memory that the workload will need, weights included, to about 15 %.
+
+    The work is done on tensors without data, counting which storages are alive at each operation.
+    The optimizer's state is made by hand, for its step may look at data.
+    """
+    with FakeTensorMode(), _LiveBytes() as live:
+        runner = workload.prepare(torch.device("cpu"), bfloat16=bfloat16, to_labels=False)
+        live.add([*runner.model.parameters(), *runner.model.buffers(), runner.images])
+        parameters = list(runner.model.parameters())
+        copies = _STATE_COPIES[workload.config.train.optimizer] if runner.update else 0
+        state = [torch.empty_like(parameter) for parameter in parameters * copies]
+        runner.compute()
+        del state
+    peak: int = live.peak
+    if torch.device(device).type != "cpu":
+        return peak
+    largest = max(parameter.nbytes for parameter in parameters)
+    return peak + _CPU_RUNTIME_BYTES + _CPU_WEIGHT_COPIES[workload.mode] * largest
+
+
+class BatchLimit(NamedTuple):
+    """How many pictures fit.
+
+    Attributes:
+        batch: the largest, 0 where not even one fits.
+        first_bytes: what a batch of one needs.
+        further_bytes: what every further picture needs.
+    """
+
+    batch: int
+    first_bytes: int
+    further_bytes: int
+
+
+def largest_batch(workload: Workload, device: str, *, bfloat16: bool, limit: int) -> BatchLimit:
+    """What of the workload fits `limit` bytes."""
+    first, second = (
+        estimate_peak_bytes(workload._replace(batch=batch), device, bfloat16=bfloat16)
+        for batch in (1, 2)
+    )
+    further = max(second - first, 1)
+    return BatchLimit(max(0, (limit - first) // further + 1), first, further)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def add(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            identity = storage._cdata
+            if identity not in self._known:
+                self._known.add(identity)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._forget, identity, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, identity: int, size: int) -> None:
+        self._known.discard(identity)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.add([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+        return output

@@ -41,8 +41,20 @@ docs: $(VENV)/development ## write the tables and curves in docs/ from benchmark
 
 test-all: test test-slow ## run every test
 
-bench: $(VENV)/runtime ## measure position attention against the form that holds N x N (minutes)
-	$(BIN)/python benchmarks/position_attention.py
+bench: $(VENV)/development $(PEER)/ready ## measure against the public implementations and renew docs/performance.md (half an hour)
+	rm -f benchmarks/results/position_attention.csv benchmarks/results/mmsegmentation.csv
+	for dtype in float32 bfloat16; do \
+		$(BIN)/python benchmarks/position_attention.py --dtype $$dtype --positions 4096 9409; \
+		$(BIN)/python benchmarks/position_attention.py --dtype $$dtype --positions 32768 \
+			--direction forward --rounds 1 --repeats 1; \
+	done
+	$(BIN)/python benchmarks/mmsegmentation.py prediction --size 512 512 --compiled
+	$(BIN)/python benchmarks/mmsegmentation.py prediction --size 2048 1024 --rounds 1 --repeats 1
+	$(BIN)/python benchmarks/mmsegmentation.py training --size 512 512 --batch 2 --rounds 1
+	$(BIN)/python benchmarks/mmsegmentation.py evaluation --size 512 256 --rounds 1
+	$(BIN)/python benchmarks/mmsegmentation.py augmentation --size 2048 1024 --threads 1 --repeats 50
+	$(BIN)/python benchmarks/logits_to_labels.py
+	$(BIN)/python docs/tables.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,6 +1,6 @@
-"""Position attention against the form that every public implementation has: time and memory.
+"""Position attention against the public implementations' forms, which hold N x N: time and memory.
 
-Every measurement is a fresh process; ours and the eager form alternate. Memory is the growth of
+Every measurement is a fresh process; the forms alternate. Memory is the growth of
 the process's peak above what it held with its inputs in place (inputs and their gradients: 0.19
 GB at N = 32768 in bfloat16).
 
@@ -21,7 +21,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "position_attention.csv"
 KEY_CHANNELS, CHANNELS = 64, 512
-FORMS = ("danet", "eager")
+FORMS = ("danet", "authors", "mmsegmentation")
 
 
 def peak_bytes() -> int:
@@ -32,10 +32,16 @@ def peak_bytes() -> int:
     raise RuntimeError("this system does not report VmHWM")
 
 
-def eager(query: Any, key: Any, value: Any) -> Any:
-    """What the public implementations compute: the whole N x N matrix, kept for the backward."""
+def authors(query: Any, key: Any, value: Any) -> Any:
+    """As the authors' code multiplies: the attention is read transposed."""
     attention = (query.transpose(1, 2) @ key).softmax(-1)
     return value @ attention.transpose(1, 2)
+
+
+def mmsegmentation(query: Any, key: Any, value: Any) -> Any:
+    """As mmsegmentation's SelfAttentionBlock does: copies instead, so that nothing is."""
+    attention = (query.transpose(1, 2).contiguous() @ key).softmax(-1)
+    return (attention @ value.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
 
 
 def measure(form: str, positions: int, dtype: str, direction: str, repeats: int) -> None:
@@ -44,7 +50,12 @@ def measure(form: str, positions: int, dtype: str, direction: str, repeats: int)
 
     from danet.functional import position_attention
 
-    attend: Callable[..., Any] = position_attention if form == "danet" else eager
+    forms: dict[str, Callable[..., Any]] = {
+        "danet": position_attention,
+        "authors": authors,
+        "mmsegmentation": mmsegmentation,
+    }
+    attend = forms[form]
     backward = direction == "forward+backward"
 
     def inputs(count: int) -> list[Any]:

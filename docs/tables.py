@@ -47,22 +47,66 @@ def recipes() -> str:
 
 
 def position_attention() -> str:
-    """Time and memory of position attention against the form that holds N x N."""
+    """Time and memory of position attention against the forms that hold N x N."""
     by_case: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows_of("position_attention"):
         case = (row["positions"], row["dtype"], row["direction"])
         by_case.setdefault(case, {})[row["form"]] = row
+    forms = ("danet", "authors", "mmsegmentation")
     cells = []
     for case, implementations in sorted(by_case.items(), key=lambda item: int(item[0][0])):
-        figures = [
-            f"{row['seconds']} s, {row['extra_MiB']} MiB" if row else "not run"
-            for row in map(implementations.get, ("danet", "eager"))
+        rows = [implementations.get(form) for form in forms]
+        figures = [f"{r['seconds']} s, {r['extra_MiB']} MiB" if r else "not run" for r in rows]
+        ours = rows[0]
+        assert ours is not None
+        ratios = [_ratios(ours, row, "extra_MiB") for row in rows[1:] if row]
+        cells.append([*case, *figures, "; ".join(ratios)])
+    header = ["N", "dtype", "what", "ours", "authors' form", "mmsegmentation's form"]
+    return markdown([*header, "faster, memory"], cells)
+
+
+def mmsegmentation() -> str:
+    """Time and memory of prediction, training, evaluation and augmentation, side by side."""
+    by_case: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows_of("mmsegmentation"):
+        case = (row["task"], f"{row['width']}x{row['height']}", row["batch"])
+        by_case.setdefault(case, []).append(row)
+    cells = []
+    for case, rows in by_case.items():
+        peer = rows[0]
+        for row in rows:
+            figures = [row["form"], row["seconds"], row["peak_MiB"]]
+            cells.append([*case, *figures, _ratios(row, peer, "peak_MiB")])
+    header = ["task", "size", "batch", "form", "seconds", "peak MiB"]
+    return markdown([*header, "against the first row"], cells)
+
+
+def logits_to_labels() -> str:
+    """Time and memory of the way from logits to labels."""
+    rows = rows_of("logits_to_labels")
+    cells = [
+        [
+            ours["classes"],
+            ours["logits"],
+            *(f"{row['seconds']} s, {row['peak_MiB']} MiB" for row in (theirs, ours)),
+            _ratios(ours, theirs, "peak_MiB"),
         ]
-        cells.append([*case, *figures])
-    return markdown(["N", "dtype", "what", "ours", "eager, holding N x N"], cells)
+        for theirs, ours in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    return markdown(["classes", "logits", "at full size", "ours", "faster, memory"], cells)
 
 
-MAKERS = {maker.__name__: maker for maker in (recipes, position_attention)}
+def _ratios(ours: dict[str, str], theirs: dict[str, str], memory: str) -> str:
+    """How many times as fast, and the share of the memory."""
+    speed = float(theirs["seconds"]) / float(ours["seconds"])
+    share = float(ours[memory]) / float(theirs[memory])
+    return f"{speed:.2f}x, {share:.2f}"
+
+
+MAKERS = {
+    maker.__name__: maker
+    for maker in (recipes, position_attention, mmsegmentation, logits_to_labels)
+}
 
 
 def main() -> int:

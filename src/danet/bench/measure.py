@@ -75,7 +75,7 @@ def _measure_once(
     """Median seconds and peak bytes; runs in its own process."""
     device = torch.device(device_name)
     on_gpu = device.type == "cuda"
-    before = 0 if on_gpu else _resident_bytes("VmRSS")
+    before = 0 if on_gpu else resident_bytes("VmRSS")
     runner = workload.prepare(
         device,
         bfloat16=form.bfloat16,
@@ -90,7 +90,7 @@ def _measure_once(
         runner.run()
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _resident_bytes("VmHWM")
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else resident_bytes("VmHWM")
     return statistics.median(seconds), peak - before
 
 
@@ -101,7 +101,7 @@ def _synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
     """VmRSS, what is held now, or VmHWM, the most so far; 0 where the system does not tell."""
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():

@@ -20,6 +20,7 @@ from danet.config import DataConfig, Size
 from danet.data.spec import IGNORE_INDEX
 
 CROP_TRIES = 10
+_PIECE = 1 << 15
 
 
 def as_tensors(
@@ -145,31 +146,63 @@ class PhotometricDistortion(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if not isinstance(inpt, tv_tensors.Image):
             return inpt
-        pixels = inpt.as_subclass(Tensor).float()
-        if params["brightness"] is not None:
-            pixels = _rounded(pixels + params["brightness"])
-        if params["contrast"] is not None and params["contrast_first"]:
-            pixels = _rounded(pixels * params["contrast"])
-        if params["saturation"] is not None:
-            pixels = _rounded(_scale_saturation(pixels, params["saturation"]))
-        if params["hue"] is not None:
-            pixels = _rounded(TF.adjust_hue(pixels / 255, params["hue"]) * 255)
-        if params["contrast"] is not None and not params["contrast_first"]:
-            pixels = _rounded(pixels * params["contrast"])
-        return tv_tensors.Image(pixels.to(torch.uint8))
+        pixels = inpt.as_subclass(Tensor).flatten(1)
+        # In pieces that stay in the cache, for every step passes over all of them.
+        parts = [_distort(part.float(), params) for part in pixels.split(_PIECE, dim=1)]
+        return tv_tensors.Image(torch.cat(parts, 1).view(inpt.shape))
 
 
-def _rounded(pixels: Tensor) -> Tensor:
-    """Whole values in 0..255, which the next step starts from."""
-    return pixels.clamp(0, 255).floor()
+def _distort(rgb: Tensor, params: dict[str, Any]) -> Tensor:
+    """Float 3 P of whole values, changed in place -> uint8 3 P."""
+    if params["brightness"] is not None:
+        _round(rgb.add_(params["brightness"]))
+    if params["contrast"] is not None and params["contrast_first"]:
+        _round(rgb.mul_(params["contrast"]))
+    if params["saturation"] is not None:
+        _round(_scale_saturation(rgb, params["saturation"]))
+    if params["hue"] is not None:
+        _round(_turn_hue(rgb, params["hue"]))
+    if params["contrast"] is not None and not params["contrast_first"]:
+        _round(rgb.mul_(params["contrast"]))
+    return rgb.to(torch.uint8)
 
 
-def _scale_saturation(pixels: Tensor, factor: float) -> Tensor:
+def _round(pixels: Tensor) -> Tensor:
+    """Whole values in 0..255, which the next step starts from; in place."""
+    return pixels.clamp_(0, 255).floor_()
+
+
+def _scale_saturation(rgb: Tensor, factor: float) -> Tensor:
     """Scales HSV's saturation, at most to 1, keeping hue and value: moves RGB along V - RGB."""
-    value = pixels.amax(0)
-    chroma = value - pixels.amin(0)
-    largest_factor = value / chroma.clamp(min=1e-6)
-    return value - (value - pixels) * largest_factor.clamp(max=factor)
+    value = rgb.amax(0)
+    chroma = value - rgb.amin(0)
+    factors = (value / chroma.clamp_(min=1e-6)).clamp_(max=factor)
+    return torch.sub(value, rgb.sub_(value).neg_().mul_(factors), out=rgb)
+
+
+def _turn_hue(rgb: Tensor, turn: float) -> Tensor:
+    """Adds to HSV's hue (1 is a whole turn), keeping saturation and value; whole values 0..255.
+
+    The hexagon model: with the hue in sixths of a turn, each channel goes from the least to the
+    largest of the three as a trapezoid of the hue.
+    """
+    red, green, blue = rgb
+    value, least = rgb.amax(0), rgb.amin(0)
+    chroma = value - least
+    of_red = green - blue
+    of_green = (blue - red).add_(chroma, alpha=2)
+    of_blue = (red - green).add_(chroma, alpha=4)
+    sixths = torch.where(value == red, of_red, torch.where(value == green, of_green, of_blue))
+    sixths.div_(chroma.clamp(min=1)).add_(6 * turn)
+    sixths.sub_(torch.floor(sixths / 6), alpha=6)
+    for channel, center, sign, offset in (
+        (red, 3, 1, -1),
+        (green, 2, -1, 2),
+        (blue, 4, -1, 2),
+    ):
+        share = (sixths - center).abs_().mul_(sign).add_(offset).clamp_(0, 1)
+        torch.addcmul(least, chroma, share, out=channel)
+    return rgb
 
 
 class NormalizeAndPad(v2.Transform):

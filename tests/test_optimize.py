@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import danet
 from danet.optimize import fold_batch_norms, optimize_for_inference
+from danet.winograd import WinogradConv2d
 
 
 def network(backbone: str) -> danet.DANet:
@@ -66,6 +67,18 @@ def test_a_convolution_that_is_read_twice_keeps_its_norm() -> None:
     before = batch_norms(model)
     assert fold_batch_norms(model) == before - 1
     assert isinstance(model.head.position_branch.attention.norm, nn.BatchNorm2d)
+
+
+def test_wide_convolutions_take_winograds_way() -> None:
+    """The logits of a network that is wide enough for it, and its own are left as they were."""
+    torch.manual_seed(0)
+    model = danet.DANet(5, "test_resnet", pretrained_backbone=False, head_channels=256).eval()
+    exact = copy.deepcopy(model)
+    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    assert sum(isinstance(module, WinogradConv2d) for module in fast.modules()) == 2
+    images = torch.randn(1, 3, 75, 91)
+    with torch.no_grad():
+        assert relative_error(fast.fused_logits(images), exact.fused_logits(images)) < 1e-5
 
 
 def test_bfloat16_weights_need_half_the_memory() -> None:

@@ -1,7 +1,8 @@
-"""The same network, made fast for inference: fewer passes over memory, smaller weights.
+"""The same network, made fast for inference: fewer passes over memory, fewer operations.
 
-What is exact: batch norm folded into the convolution before it, channels-last layout. What rounds:
-bfloat16, where it is asked for. What costs a wait at first use: compilation.
+Batch norms are folded into the convolutions before them, memory is channels-last, and on a CPU in
+float32 wide 3x3 convolutions take Winograd's way: all of it the same up to float32's rounding. Only
+bfloat16, where it is asked for, rounds more.
 """
 
 from collections import Counter, OrderedDict
@@ -15,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from danet import winograd
 from danet.model import DANet
 
 _PROBE_SIDE = 64
@@ -36,7 +38,16 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
     convert_parameters(model, bfloat16=bfloat16)
     if compile_graph:
         model.compile_parts()
+    elif not bfloat16 and next(model.parameters()).device.type == "cpu":
+        _take_winograds_way(model)
     return model
+
+
+def _take_winograds_way(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Conv2d) and winograd.pays(child):
+                setattr(parent, name, winograd.WinogradConv2d(child))
 
 
 def convert_parameters(model: nn.Module, *, bfloat16: bool) -> None:

@@ -56,7 +56,7 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _fast_exact_float32(device: torch.device) -> Iterator[None]:
+def fast_exact_float32(device: torch.device) -> Iterator[None]:
     """Runs a CPU's float32 products on oneDNN, which is up to twice as fast as MKL on AMD.
 
     The setting allows bfloat16 products, but oneDNN only takes them where there is AMX; elsewhere
@@ -81,7 +81,7 @@ def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tens
     queries = query_BDN.shape[2]
     output_BNC = value_BCM.new_empty(batch, queries, channels)
     logsumexp_BN = query_BDN.new_empty(batch, queries, dtype=exact)
-    with _fast_exact_float32(query_BDN.device):
+    with fast_exact_float32(query_BDN.device):
         for sample in range(batch):
             _forward_sample(
                 query_BDN[sample].T.to(exact),
@@ -146,7 +146,7 @@ def backward(
     grad_query_BND = query_BDN.new_empty(batch, queries, key_width)
     grad_key_BMD = key_BDM.new_empty(batch, keys, key_width)
     grad_value_BMC = value_BCM.new_empty(batch, keys, channels)
-    with _fast_exact_float32(query_BDN.device):
+    with fast_exact_float32(query_BDN.device):
         for sample in range(batch):
             grad_query_BND[sample] = _backward_sample(
                 grad_BCN[sample].T,

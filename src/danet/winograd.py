@@ -45,11 +45,9 @@ class WinogradConv2d(nn.Module):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         weight_OCyx = convolution.weight.detach()
-        transform = torch.tensor(_FILTER_TRANSFORM, dtype=torch.float64, device=weight_OCyx.device)
-        products = torch.einsum("iy,ocyx,jx->ijco", transform, weight_OCyx.double(), transform)
-        self.weight = nn.Parameter(
-            products.flatten(0, 1).to(weight_OCyx.dtype).contiguous(), requires_grad=False
-        )
+        transform = weight_OCyx.new_tensor(_FILTER_TRANSFORM)
+        weight_ijCO = torch.einsum("iy,ocyx,jx->ijco", transform, weight_OCyx, transform)
+        self.weight = nn.Parameter(weight_ijCO.flatten(0, 1).contiguous(), requires_grad=False)
         self.bias = convolution.bias
         self.dilation = convolution.dilation[0]
 

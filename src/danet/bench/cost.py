@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from danet.bench.workload import Workload
 
 _MIB = 2**20
+_CPU_HEAP_FACTOR = 1.1
 _CPU_RUNTIME_BYTES = 48 * _MIB
 _CPU_WEIGHT_COPIES = {"prediction": 1, "training": 4}
-"""What a CPU's libraries take besides the tensors: their own code and, at the largest convolution,
-its weight in other layouts and a gradient for each thread. Fitted, see docs/performance.md."""
+"""What a CPU's libraries take besides the tensors: what lies between blocks of the heap, their own
+code and, at the largest convolution, its weight in other layouts and a gradient for each thread.
+Fitted, see docs/performance.md."""
 
 _STATE_COPIES = {"sgd": 1, "adamw": 2, "muon": 1}
 """What each optimizer keeps for every parameter."""
@@ -81,7 +83,11 @@ def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> i
     if torch.device(device).type != "cpu":
         return peak
     largest = max(parameter.nbytes for parameter in parameters)
-    return peak + _CPU_RUNTIME_BYTES + _CPU_WEIGHT_COPIES[workload.mode] * largest
+    return (
+        int(_CPU_HEAP_FACTOR * peak)
+        + _CPU_RUNTIME_BYTES
+        + _CPU_WEIGHT_COPIES[workload.mode] * largest
+    )
 
 
 class BatchLimit(NamedTuple):

@@ -9,8 +9,6 @@ GB at N = 32768 in bfloat16).
 
 import argparse
 import csv
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,20 +22,6 @@ KEY_CHANNELS, CHANNELS = 64, 512
 FORMS = ("danet", "authors", "mmsegmentation")
 
 
-def peak_bytes() -> int:
-    """The largest resident set so far, from the kernel's own account."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not report VmHWM")
-
-
-def authors(query: Any, key: Any, value: Any) -> Any:
-    """As the authors' code multiplies: the attention is read transposed."""
-    attention = (query.transpose(1, 2) @ key).softmax(-1)
-    return value @ attention.transpose(1, 2)
-
-
 def mmsegmentation(query: Any, key: Any, value: Any) -> Any:
     """As mmsegmentation's SelfAttentionBlock does: copies instead, so that nothing is."""
     attention = (query.transpose(1, 2).contiguous() @ key).softmax(-1)
@@ -48,11 +32,13 @@ def measure(form: str, positions: int, dtype: str, direction: str, repeats: int)
     """Prints the median seconds and the extra bytes of one form; runs in its own process."""
     import torch
 
+    from danet.bench.measure import resident_bytes
+    from danet.bench.workload import materialized_position_attention
     from danet.functional import position_attention
 
     forms: dict[str, Callable[..., Any]] = {
         "danet": position_attention,
-        "authors": authors,
+        "authors": materialized_position_attention,
         "mmsegmentation": mmsegmentation,
     }
     attend = forms[form]
@@ -80,13 +66,13 @@ def measure(form: str, positions: int, dtype: str, direction: str, repeats: int)
     for tensor in tensors if backward else ():
         tensor.grad = torch.zeros_like(tensor)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = peak_bytes()
+    before = resident_bytes("VmHWM")
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         step(tensors, grad)
         seconds.append(time.perf_counter() - start)
-    print(statistics.median(seconds), peak_bytes() - before)
+    print(statistics.median(seconds), resident_bytes("VmHWM") - before)
 
 
 def in_fresh_process(form: str, args: argparse.Namespace, positions: int) -> tuple[float, int]:
@@ -105,15 +91,10 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{os.cpu_count()} cores of {line.partition(':')[2].strip()}"
-    return f"{os.cpu_count()} cores, {platform.machine()}"
-
-
 def compare(args: argparse.Namespace) -> None:
     import torch
+
+    from danet.bench.report import hardware
 
     forms = FORMS if args.peer else FORMS[:1]
     rows = []
@@ -135,7 +116,7 @@ def compare(args: argparse.Namespace) -> None:
                 "extra_MiB": round(extra / 2**20, 1),
                 "rounds": args.rounds,
                 "torch": torch.__version__,
-                "hardware": processor(),
+                "hardware": hardware("cpu"),
             }
             rows.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)

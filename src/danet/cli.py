@@ -225,9 +225,7 @@ def config(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def bench(
-    recipe: Annotated[
-        str, typer.Argument(help="A built-in recipe (danet recipes) or a YAML file.")
-    ] = "cityscapes_r50_512x1024_40k",
+    recipe: Recipe = "cityscapes_r50_512x1024_40k",
     overrides: Overrides = None,
     size: Annotated[
         list[str] | None,

@@ -98,10 +98,12 @@ def fold_batch_norms(model: DANet) -> int:
 def _pairs_to_fold(model: DANet) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     run = _Run(model)
     parameter = next(model.parameters())
-    multiple = model.backbone.size_multiple
-    side = -(-_PROBE_SIDE // multiple) * multiple
     with run:
-        model(torch.zeros(1, 3, side, side, device=parameter.device, dtype=parameter.dtype))
+        model(
+            torch.zeros(
+                1, 3, _PROBE_SIDE, _PROBE_SIDE, device=parameter.device, dtype=parameter.dtype
+            )
+        )
     run.remove_hooks()
     return run.pairs()
 

@@ -167,9 +167,9 @@ def _distort(rgb: Tensor, params: dict[str, Any]) -> Tensor:
     return rgb.to(torch.uint8)
 
 
-def _round(pixels: Tensor) -> Tensor:
+def _round(pixels: Tensor) -> None:
     """Whole values in 0..255, which the next step starts from; in place."""
-    return pixels.clamp_(0, 255).floor_()
+    pixels.clamp_(0, 255).floor_()
 
 
 def _scale_saturation(rgb: Tensor, factor: float) -> Tensor:

@@ -103,7 +103,7 @@ def evaluate(
                 accuracy = right / labelled if labelled else math.nan
                 pictures.append(PictureScore(index, sample.name, accuracy))
                 if write_prediction is not None:
-                    write_prediction(sample.name, prediction.to(torch.uint8).cpu().numpy())
+                    write_prediction(sample.name, prediction.cpu().numpy())
         on_picture()
     return Evaluation(dataset.spec, confusion, pictures)
 
@@ -127,7 +127,7 @@ def report_cases(
     for picture in dict.fromkeys([*ranked[:worst], *spread]):
         sample = dataset[picture.position]
         predictions, _ = _predict(model, sample, test, precision, ("fused",))
-        prediction = predictions[0].to(torch.uint8).cpu().numpy()
+        prediction = predictions[0].cpu().numpy()
         cases.append(Case(sample.name, sample.image, sample.label, prediction, picture.accuracy))
     return cases
 

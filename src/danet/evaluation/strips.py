@@ -9,7 +9,7 @@ Shapes: R branches, K classes, h w the features, H W the picture, n rows of a st
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,14 @@ class Mirrored:
         return self.source.rows(first, last).flip(-1)
 
 
+class _Taps(NamedTuple):
+    """The two source rows of each row, and the share of the lower one."""
+
+    upper: Tensor
+    lower: Tensor
+    weight: Tensor
+
+
 class Resized:
     """Bilinear interpolation to another size: first along a row, then between two rows."""
 
@@ -73,13 +81,14 @@ class Resized:
 
     def rows(self, first: int, last: int) -> Tensor:
         wide = self._widened(self.source.rows(*self._span(first, last)))
-        return self._between(wide, first, last)
+        return _between(wide, self._taps(first, last, wide.device))
 
     def planes(self, first: int, last: int, classes: Tensor) -> Iterator[Tensor]:
         """R n width, class by class."""
         wide = self._widened(self.source.rows(*self._span(first, last))[:, classes])
+        taps = self._taps(first, last, wide.device)
         for plane in wide.unbind(1):
-            yield self._between(plane, first, last)
+            yield _between(plane, taps)
 
     def _span(self, first: int, last: int) -> tuple[int, int]:
         """The rows of the source that a strip needs."""
@@ -93,16 +102,22 @@ class Resized:
         size = (rows.shape[-2], self.width)
         return F.interpolate(rows, size=size, mode="bilinear", align_corners=self.align_corners)
 
-    def _between(self, wide: Tensor, first: int, last: int) -> Tensor:
+    def _taps(self, first: int, last: int, device: torch.device) -> _Taps | None:
+        """What a strip's rows are made of, counted from its first source row; None for a copy."""
         if self.height == self.source.height:
-            return wide
+            return None
         start = self._upper[first]
-        upper, lower, weight = (
-            part[first:last].to(wide.device)
-            for part in (self._upper - start, self._lower - start, self._weight)
-        )
-        above, below = wide.index_select(-2, upper), wide.index_select(-2, lower)
-        return torch.lerp(above, below, weight.unsqueeze(-1))
+        upper, lower = self._upper[first:last] - start, self._lower[first:last] - start
+        weight = self._weight[first:last].unsqueeze(-1)
+        return _Taps(upper.to(device), lower.to(device), weight.to(device))
+
+
+def _between(wide: Tensor, taps: _Taps | None) -> Tensor:
+    """Rows n of any leading axes, each between two rows of the source."""
+    if taps is None:
+        return wide
+    above, below = wide.index_select(-2, taps.upper), wide.index_select(-2, taps.lower)
+    return torch.lerp(above, below, taps.weight)
 
 
 class Overlapped:

@@ -245,11 +245,22 @@ class _Trainer:
         row = {
             "step": done,
             **{name: sum(values) / len(values) for name, values in losses.items()},
+            **self._residual_weights(),
             "lr": rate,
             "images_per_second": images_per_second,
         }
         self._write_metrics(row)
         return f"loss {row['loss']:.3f}  lr {rate:.4g}  {images_per_second:.1f} images/s"
+
+    def _residual_weights(self) -> dict[str, float]:
+        """How much of each attention is added to its branch (alpha and beta, equations 2 and 4)."""
+        head = self.model.head
+        branches = {"position": head.position_branch, "channel": head.channel_branch}
+        return {
+            f"residual_{name}": float(branch.attention.residual_weight)
+            for name, branch in branches.items()
+            if branch is not None
+        }
 
     def _validate(self, done: int) -> None:
         config = self.config

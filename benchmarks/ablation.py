@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from danet.bench.report import hardware
+from danet.devices import choose_device
 
 RESULTS = Path(__file__).parent / "results"
 VARIANTS = {
@@ -45,7 +46,8 @@ def run(data: str, variant: str, seed: int, args: argparse.Namespace) -> None:
     rates = [row["images_per_second"] for row in logged if "images_per_second" in row]
     case = {"data": data, "variant": variant, "seed": seed}
     row = {"commit": _commit(), **case, "steps": logged[-1]["step"], "split": SPLITS[data]}
-    row |= {"images_per_second": round(statistics.median(rates), 2), "hardware": hardware()}
+    row |= {"images_per_second": round(statistics.median(rates), 2)}
+    row |= {"hardware": hardware(str(choose_device("auto")))}
     row |= {name: round(found[name], 5) for name in ("mIoU", "mAcc", "aAcc")}
     row |= {name: round(score["IoU"], 5) for name, score in found["per_class"].items()}
     _append(

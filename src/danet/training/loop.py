@@ -257,7 +257,7 @@ class _Trainer:
         head = self.model.head
         branches = {"position": head.position_branch, "channel": head.channel_branch}
         return {
-            f"residual_{name}": float(branch.attention.residual_weight)
+            f"residual_{name}": branch.get_parameter("attention.residual_weight").item()
             for name, branch in branches.items()
             if branch is not None
         }

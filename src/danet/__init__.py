@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from danet import data, functional
     from danet.attention import ChannelAttention, PositionAttention
     from danet.errors import UserError
+    from danet.explanation import Explanation, explain
     from danet.model import DANet, DANetOutput
     from danet.predict import Predictor, Segmentation
 
@@ -17,11 +18,13 @@ __all__ = [
     "ChannelAttention",
     "DANet",
     "DANetOutput",
+    "Explanation",
     "PositionAttention",
     "Predictor",
     "Segmentation",
     "UserError",
     "data",
+    "explain",
     "functional",
 ]
 
@@ -29,10 +32,12 @@ _HOME = {
     "ChannelAttention": "danet.attention",
     "DANet": "danet.model",
     "DANetOutput": "danet.model",
+    "Explanation": "danet.explanation",
     "PositionAttention": "danet.attention",
     "Predictor": "danet.predict",
     "Segmentation": "danet.predict",
     "UserError": "danet.errors",
+    "explain": "danet.explanation",
 }
 
 

@@ -91,14 +91,26 @@ def channel_attention(features: Tensor, affinity: Affinity = "reference") -> Ten
         raise ValueError(
             f"channel attention takes floating B C N, not {features.dtype} {tuple(features.shape)}"
         )
+    attention_BCC = channel_affinities(features, affinity)
+    return attention_BCC.to(features.dtype) @ features
+
+
+def channel_affinities(features: Tensor, affinity: Affinity = "reference") -> Tensor:
+    """The shares x_ji of equation (3), by which channel j gathers from channel i.
+
+    Args:
+        features: B C N, any floating dtype.
+
+    Returns:
+        B C C, float32 or wider, rows summing to 1.
+    """
     with _no_autocast(features.device.type):
         exact_BCN = features.to(torch.promote_types(features.dtype, torch.float32))
         energy_BCC = exact_BCN @ exact_BCN.transpose(1, 2)
         if affinity == "reference":
             # softmax does not see a constant added to a row: this is softmax(max - energy).
             energy_BCC = -energy_BCC
-        attention_BCC = energy_BCC.softmax(-1)
-    return attention_BCC.to(features.dtype) @ features
+        return energy_BCC.softmax(-1)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

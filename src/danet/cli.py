@@ -182,6 +182,73 @@ def predict(
 
 
 @app.command()
+def explain(
+    model: Model,
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    point: Annotated[
+        str, typer.Option(metavar="X,Y", help="A pixel of it, from the upper left corner.")
+    ],
+    out: Annotated[Path, typer.Option(help="The figure: .png, .svg or .pdf.")],
+    arrays: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the arrays, as .npz.")
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Draw what attention looks at: from one pixel, from all, in the channels; and the branches."""
+    from danet.data.images import open_image
+    from danet.explanation import explain as explain_image
+    from danet.figure import check_figure_path
+    from danet.predict import Predictor
+
+    _check_precision(precision)
+    pixel = _parse_point(point)
+    check_figure_path(out)
+    picture = open_image(image)
+    explanation = explain_image(Predictor(model, device, precision), picture, pixel)
+    explanation.save(out)
+    if arrays is not None:
+        explanation.save_arrays(arrays)
+    name = explanation.class_names[explanation.score.class_id]
+    print(f"pixel {point}: {name} ({100 * explanation.score.probability:.0f} %); figure: {out}")
+
+
+def _parse_point(text: str) -> tuple[int, int]:
+    sides = text.split(",")
+    if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
+        raise UserError(f"--point {text}: write X,Y in pixels, such as 240,180")
+    return int(sides[0]), int(sides[1])
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 7860,
+    megabytes: Annotated[int, typer.Option(min=1, help="Of one upload, at most.")] = 20,
+    megapixels: Annotated[int, typer.Option(min=1, help="Of one picture, at most.")] = 12,
+    open_browser: Annotated[
+        bool, typer.Option("--open", help="Open the page in the browser.")
+    ] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Serve a web page that segments pictures and shows attention, and an HTTP interface."""
+    from danet.predict import Predictor
+
+    _check_precision(precision)
+    try:
+        from danet.web.server import serve as serve_forever
+    except ModuleNotFoundError as error:
+        raise UserError(f"danet serve needs {error.name}: pip install 'danet[web]'") from error
+    from danet.web.studio import Limits
+
+    limits = Limits(megabytes=megabytes, megapixels=megapixels)
+    predictor = Predictor(model, device, precision)
+    serve_forever(predictor, host, port, limits, open_browser=open_browser)
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Of mmsegmentation or of the authors.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],

@@ -110,7 +110,7 @@ class Predictor:
         Raises:
             UserError: it is not a readable picture.
         """
-        pixels = torch.from_numpy(np.array(_as_rgb(image))).permute(2, 0, 1).to(self.device)
+        pixels = torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1).to(self.device)
         scores = None
         with autocast(self.precision, self.device):
             if probabilities:
@@ -125,7 +125,12 @@ class Predictor:
         )
 
 
-def _as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Image:
+def as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Image:
+    """The upright RGB picture of what `Predictor` takes.
+
+    Raises:
+        UserError: it is not a readable picture.
+    """
     if isinstance(image, str | Path):
         return open_image(Path(image))
     if isinstance(image, np.ndarray):

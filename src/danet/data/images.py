@@ -18,11 +18,16 @@ IMAGE_SUFFIXES = frozenset(
 MAX_PIXELS = 150_000_000
 """Larger pictures are refused before they are decoded (a bomb of a few KB can ask for many GB)."""
 
+
+class PictureTooLarge(UserError):
+    """More pixels than are allowed."""
+
+
 # An allowlist: Pillow would otherwise hand a file to any plug-in, Ghostscript's among them.
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 
-def open_image(source: Location | str | bytes) -> Image.Image:
+def open_image(source: Location | str | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens a picture as 8-bit RGB, turned upright by its EXIF orientation.
 
     Grey, palette, alpha (dropped), CMYK and 16-bit pictures are converted. An animated picture
@@ -30,11 +35,13 @@ def open_image(source: Location | str | bytes) -> Image.Image:
 
     Args:
         source: a path, or the bytes of the file.
+        max_pixels: larger pictures are refused before they are decoded.
 
     Raises:
-        UserError: it cannot be read, is no picture, is damaged, or has over `MAX_PIXELS` pixels.
+        PictureTooLarge: it has more pixels.
+        UserError: it cannot be read, is no picture, or is damaged.
     """
-    image, where = _decode(source)
+    image, where = _decode(source, max_pixels)
     try:
         return to_rgb(ImageOps.exif_transpose(image))
     except (ValueError, OSError, SyntaxError, struct.error) as error:
@@ -80,7 +87,9 @@ def open_label(path: Location) -> npt.NDArray[np.uint8]:
     return ids.astype(np.uint8)
 
 
-def _decode(source: Location | str | bytes) -> tuple[Image.Image, str]:
+def _decode(
+    source: Location | str | bytes, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, str]:
     """The decoded picture in its own mode, and what to call it in messages."""
     where = "the uploaded image" if isinstance(source, bytes) else str(source)
     file: Path | str | io.BytesIO
@@ -94,7 +103,7 @@ def _decode(source: Location | str | bytes) -> tuple[Image.Image, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=formats) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError
                 image.load()
                 return image, where
@@ -105,8 +114,8 @@ def _decode(source: Location | str | bytes) -> tuple[Image.Image, str]:
             f"{where}: not a picture in a known format ({', '.join(formats)})"
         ) from error
     except Image.DecompressionBombError as error:
-        raise UserError(
-            f"{where}: more than {MAX_PIXELS // 1_000_000} million pixels; scale it down first"
+        raise PictureTooLarge(
+            f"{where}: more than {max_pixels // 1_000_000} million pixels; scale it down first"
         ) from error
     # Pillow's decoders raise all of these on damaged files.
     except (

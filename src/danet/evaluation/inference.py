@@ -40,7 +40,7 @@ def predict_classes(
     Returns:
         R H W uint8, one label map per branch.
     """
-    return most_likely_classes(list(_views(model, image, test, branches)))
+    return most_likely_classes(list(views(model, image, test, branches)))
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def predict_probabilities(
     model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch] = ("fused",)
 ) -> Tensor:
     """Softmax scores R K H W in 0..1, averaged over the scales and flips of `test`."""
-    return average_probabilities(list(_views(model, image, test, branches)))
+    return average_probabilities(list(views(model, image, test, branches)))
 
 
 def view_sizes(width: int, height: int, test: TestConfig) -> list[Size]:
@@ -58,10 +58,14 @@ def view_sizes(width: int, height: int, test: TestConfig) -> list[Size]:
     return [fitted_size(own_size, bounds, ratio) for ratio in test.ratios]
 
 
-def _views(
+def views(
     model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch]
 ) -> Iterator[LogitRows]:
-    """The logits of every scale and mirroring, at the picture's own size."""
+    """The logits of every scale and mirroring, at the picture's own size.
+
+    Args:
+        image: uint8 RGB 3 H W on the model's device.
+    """
     metadata = model.metadata
     own_height, own_width = image.shape[-2:]
     align_corners = model.config.align_corners

@@ -1,0 +1,279 @@
+"""Drawing an explanation, fit for print and for colour-blind readers.
+
+Attention is drawn in cividis, which looks alike to everybody, and classes in a palette that
+colour-blind readers tell apart (Paul Tol's "muted") as long as it reaches, else in their own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image, ImageDraw
+
+from danet.atomic import replacing
+from danet.errors import UserError
+from danet.inspection import ChannelMap, FloatMap, Point
+
+if TYPE_CHECKING:
+    from danet.explanation import Explanation
+
+FORMATS = (".png", ".svg", ".pdf")
+MAX_SIDE = 1024
+"""Pictures are shrunk to this for drawing."""
+SMALLEST_TIMES_EVEN = 1e-3
+"""Shares below this, against an even spread over all positions, are drawn alike."""
+
+_TOL_MUTED = (
+    *("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255"),
+    *("#44AA99", "#999933", "#AA4499", "#BBBBBB", "#000000"),
+)
+_HEAT = "cividis"
+_HEAT_OPACITY = 0.75
+_PANEL_INCHES = 3.0
+_DISAGREEMENT_COLOR = "#D55E00"
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes the figure in the format of the path's suffix.
+
+    Raises:
+        UserError: another suffix, or it cannot be written there.
+    """
+    check_figure_path(path)
+    with replacing(path) as temporary, mpl.rc_context({"svg.hashsalt": "danet"}):
+        suffix = path.suffix.lower()
+        dated = {".svg": "Date", ".pdf": "CreationDate"}.get(suffix, "Software")
+        figure.savefig(temporary, format=suffix[1:], dpi=150, metadata={dated: None})
+
+
+def check_figure_path(path: Path) -> None:
+    """Raises a UserError unless the suffix is one of a known format."""
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(
+            f"{path}: figures are written as {', '.join(FORMATS)}; choose one by suffix"
+        )
+
+
+def draw_explanation(explanation: "Explanation") -> Figure:
+    """One row each for the attention of the position, the branches, and the channels."""
+    picture = _Picture(explanation)
+    rows = [_position_panels, _branch_panels]
+    if explanation.strongest_channels:
+        rows += [_strongest_panels, _selective_panels]
+    width, height = picture.shown.size
+    panel_height = _PANEL_INCHES * height / width + 0.75
+    figure = Figure(
+        figsize=(4 * _PANEL_INCHES, len(rows) * panel_height + 0.6), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), 4, squeeze=False)
+    for draw, axes_row in zip(rows, grid, strict=True):
+        for axes in axes_row:
+            axes.axis("off")
+            axes.set_anchor("N")
+        draw(picture, list(axes_row))
+    figure.legend(
+        handles=picture.legend(),
+        loc="outside lower center",
+        ncols=6,
+        frameon=False,
+        fontsize="small",
+        title="classes, by their share of the picture",
+        title_fontsize="small",
+    )
+    return figure
+
+
+class _Picture:
+    """What all panels of an explanation share: the picture as drawn and the classes' colours."""
+
+    def __init__(self, explanation: "Explanation") -> None:
+        self.explanation = explanation
+        image = explanation.image
+        self.shown = image.copy()
+        self.shown.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
+        self.grey = np.asarray(self.shown.convert("L"))
+        self.scale = self.shown.width / image.width
+        count = len(explanation.class_names)
+        stacked = np.stack(list(explanation.branches.values()))
+        self.present = [int(index) for index in np.flatnonzero(np.bincount(stacked.ravel()))]
+        fused = explanation.branches["fused"]
+        self.shares = np.bincount(fused.ravel(), minlength=count) / fused.size
+        self.present.sort(key=lambda index: -self.shares[index])
+        self.colors = np.array(explanation.palette, dtype=np.uint8)
+        if len(self.present) <= len(_TOL_MUTED):
+            for index, color in zip(self.present, _TOL_MUTED, strict=False):
+                self.colors[index] = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+
+    def colored(self, classes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        small = Image.fromarray(classes).resize(self.shown.size, Image.Resampling.NEAREST)
+        result: npt.NDArray[np.uint8] = self.colors[np.asarray(small)]
+        return result
+
+    def legend(self) -> list[Patch]:
+        return [
+            Patch(
+                facecolor=self.colors[index] / 255,
+                edgecolor="black",
+                linewidth=0.4,
+                label=f"{self.explanation.class_names[index]} {100 * self.shares[index]:.1f} %",
+            )
+            for index in self.present
+        ]
+
+    def mark_point(self, axes: Axes) -> None:
+        x, y = ((side + 0.5) * self.scale - 0.5 for side in self.explanation.point)
+        axes.plot(x, y, "+", color="white", markersize=13, markeredgewidth=3.2)
+        axes.plot(x, y, "+", color="black", markersize=12, markeredgewidth=1.4)
+
+    def heat(self, axes: Axes, values: FloatMap, label: str) -> None:
+        """A map of the features' size, spread over the grey picture's area, with its scale."""
+        axes.imshow(self.grey, cmap="gray", vmin=0, vmax=255)
+        extent = (-0.5, self.shown.width - 0.5, self.shown.height - 0.5, -0.5)
+        drawn = axes.imshow(
+            values, cmap=_HEAT, alpha=_HEAT_OPACITY, extent=extent, interpolation="bilinear"
+        )
+        figure = axes.figure
+        below = axes.inset_axes((0.15, -0.09, 0.7, 0.04))
+        bar = figure.colorbar(drawn, cax=below, orientation="horizontal")
+        bar.ax.tick_params(labelsize="x-small")
+        bar.set_label(label, fontsize="x-small")
+        if bar.solids is not None:
+            bar.solids.set(alpha=1)
+
+
+def attention_overlay(image: Image.Image, shares: FloatMap, point: Point | None) -> Image.Image:
+    """Attention over the grey picture, as in the figure, at the picture's size.
+
+    Args:
+        shares: h w, summing to 1.
+        point: column and row of the pixel to mark, if any.
+    """
+    heat = _logarithm(shares)
+    low, high = np.log10(SMALLEST_TIMES_EVEN), max(float(heat.max()), 1.0)
+    levels = Image.fromarray(((heat - low) / (high - low)).astype(np.float32))
+    spread = np.asarray(levels.resize(image.size, Image.Resampling.BILINEAR))
+    index = (spread.clip(0, 1) * 255).astype(np.uint8)
+    table = (mpl.colormaps[_HEAT](np.arange(256))[:, :3] * 255).astype(np.uint8)
+    drawn = image.convert("L").convert("RGB")
+    # Where there is little attention the picture shines through.
+    opacity = Image.fromarray((255 * _HEAT_OPACITY * (0.4 + 0.6 * index / 255)).astype(np.uint8))
+    drawn.paste(Image.fromarray(table[index]), mask=opacity)
+    if point is not None:
+        _draw_cross(drawn, *point)
+    return drawn
+
+
+def _draw_cross(image: Image.Image, column: int, row: int) -> None:
+    arm = max(6, min(image.size) // 50)
+    drawing = ImageDraw.Draw(image)
+    for color, width in (("white", max(3, arm // 3)), ("black", max(1, arm // 8))):
+        drawing.line((column - arm, row, column + arm, row), fill=color, width=width)
+        drawing.line((column, row - arm, column, row + arm), fill=color, width=width)
+
+
+def _position_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
+    found = picture.explanation
+    name = found.class_names[found.score.class_id]
+    axes[0].imshow(picture.shown)
+    picture.mark_point(axes[0])
+    column, row = found.point
+    axes[0].set_title(
+        f"pixel {column},{row}: {name} ({100 * found.score.probability:.0f} %)", fontsize="medium"
+    )
+    if found.attention is None or found.received_attention is None:
+        axes[1].set_title("(no position attention)", fontsize="medium")
+        return
+    label = "log10 of times an even share"
+    picture.heat(axes[1], _logarithm(found.attention), label)
+    picture.mark_point(axes[1])
+    axes[1].set_title("where this pixel looks", fontsize="medium")
+    picture.heat(axes[2], _logarithm(found.received_attention), label)
+    axes[2].set_title("where all pixels look", fontsize="medium")
+    by_class = _share_by_class(found.attention, found.branches["fused"], len(found.class_names))
+    _draw_shares(picture, axes[3], by_class)
+
+
+def _logarithm(shares: FloatMap) -> FloatMap:
+    """log10 of how many times as much as an even share: trained attention spans many decades."""
+    times: FloatMap = np.log10((shares * shares.size).clip(min=SMALLEST_TIMES_EVEN))
+    return times
+
+
+def _share_by_class(
+    attention: FloatMap, classes: npt.NDArray[np.uint8], count: int
+) -> npt.NDArray[np.float64]:
+    """The attention that falls on each predicted class; K shares summing to 1."""
+    height, width = attention.shape
+    rows = (np.arange(height) * 2 + 1) * classes.shape[0] // (2 * height)
+    columns = (np.arange(width) * 2 + 1) * classes.shape[1] // (2 * width)
+    cells = classes[np.ix_(rows, columns)]
+    shares = np.zeros(count)
+    np.add.at(shares, cells, attention)
+    return shares
+
+
+def _draw_shares(picture: _Picture, axes: Axes, shares: npt.NDArray[np.float64]) -> None:
+    axes.axis("on")
+    order = sorted(picture.present, key=lambda index: -shares[index])[:8][::-1]
+    names = [picture.explanation.class_names[index] for index in order]
+    colors = [picture.colors[index] / 255 for index in order]
+    axes.barh(
+        names, [100 * shares[index] for index in order], color=colors, edgecolor="black", lw=0.4
+    )
+    axes.set_xlabel("% of its attention", fontsize="small")
+    axes.tick_params(labelsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("on which classes", fontsize="medium")
+
+
+def _branch_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
+    found = picture.explanation
+    titles = {"fused": "both branches", "position": "position branch", "channel": "channel branch"}
+    panels = list(axes)
+    for branch, classes in found.branches.items():
+        panel = panels.pop(0)
+        panel.imshow(picture.colored(classes))
+        panel.set_title(titles[branch], fontsize="medium")
+    if len(found.branches) > 1:
+        differs = Image.fromarray(found.disagreement).resize(picture.shown.size)
+        pale = np.repeat(picture.grey[..., None], 3, 2).astype(np.float64) * 0.5 + 120
+        pale[np.asarray(differs)] = [int(_DISAGREEMENT_COLOR[i : i + 2], 16) for i in (1, 3, 5)]
+        panels[0].imshow(pale.astype(np.uint8))
+        share = 100 * found.disagreement.mean()
+        panels[0].set_title(f"where they disagree ({share:.1f} %)", fontsize="medium")
+
+
+def _strongest_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
+    _channel_panels(picture, axes, picture.explanation.strongest_channels, "strongest")
+
+
+def _selective_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
+    _channel_panels(picture, axes, picture.explanation.selective_channels, "most selective")
+
+
+def _channel_panels(
+    picture: _Picture, axes: Sequence[Axes], channels: Sequence[ChannelMap], kind: str
+) -> None:
+    found = picture.explanation
+    for panel, channel in zip(axes, channels, strict=False):
+        picture.heat(panel, channel.response, "response")
+        panel.set_title(
+            f"{kind}: channel {channel.channel}, most on {found.class_names[channel.responds_to]}",
+            fontsize="small",
+        )
+    lines = [
+        f"channel {channel.channel} (selectivity {channel.selectivity:.2f}) gathers from\n   "
+        + ", ".join(f"{index}: {100 * share:.0f} %" for index, share in channel.attends_to[:4])
+        for channel in channels
+    ]
+    axes[3].text(
+        0, 0.95, "\n\n".join(lines), va="top", fontsize="small", transform=axes[3].transAxes
+    )

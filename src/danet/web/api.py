@@ -1,0 +1,170 @@
+"""The HTTP interface, for scripts. Its description is at /openapi.json."""
+
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+from fastapi import APIRouter, HTTPException, Query, Response, UploadFile
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from danet.data.images import PictureTooLarge
+from danet.errors import UserError
+from danet.evaluation.evaluate import available_branches
+from danet.inspection import Inspection
+from danet.predict import OVERLAY_OPACITY
+from danet.web import studio as looks
+from danet.web.studio import BusyError, Studio, class_shares
+
+_Answer = TypeVar("_Answer")
+Side = Annotated[int, Query(ge=0, le=1_000_000)]
+Opacity = Annotated[float, Query(ge=0, le=1)]
+
+
+class ModelFacts(BaseModel):
+    """The model that is served."""
+
+    backbone: str
+    classes: list[str]
+    palette: list[tuple[int, int, int]]
+    branches: list[str]
+    trained_on: str | None
+
+
+class ClassInPicture(BaseModel):
+    """A class that occurs, with its part of the pixels."""
+
+    id: int
+    name: str
+    color: str
+    share: float
+
+
+class SegmentedPicture(BaseModel):
+    """A picture that was segmented; `id` is for asking more about it."""
+
+    id: str
+    width: int
+    height: int
+    classes: list[ClassInPicture]
+    disagreement: float
+    """The part of the pixels on which the branches are not of one opinion."""
+
+
+class PixelFacts(BaseModel):
+    """The prediction for one pixel."""
+
+    x: int
+    y: int
+    class_id: int
+    class_name: str
+    probability: float
+
+
+class Problem(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
+
+
+_REFUSALS = {
+    400: {"model": Problem, "description": "The file is no picture, or a value does not fit it."},
+    413: {"model": Problem, "description": "The file or the picture is too large."},
+    429: {"model": Problem, "description": "Too many others wait; try again in a moment."},
+}
+_OF_PICTURE = {
+    400: {"model": Problem, "description": "A value does not fit the picture or the model."},
+    404: {"model": Problem, "description": "No such picture, or it is no longer kept."},
+}
+
+
+def router(studio: Studio) -> APIRouter:
+    """The routes under /api."""
+    api = APIRouter(prefix="/api", tags=["danet"])
+
+    @api.get("/model")
+    def model() -> ModelFacts:
+        """What the model is and which classes it knows."""
+        network = studio.predictor.model
+        return ModelFacts(
+            backbone=network.config.backbone,
+            classes=list(network.metadata.classes),
+            palette=list(network.metadata.palette),
+            branches=list(available_branches(network)),
+            trained_on=network.metadata.dataset,
+        )
+
+    @api.post("/segment", responses=_REFUSALS)  # type: ignore[arg-type]
+    async def segment(image: UploadFile) -> SegmentedPicture:
+        """Segments an uploaded picture."""
+        content = await image.read()
+        picture_id = await run_in_threadpool(_answered, lambda: studio.segment(content))
+        inspection = studio.find(picture_id)
+        return SegmentedPicture(
+            id=picture_id,
+            width=inspection.image.width,
+            height=inspection.image.height,
+            classes=[ClassInPicture(**share._asdict()) for share in class_shares(inspection)],
+            disagreement=float(inspection.disagreement.mean()),
+        )
+
+    @api.get("/pictures/{picture_id}/mask.png", responses=_OF_PICTURE, response_class=_Png)  # type: ignore[arg-type]
+    def mask(picture_id: str, branch: str = "fused") -> Response:
+        """Class ids at the picture's size, as a palette PNG."""
+        inspection = _find(studio, picture_id)
+        classes = inspection.branches[_answered(lambda: looks.check_branch(inspection, branch))]
+        chosen = inspection.segmentation._replace(classes=classes)
+        return _Png(looks.encode(chosen.mask(), "PNG"))
+
+    @api.get("/pictures/{picture_id}/overlay.jpg", responses=_OF_PICTURE, response_class=_Jpeg)  # type: ignore[arg-type]
+    def overlay(
+        picture_id: str, branch: str = "fused", opacity: Opacity = OVERLAY_OPACITY
+    ) -> Response:
+        """The classes over the picture."""
+        inspection = _find(studio, picture_id)
+        chosen = _answered(lambda: looks.check_branch(inspection, branch))
+        return _Jpeg(looks.encode(looks.overlay(inspection, chosen, opacity), "JPEG"))
+
+    @api.get("/pictures/{picture_id}/attention.jpg", responses=_OF_PICTURE, response_class=_Jpeg)  # type: ignore[arg-type]
+    def attention(picture_id: str, x: Side, y: Side) -> Response:
+        """Where one pixel looks, over the grey picture."""
+        inspection = _find(studio, picture_id)
+        drawn = _answered(lambda: looks.attention(inspection, (x, y)))
+        return _Jpeg(looks.encode(drawn, "JPEG"))
+
+    @api.get("/pictures/{picture_id}/pixel", responses=_OF_PICTURE)  # type: ignore[arg-type]
+    def pixel(picture_id: str, x: Side, y: Side) -> PixelFacts:
+        """The class of one pixel and how sure the model is."""
+        inspection = _find(studio, picture_id)
+        score = _answered(lambda: inspection.score((x, y)))
+        name = inspection.metadata.classes[score.class_id]
+        return PixelFacts(
+            x=x, y=y, class_id=score.class_id, class_name=name, probability=score.probability
+        )
+
+    return api
+
+
+class _Png(Response):
+    media_type = "image/png"
+
+
+class _Jpeg(Response):
+    media_type = "image/jpeg"
+
+
+def _find(studio: Studio, picture_id: str) -> Inspection:
+    try:
+        return studio.find(picture_id)
+    except KeyError as error:
+        raise HTTPException(
+            404, "no such picture, or it is no longer kept; send it anew"
+        ) from error
+
+
+def _answered(ask: Callable[[], _Answer]) -> _Answer:
+    """The answer, or what was wrong with the question as an HTTP status."""
+    try:
+        return ask()
+    except UserError as error:
+        status = {BusyError: 429, PictureTooLarge: 413}.get(type(error), 400)
+        raise HTTPException(status, str(error)) from error

@@ -1,0 +1,311 @@
+"""The page, made of Gradio's parts."""
+
+import html
+import tempfile
+import zipfile
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gradio as gr
+from PIL import Image
+
+from danet.data.scenes import render
+from danet.errors import UserError
+from danet.evaluation.evaluate import available_branches
+from danet.inspection import Inspection, Point
+from danet.predict import OVERLAY_OPACITY, output_stems
+from danet.web import studio as looks
+from danet.web.studio import Studio, class_shares
+
+MAX_SHOWN_SIDE = 1024
+"""Larger pictures are shrunk on the page; downloads are not."""
+
+_CLASSES = "classes"
+_ATTENTION = "attention of a pixel"
+_RECEIVED = "attention of all pixels"
+_DISAGREEMENT = "where branches disagree"
+_BRANCHES = {"position": "position branch", "channel": "channel branch"}
+_FORGOTTEN = "This picture is no longer kept; choose it again."
+_SCENES = (3, 8, 21)
+_ARCHIVES_KEPT = 8
+_Result = TypeVar("_Result")
+
+# Fonts of the system: nothing is fetched from outside.
+THEME = gr.themes.Default(
+    primary_hue="teal",
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)
+CSS = """
+.legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1rem; font-size: 0.9rem; }
+.legend span { white-space: nowrap; }
+.legend i { display: inline-block; width: 0.9em; height: 0.9em; margin-right: 0.4em;
+            border: 1px solid #0006; vertical-align: -0.1em; }
+.downloads { display: flex; flex-wrap: wrap; gap: 0.6rem; }
+.downloads a { padding: 0.5rem 1rem; border-radius: 0.4rem; text-decoration: none;
+               border: 1px solid var(--border-color-primary); color: var(--body-text-color); }
+.downloads a:hover { background: var(--background-fill-secondary); }
+#shown img { cursor: crosshair; }
+"""
+
+
+def build_page(studio: Studio) -> gr.Blocks:
+    """The page for one model."""
+    metadata = studio.predictor.model.metadata
+    page: gr.Blocks
+    with gr.Blocks(title="danet", analytics_enabled=False, delete_cache=(1800, 1800)) as page:
+        gr.Markdown(
+            f"# danet\nScene segmentation with dual attention: {len(metadata.classes)} classes, "
+            f"{studio.predictor.model.config.backbone}"
+            + (f", trained on {metadata.dataset}." if metadata.dataset else ".")
+        )
+        with gr.Tab("One picture"):
+            _build_picture_tab(studio)
+        with gr.Tab("Many pictures"):
+            _build_batch_tab(studio)
+        with gr.Tab("For scripts"):
+            gr.Markdown(_SCRIPT_HELP)
+    page.queue(max_size=studio.limits.waiting, default_concurrency_limit=2, api_open=False)
+    return page
+
+
+def _build_picture_tab(studio: Studio) -> None:
+    branches = available_branches(studio.predictor.model)
+    views = [_CLASSES, *(_BRANCHES[branch] for branch in branches if branch in _BRANCHES)]
+    views += [_DISAGREEMENT] if len(branches) > 1 else []
+    views += [_ATTENTION, _RECEIVED] if "position" in branches else []
+    actions = _Actions(studio)
+    name = gr.State(None)
+    point = gr.State(None)
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            source = gr.Image(
+                label="Drop a photo here, or choose one",
+                type="filepath",
+                image_mode=None,
+                sources=["upload", "clipboard"],
+                buttons=[],
+                height=300,
+            )
+            gr.Examples(_example_pictures(), source, label="Generated scenes")
+        with gr.Column(scale=2, min_width=300):
+            shown = gr.Image(
+                label="Click a pixel to see its class and where it looks",
+                elem_id="shown",
+                interactive=False,
+                format="jpeg",
+                type="filepath",
+                buttons=["fullscreen"],
+            )
+            facts = gr.Markdown("", elem_id="facts")
+            legend = gr.HTML("", elem_id="legend")
+            view = gr.Radio(views, value=_CLASSES, label="Show")
+            opacity = gr.Slider(0, 1, OVERLAY_OPACITY, step=0.05, label="Opacity of the classes")
+            downloads = gr.HTML("", elem_id="downloads")
+    looked_at = [name, point, view, opacity]
+    redraw: dict[str, Any] = {
+        "fn": actions.draw,
+        "inputs": looked_at,
+        "outputs": shown,
+        "queue": False,
+        "show_progress": "hidden",
+    }
+    source.change(
+        actions.segment,
+        [source, opacity],
+        [name, point, view, shown, facts, legend, downloads],
+        concurrency_limit=1,
+    )
+    shown.select(
+        actions.click,
+        [name, view, opacity],
+        [point, view, facts, shown],
+        queue=False,
+        show_progress="hidden",
+    )
+    view.input(**redraw)
+    opacity.release(**redraw)
+    for changed in (view.change, opacity.release):
+        changed(_downloads, [name, view, opacity], downloads, queue=False, show_progress="hidden")
+
+
+def _build_batch_tab(studio: Studio) -> None:
+    count = studio.limits.batch
+    sources = gr.File(
+        label=f"Up to {count} photos", file_count="multiple", file_types=["image"], height=180
+    )
+    start = gr.Button("Segment", variant="primary")
+    table = gr.Dataframe(headers=["picture", "result"], label="Results", interactive=False)
+    archive = gr.File(label="Masks and overlays", interactive=False)
+    actions = _Actions(studio)
+    start.click(actions.segment_batch, sources, [table, archive], concurrency_limit=1)
+
+
+def _reported(ask: Callable[[], _Result]) -> _Result:
+    try:
+        return ask()
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+class _Actions:
+    """What happens when a visitor does something."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self._archives: deque[tempfile.TemporaryDirectory[str]] = deque(maxlen=_ARCHIVES_KEPT)
+
+    def segment(self, source: str | None, opacity: float) -> tuple[Any, ...]:
+        if source is None:
+            return None, None, _CLASSES, None, "", "", ""
+        name = _reported(lambda: self.studio.segment(Path(source)))
+        inspection = self.studio.find(name)
+        return (
+            name,
+            None,
+            _CLASSES,
+            _shrunk(looks.overlay(inspection, "fused", opacity)),
+            "Click a pixel of the picture.",
+            _legend(inspection),
+            _downloads(name, _CLASSES, opacity),
+        )
+
+    def click(
+        self, name: str | None, view: str, opacity: float, event: gr.SelectData
+    ) -> tuple[Point, str, str, Image.Image]:
+        inspection = self._find(name)
+        scale = _shown_scale(inspection.image)
+        column, row = (
+            min(int(position / scale), side - 1)
+            for position, side in zip(event.index, inspection.image.size, strict=True)
+        )
+        point = (column, row)
+        score = inspection.score(point)
+        label = inspection.metadata.classes[score.class_id]
+        facts = f"Pixel {column}, {row}: **{label}**, {100 * score.probability:.0f} % sure"
+        view = _ATTENTION if inspection.has_position_attention else view
+        return point, view, facts, _shrunk(_drawn(inspection, point, view, opacity))
+
+    def draw(
+        self, name: str | None, point: Point | None, view: str, opacity: float
+    ) -> Image.Image | None:
+        if name is None:
+            return None
+        return _shrunk(_drawn(self._find(name), point, view, opacity))
+
+    def segment_batch(self, sources: list[str] | None) -> tuple[list[list[str]], str | None]:
+        paths = [Path(source) for source in sources or ()]
+        if not 0 < len(paths) <= self.studio.limits.batch:
+            raise gr.Error(f"Choose 1 to {self.studio.limits.batch} photos.", print_exception=False)
+        stems = output_stems(paths)
+        rows = []
+        folder = tempfile.TemporaryDirectory(prefix="danet-")
+        self._archives.append(folder)
+        archive = Path(folder.name) / "danet.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in paths:
+                try:
+                    inspection = self.studio.find(self.studio.segment(path))
+                except UserError as error:
+                    rows.append([path.name, str(error).replace(str(path), path.name)])
+                    continue
+                mask = looks.encode(inspection.segmentation.mask(), "PNG")
+                file.writestr(f"{stems[path]}.png", mask)
+                overlay = looks.encode(looks.overlay(inspection), "JPEG")
+                file.writestr(f"{stems[path]}_overlay.jpg", overlay)
+                largest = class_shares(inspection)[:3]
+                rows.append([path.name, ", ".join(f"{s.name} {s.share:.0%}" for s in largest)])
+        return rows, str(archive)
+
+    def _find(self, name: str | None) -> Inspection:
+        try:
+            return self.studio.find(name or "")
+        except KeyError as error:
+            raise gr.Error(_FORGOTTEN, print_exception=False) from error
+
+
+def _drawn(inspection: Inspection, point: Point | None, view: str, opacity: float) -> Image.Image:
+    if view == _DISAGREEMENT:
+        return looks.disagreement(inspection)
+    if view == _RECEIVED:
+        return looks.attention(inspection, None)
+    if view == _ATTENTION:
+        width, height = inspection.image.size
+        return looks.attention(inspection, point or (width // 2, height // 2))
+    return looks.overlay(inspection, _branch_of(view), opacity)
+
+
+def _branch_of(view: str) -> Any:
+    return next((branch for branch, label in _BRANCHES.items() if label == view), "fused")
+
+
+def _legend(inspection: Inspection) -> str:
+    entries = (
+        f'<span><i style="background:{share.color}"></i>'
+        f"{html.escape(share.name)} {100 * share.share:.1f} %</span>"
+        for share in class_shares(inspection)
+    )
+    return f'<div class="legend">{"".join(entries)}</div>'
+
+
+def _downloads(name: str | None, view: str, opacity: float) -> str:
+    if name is None:
+        return ""
+    branch = _branch_of(view)
+    links = {
+        "Download the mask (PNG)": f"mask.png?branch={branch}",
+        "Download the overlay (JPEG)": f"overlay.jpg?branch={branch}&opacity={opacity}",
+    }
+    anchors = (
+        f'<a href="/api/pictures/{name}/{html.escape(link)}" download>{text}</a>'
+        for text, link in links.items()
+    )
+    return f'<div class="downloads">{"".join(anchors)}</div>'
+
+
+def _shown_scale(image: Image.Image) -> float:
+    return min(1.0, MAX_SHOWN_SIDE / max(image.size))
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    scale = _shown_scale(image)
+    if scale == 1:
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BOX)
+
+
+def _example_pictures() -> list[str]:
+    folder = Path(tempfile.mkdtemp(prefix="danet-scenes-"))
+    paths = []
+    for index in _SCENES:
+        path = folder / f"scene-{index}.jpg"
+        render(2, index)[0].save(path, quality=92)
+        paths.append(str(path))
+    return paths
+
+
+_SCRIPT_HELP = """
+The same model answers scripts over HTTP. Send a picture, get its classes and an `id` to ask more:
+
+```bash
+curl -F image=@photo.jpg http://127.0.0.1:7860/api/segment
+curl -o mask.png    http://127.0.0.1:7860/api/pictures/ID/mask.png
+curl -o overlay.jpg "http://127.0.0.1:7860/api/pictures/ID/overlay.jpg?opacity=0.5"
+curl -o looks.jpg   "http://127.0.0.1:7860/api/pictures/ID/attention.jpg?x=240&y=180"
+curl                "http://127.0.0.1:7860/api/pictures/ID/pixel?x=240&y=180"
+```
+
+```python
+import httpx
+
+with httpx.Client(base_url="http://127.0.0.1:7860") as client, open("photo.jpg", "rb") as photo:
+    picture = client.post("/api/segment", files={"image": photo}).raise_for_status().json()
+    print(picture["classes"])
+    mask = client.get(f"/api/pictures/{picture['id']}/mask.png").raise_for_status().content
+```
+
+Everything it takes and gives is described in [openapi.json](/openapi.json).
+"""

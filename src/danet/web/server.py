@@ -1,0 +1,173 @@
+"""The server: the page at /, the HTTP interface under /api, limits around both."""
+
+import os
+import socket
+import threading
+import time
+import webbrowser
+
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Before Gradio is imported, which would call home.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+
+from danet.errors import UserError
+from danet.predict import Predictor
+from danet.web.api import router
+from danet.web.page import CSS, THEME, build_page
+from danet.web.studio import Limits, Studio
+
+_SLOWEST_UPLOAD_SECONDS = 60
+_LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
+_ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
+
+
+def serve(
+    predictor: Predictor, host: str, port: int, limits: Limits, *, open_browser: bool = False
+) -> None:
+    """Serves until interrupted.
+
+    Args:
+        host: the address to listen on; requests that name another host are refused, unless it
+            is all addresses (0.0.0.0).
+        port: 0 takes a free one.
+
+    Raises:
+        UserError: the address or the port cannot be had.
+    """
+    listening = _listen(host, port)
+    address = f"http://{host}:{listening.getsockname()[1]}"
+    application = build_application(Studio(predictor, limits), host)
+    print(
+        f"danet serves on {address} (HTTP interface: {address}/openapi.json); Ctrl+C stops it",
+        flush=True,
+    )
+    if open_browser:
+        threading.Timer(1, webbrowser.open, [address]).start()
+    settings = uvicorn.Config(
+        application,
+        log_level="warning",
+        limit_concurrency=256,
+        timeout_keep_alive=20,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+    uvicorn.Server(settings).run(sockets=[listening])
+
+
+def build_application(studio: Studio, host: str) -> FastAPI:
+    """The page and the HTTP interface behind their limits."""
+    application = FastAPI(title="danet", docs_url=None, redoc_url=None)
+    application.include_router(router(studio))
+    page = build_page(studio)
+    gr.mount_gradio_app(
+        application,
+        page,
+        path="/",
+        theme=THEME,
+        css=CSS,
+        max_file_size=studio.limits.megabytes << 20,
+        show_error=True,
+        ssr_mode=False,
+        footer_links=[],
+    )
+    application.add_middleware(UploadLimit, megabytes=studio.limits.megabytes)
+    application.add_middleware(SameOrigin)
+    if host not in _ANY_HOST:
+        application.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, *_LOCAL_HOSTS])
+    return application
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=_family(host), backlog=256)
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port, "
+            "or 0 for a free one"
+        ) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+class SameOrigin:
+    """Refuses what another site's page asks for in a visitor's browser."""
+
+    def __init__(self, application: ASGIApp) -> None:
+        self.application = application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", ()))
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        host = headers.get(b"host", b"").decode("latin-1")
+        if origin and origin.partition("://")[2] != host:
+            await _refuse(send, 403, "requests from other sites are refused")
+            return
+        await self.application(scope, receive, send)
+
+
+class UploadLimit:
+    """Refuses bodies that are too large, by their announced or their real size, or too slow."""
+
+    def __init__(self, application: ASGIApp, megabytes: int) -> None:
+        self.application = application
+        # A form has some lines around the file.
+        self.bytes = (megabytes << 20) + (64 << 10)
+        self.megabytes = megabytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self.application(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > self.bytes:
+            await self._refuse(send)
+            return
+        received = 0
+        complete = False
+        started = answered = False
+        deadline = time.monotonic() + _SLOWEST_UPLOAD_SECONDS
+
+        async def counted() -> Message:
+            nonlocal received, complete
+            message = await receive()
+            received += len(message.get("body", b""))
+            if message["type"] == "http.request" and not complete:
+                complete = not message.get("more_body", False)
+                if received > self.bytes or time.monotonic() > deadline:
+                    raise _BodyRefused
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.application(scope, counted, noted)
+        except _BodyRefused:
+            answered = started
+        else:
+            answered = True
+        if not answered:
+            await self._refuse(send)
+
+    async def _refuse(self, send: Send) -> None:
+        await _refuse(send, 413, f"uploads may have {self.megabytes} MB and take a minute")
+
+
+class _BodyRefused(Exception):
+    pass
+
+
+async def _refuse(send: Send, status: int, detail: str) -> None:
+    body = f'{{"detail":"{detail}"}}'.encode()
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -134,11 +134,15 @@ def _build_picture_tab(studio: Studio) -> None:
 def _build_batch_tab(studio: Studio) -> None:
     count = studio.limits.batch
     sources = gr.File(
-        label=f"Up to {count} photos", file_count="multiple", file_types=["image"], height=180
+        label=f"Up to {count} photos",
+        file_count="multiple",
+        file_types=["image"],
+        height=180,
+        elem_id="batch",
     )
     start = gr.Button("Segment", variant="primary")
     table = gr.Dataframe(headers=["picture", "result"], label="Results", interactive=False)
-    archive = gr.File(label="Masks and overlays", interactive=False)
+    archive = gr.File(label="Masks and overlays", interactive=False, elem_id="archive")
     actions = _Actions(studio)
     start.click(actions.segment_batch, sources, [table, archive], concurrency_limit=1)
 

@@ -130,40 +130,38 @@ class UploadLimit:
             await self._refuse(send)
             return
         received = 0
-        complete = False
-        started = answered = False
+        started = refused = False
         deadline = time.monotonic() + _SLOWEST_UPLOAD_SECONDS
 
         async def counted() -> Message:
-            nonlocal received, complete
+            nonlocal received, refused
+            if refused:
+                return {"type": "http.disconnect"}
             message = await receive()
-            received += len(message.get("body", b""))
-            if message["type"] == "http.request" and not complete:
-                complete = not message.get("more_body", False)
-                if received > self.bytes or time.monotonic() > deadline:
-                    raise _BodyRefused
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                late = message.get("more_body", False) and time.monotonic() > deadline
+                if (received > self.bytes or late) and not started:
+                    refused = True
+                    await self._refuse(send)
+                    return {"type": "http.disconnect"}
             return message
 
         async def noted(message: Message) -> None:
             nonlocal started
             started = True
-            await send(message)
+            if not refused:
+                await send(message)
 
         try:
             await self.application(scope, counted, noted)
-        except _BodyRefused:
-            answered = started
-        else:
-            answered = True
-        if not answered:
-            await self._refuse(send)
+        # Whatever the application makes of a visitor who seems to have gone.
+        except Exception:
+            if not refused:
+                raise
 
     async def _refuse(self, send: Send) -> None:
         await _refuse(send, 413, f"uploads may have {self.megabytes} MB and take a minute")
-
-
-class _BodyRefused(Exception):
-    pass
 
 
 async def _refuse(send: Send, status: int, detail: str) -> None:

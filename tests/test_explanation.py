@@ -1,0 +1,225 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import danet
+from danet.cli import app
+from danet.errors import UserError
+from danet.figure import SMALLEST_TIMES_EVEN, attention_overlay
+from danet.inspection import Inspection
+
+WIDTH, HEIGHT = 50, 37
+
+
+def network(position: bool = True, channel: bool = True) -> danet.DANet:
+    torch.manual_seed(1)
+    model = danet.DANet(
+        5,
+        "test_resnet",
+        pretrained_backbone=False,
+        head_channels=16,
+        key_channels=4,
+        position=position,
+        channel=channel,
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("residual_weight"):
+            parameter.data.fill_(0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def predictor() -> danet.Predictor:
+    return danet.Predictor(network(), device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def seen(predictor: danet.Predictor, image: Image.Image) -> Inspection:
+    return Inspection(predictor, image)
+
+
+def reduced_features(image: Image.Image, branch: str) -> tuple[danet.DANet, torch.Tensor]:
+    """What a branch's attention reads, by the plain network in float64."""
+    model = network().double()
+    metadata = model.metadata
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double()
+    mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in (metadata.mean, metadata.std))
+    with torch.no_grad():
+        c4 = model.backbone(((pixels - mean) / std).unsqueeze(0)).c4
+        return model, getattr(model.head, f"{branch}_branch").reduce(c4)
+
+
+def attention_matrix(image: Image.Image) -> torch.Tensor:
+    """Equation (1) as two loops, N x N."""
+    model, features = reduced_features(image, "position")
+    module = model.head.position_branch.attention
+    with torch.no_grad():
+        query, key = module.query(features)[0].flatten(1), module.key(features)[0].flatten(1)
+    positions = query.shape[1]
+    matrix = torch.zeros(positions, positions, dtype=torch.float64)
+    for j in range(positions):
+        for i in range(positions):
+            matrix[j, i] = math.exp(float(query[:, j] @ key[:, i]))
+        matrix[j] /= matrix[j].sum()
+    return matrix
+
+
+def test_a_pixels_attention_is_its_cells_row_of_the_matrix(
+    seen: Inspection, image: Image.Image
+) -> None:
+    matrix = attention_matrix(image).view(5, 7, 5, 7)
+    # 50 x 37 pixels are 7 x 5 cells: pixel 0 is in cell 0, pixel 49 in cell 6, pixel 36 in cell 4.
+    for point, (row, column) in {
+        (0, 0): (0, 0),
+        (49, 36): (4, 6),
+        (25, 18): (2, 3),
+        (7, 8): (1, 0),
+    }.items():
+        found = seen.attention(point)
+        assert found.shape == (5, 7)
+        np.testing.assert_allclose(found, matrix[row, column].numpy(), rtol=1e-4)
+
+
+def test_received_attention_is_the_mean_of_all_rows(seen: Inspection, image: Image.Image) -> None:
+    expected = attention_matrix(image).mean(0).view(5, 7).numpy()
+    np.testing.assert_allclose(seen.received_attention(), expected, rtol=1e-4)
+    assert seen.received_attention().sum() == pytest.approx(1)
+
+
+def test_received_attention_does_not_depend_on_the_block(
+    seen: Inspection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = seen.received_attention()
+    monkeypatch.setattr("danet.inspection._QUERY_BLOCK", 4)
+    np.testing.assert_allclose(seen.received_attention(), whole, rtol=1e-5)
+
+
+def test_scores_and_classes_are_the_predictors(
+    seen: Inspection, predictor: danet.Predictor, image: Image.Image
+) -> None:
+    expected = predictor(image, probabilities=True)
+    np.testing.assert_array_equal(seen.branches["fused"], expected.classes)
+    assert expected.probabilities is not None
+    for column, row in [(0, 0), (49, 36), (20, 11)]:
+        score = seen.score((column, row))
+        assert score.class_id == expected.classes[row, column]
+        assert score.probability == pytest.approx(
+            expected.probabilities[:, row, column].max(), abs=1e-5
+        )
+
+
+def test_disagreement_is_where_any_branch_differs(seen: Inspection) -> None:
+    assert set(seen.branches) == {"fused", "position", "channel"}
+    fused, position, channel = (seen.branches[name] for name in ("fused", "position", "channel"))
+    for row in range(HEIGHT):
+        for column in range(WIDTH):
+            opinions = {int(b[row, column]) for b in (fused, position, channel)}
+            assert seen.disagreement[row, column] == (len(opinions) > 1)
+
+
+def test_channels_by_hand(seen: Inspection, image: Image.Image) -> None:
+    model, features = reduced_features(image, "channel")
+    flat = features[0].flatten(1)
+    energy = flat @ flat.T
+    shares = (energy.amax(1, keepdim=True) - energy).softmax(1)
+    with torch.no_grad():
+        response = model.head.channel_branch.attention(features)[0]
+    channels = seen.channels()
+    assert [c.strength for c in channels] == sorted((c.strength for c in channels), reverse=True)
+    assert sorted(c.channel for c in channels) == list(range(16))
+    for channel in channels:
+        own = shares[channel.channel]
+        expected = response[channel.channel]
+        np.testing.assert_allclose(channel.response, expected.numpy(), rtol=1e-3, atol=1e-5)
+        assert channel.strength == pytest.approx(float(expected.std()), rel=1e-3)
+        entropy = -float((own * own.clamp(min=1e-300).log()).sum())
+        assert channel.selectivity == pytest.approx(1 - entropy / math.log(16), abs=1e-4)
+        assert channel.attends_to[0][1] == pytest.approx(float(own.max()), abs=1e-4)
+        # Cells' centres are pixels 3, 10, .. of 50 and 3, 11, .. of 37.
+        classes = seen.branches["fused"]
+        sums: dict[int, list[float]] = {}
+        for row in range(5):
+            for column in range(7):
+                at = classes[(2 * row + 1) * HEIGHT // 10, (2 * column + 1) * WIDTH // 14]
+                sums.setdefault(int(at), []).append(float(expected[row, column]))
+        means = {index: sum(values) / len(values) for index, values in sums.items()}
+        assert means[channel.responds_to] == pytest.approx(max(means.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("point", [(-1, 0), (50, 0), (0, 37)])
+def test_a_point_outside_is_refused(
+    predictor: danet.Predictor, image: Image.Image, point: tuple[int, int]
+) -> None:
+    with pytest.raises(UserError, match="outside of the picture, which is 50x37"):
+        danet.explain(predictor, image, point)
+
+
+def test_a_network_without_attention_is_refused(image: Image.Image) -> None:
+    with pytest.raises(UserError, match="no attention branch"):
+        danet.explain(network(position=False, channel=False), image, (0, 0))
+
+
+@pytest.mark.parametrize(("position", "channel"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_figures_and_arrays(
+    image: Image.Image, tmp_path: Path, position: bool, channel: bool, suffix: str
+) -> None:
+    explanation = danet.explain(network(position, channel), image, (20, 30))
+    figure = tmp_path / f"figure{suffix}"
+    explanation.save(figure)
+    if suffix == ".png":
+        assert min(Image.open(figure).size) > 400
+    else:
+        text = figure.read_text(encoding="utf-8")
+        assert text.lstrip().startswith("<?xml")
+        assert text.count("<image") >= 3
+    explanation.save_arrays(tmp_path / "arrays.npz")
+    arrays = np.load(tmp_path / "arrays.npz", allow_pickle=False)
+    assert ("attention" in arrays) == position
+    assert ("strongest_channels" in arrays) == channel
+    np.testing.assert_array_equal(arrays["classes_fused"], explanation.branches["fused"])
+    if position:
+        np.testing.assert_array_equal(arrays["attention"], explanation.attention)
+
+
+def test_overlay_is_brightest_where_attention_is() -> None:
+    shares = np.full((4, 6), SMALLEST_TIMES_EVEN / 1000, dtype=np.float32)
+    shares[1, 4] = 1 - shares.sum()
+    drawn = np.asarray(attention_overlay(Image.new("RGB", (60, 40), "black"), shares, None))
+    row, column = np.unravel_index(drawn.sum(2).argmax(), drawn.shape[:2])
+    assert 10 <= row < 20
+    assert 40 <= column < 50
+
+
+def test_the_command(image: Image.Image, tmp_path: Path) -> None:
+    network().save_pretrained(tmp_path / "model")
+    image.save(tmp_path / "a.png")
+    run = CliRunner()
+    arguments = ["explain", str(tmp_path / "model"), str(tmp_path / "a.png")]
+    files = ["--out", str(tmp_path / "f.svg"), "--arrays", str(tmp_path / "f.npz")]
+    done = run.invoke(app, [*arguments, "--point", "20,30", *files])
+    assert done.exit_code == 0, done.output
+    assert "pixel 20,30: class" in done.output
+    assert (tmp_path / "f.svg").exists()
+    assert (tmp_path / "f.npz").exists()
+    for point, out, message in [
+        ("20", "f.png", "write X,Y in pixels"),
+        ("20,-3", "f.png", "write X,Y in pixels"),
+        ("20,99", "f.png", "outside of the picture"),
+        ("20,30", "f.bmp", "choose one by suffix"),
+    ]:
+        failed = run.invoke(app, [*arguments, "--point", point, "--out", str(tmp_path / out)])
+        assert isinstance(failed.exception, UserError)
+        assert message in str(failed.exception)
+        assert not (tmp_path / "f.png").exists()

@@ -1,0 +1,203 @@
+import io
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+import danet
+from danet.evaluation.inference import predict_classes
+from danet.inspection import Inspection
+from danet.web.server import build_application
+from danet.web.studio import Limits, Studio
+
+LIMITS = Limits(megabytes=1, megapixels=1, waiting=1, pictures=2)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> danet.Predictor:
+    torch.manual_seed(1)
+    model = danet.DANet(
+        4, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
+    )
+    return danet.Predictor(model, device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def studio(predictor: danet.Predictor) -> Studio:
+    return Studio(predictor, LIMITS)
+
+
+@pytest.fixture
+def client(studio: Studio) -> Iterator[TestClient]:
+    with TestClient(build_application(studio, "127.0.0.1"), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def send(client: TestClient, content: bytes) -> dict:
+    answer = client.post("/api/segment", files={"image": ("a.png", content)})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_a_picture_is_segmented_as_the_predictor_does(
+    client: TestClient, predictor: danet.Predictor
+) -> None:
+    image = picture()
+    expected = predictor(image).classes
+    found = send(client, png(image))
+    assert (found["width"], found["height"]) == (60, 40)
+    shares = {entry["id"]: entry["share"] for entry in found["classes"]}
+    for index in range(4):
+        assert shares.get(index, 0) == pytest.approx((expected == index).mean())
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    path = f"/api/pictures/{found['id']}"
+    mask = Image.open(io.BytesIO(client.get(f"{path}/mask.png").content))
+    assert mask.mode == "P"
+    np.testing.assert_array_equal(np.asarray(mask), expected)
+    pixel = client.get(f"{path}/pixel", params={"x": 59, "y": 3}).json()
+    assert pixel["class_id"] == expected[3, 59]
+    assert 0.25 <= pixel["probability"] <= 1
+
+
+def test_branches_have_masks_of_their_own(client: TestClient, predictor: danet.Predictor) -> None:
+    image = picture(seed=3)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    branches = ("position", "channel")
+    expected = predict_classes(predictor.model, pixels, predictor.test, branches)
+    path = f"/api/pictures/{send(client, png(image))['id']}"
+    for branch, classes in zip(branches, expected, strict=True):
+        mask = client.get(f"{path}/mask.png", params={"branch": branch}).content
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(mask))), classes.numpy())
+
+
+def test_pictures_of_attention_and_classes(client: TestClient) -> None:
+    image = Image.new("RGB", (64, 64), (200, 120, 40))
+    path = f"/api/pictures/{send(client, png(image))['id']}"
+    for question in ("attention.jpg?x=5&y=9", "overlay.jpg?opacity=0.3&branch=channel"):
+        answer = client.get(f"{path}/{question}")
+        assert answer.headers["content-type"] == "image/jpeg"
+        assert Image.open(io.BytesIO(answer.content)).size == (64, 64)
+    clear = Image.open(io.BytesIO(client.get(f"{path}/overlay.jpg?opacity=0").content))
+    assert np.abs(np.asarray(clear).astype(int) - np.asarray(image)).max() < 6
+
+
+def test_model_is_described(client: TestClient) -> None:
+    facts = client.get("/api/model").json()
+    assert facts["classes"] == ["class 0", "class 1", "class 2", "class 3"]
+    assert facts["branches"] == ["fused", "position", "channel"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("pixel?x=60&y=0", 400, "outside of the picture"),
+        ("pixel?x=-1&y=0", 422, "greater than or equal"),
+        ("attention.jpg?x=1&y=40", 400, "outside of the picture"),
+        ("mask.png?branch=lower", 400, "fused, position, channel"),
+        ("overlay.jpg?opacity=2", 422, "less than or equal"),
+    ],
+)
+def test_wrong_questions(client: TestClient, path: str, status: int, message: str) -> None:
+    answer = client.get(f"/api/pictures/{send(client, png(picture()))['id']}/{path}")
+    assert answer.status_code == status
+    assert message in answer.text
+
+
+def test_what_is_no_picture_is_refused(client: TestClient) -> None:
+    for content in (b"", b"no picture", png(picture())[:200]):
+        answer = client.post("/api/segment", files={"image": ("a.png", content)})
+        assert answer.status_code == 400
+        assert "picture" in answer.json()["detail"]
+        assert "Traceback" not in answer.text
+
+
+def test_bombs_and_heavy_uploads_are_refused(client: TestClient) -> None:
+    bomb = png(Image.new("L", (1001, 1000)))
+    answer = client.post("/api/segment", files={"image": ("a.png", bomb)})
+    assert answer.status_code == 413
+    assert "1 million pixels" in answer.json()["detail"]
+    heavy = b"0" * (2 << 20)
+    answer = client.post("/api/segment", files={"image": ("a.png", heavy)})
+    assert answer.status_code == 413
+    # Without an announced length, and to the page's own upload as well.
+    for path in ("/api/segment", "/gradio_api/upload"):
+        pieces = (heavy[:65536] for _ in range(40))
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        answer = client.post(path, content=pieces, headers=headers)
+        assert answer.status_code == 413, path
+
+
+def test_only_the_latest_pictures_are_kept(client: TestClient) -> None:
+    ids = [send(client, png(picture(seed=seed)))["id"] for seed in range(3)]
+    states = [client.get(f"/api/pictures/{name}/mask.png").status_code for name in ids]
+    assert states == [404, 200, 200]
+    assert client.get("/api/pictures/../../etc/passwd/mask.png").status_code == 404
+
+
+def test_a_crowd_is_turned_away_not_piled_up(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, inside = threading.Event(), threading.Semaphore(0)
+    real = Inspection.__init__
+
+    def slow(*args: object) -> None:
+        inside.release()
+        assert gate.wait(30)
+        real(*args)
+
+    monkeypatch.setattr(Inspection, "__init__", slow)
+    statuses: list[int] = []
+
+    def post() -> None:
+        answer = client.post("/api/segment", files={"image": ("a.png", png(picture()))})
+        statuses.append(answer.status_code)
+
+    threads = [threading.Thread(target=post) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    assert inside.acquire(timeout=30)
+    while len(statuses) < 4:
+        assert any(thread.is_alive() for thread in threads)
+        threads[0].join(0.01)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    # One in the network and one waiting; the rest were told to come again.
+    assert sorted(statuses) == [200, 200, 429, 429, 429, 429]
+
+
+def test_other_sites_and_hosts_are_refused(client: TestClient) -> None:
+    assert client.get("/api/model", headers={"host": "evil.example"}).status_code == 400
+    assert client.get("/api/model", headers={"origin": "http://evil.example"}).status_code == 403
+    own = {"origin": "http://127.0.0.1", "host": "127.0.0.1"}
+    assert client.get("/api/model", headers=own).status_code == 200
+
+
+def test_no_file_of_the_machine_can_be_read(client: TestClient) -> None:
+    for path in ("/etc/passwd", "../../../../etc/passwd", "pyproject.toml"):
+        for route in ("/gradio_api/file=", "/file=", "/static/", "/"):
+            answer = client.get(route + path)
+            assert "root:" not in answer.text
+            assert "[project]" not in answer.text
+
+
+def test_the_page_needs_nothing_from_outside(client: TestClient) -> None:
+    page = client.get("/").text
+    assert "danet" in page
+    for outside in ("fonts.googleapis", "cdn.", "cdnjs", "unpkg"):
+        assert outside not in page, outside

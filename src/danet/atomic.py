@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,39 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); choose a folder with space "
-            "that you may write to"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """Gives a path of the same name in a temporary folder beside it, for several files.
+
+    On success all files in that folder are moved beside `path`, which comes last.
+
+    Raises:
+        UserError: the folder cannot be made or written to, or the disk is full.
+    """
+    folder = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder / path.name
+            for written in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
+                written.replace(path.with_name(written.name))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be written ({error.strerror or error}); choose a folder with space "
+        "that you may write to"
+    )
 
 
 def require_writable(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from danet.errors import TrainingDiverged, UserError
+from danet.errors import ExportDiffers, TrainingDiverged, UserError
 
 if TYPE_CHECKING:
     from danet.config import TestConfig
@@ -249,6 +249,37 @@ def serve(
 
 
 @app.command()
+def export(
+    model: Model,
+    file_format: Annotated[str, typer.Option("--format", help="onnx, torch or openvino.")],
+    out: Annotated[Path, typer.Option(help="The file: .onnx, .pt2 or .xml.")],
+    int8: Annotated[
+        bool, typer.Option("--int8", help="8-bit convolutions; onnx and openvino only.")
+    ] = False,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INPUT", help="Typical pictures for --int8: files, folders, globs."),
+    ] = None,
+) -> None:
+    """Write the network as one file for other programs, checked against the model."""
+    from danet.export import CHECKED_SIZES, calibration_pictures, check_format
+    from danet.export import export as export_model
+    from danet.model import DANet
+
+    chosen = check_format(file_format, out)
+    if int8 != bool(calibration):
+        raise UserError("--int8 goes with --calibration INPUT: some typical pictures, 20 or more")
+    pictures = calibration_pictures(calibration) if calibration else None
+    network = DANet.from_pretrained(model)
+    agreement = export_model(network, out, chosen, pictures)
+    on = f"{len(CHECKED_SIZES)} sizes" if pictures is None else f"{len(pictures)} pictures"
+    print(
+        f"{out}: on {on} the same class as the model on {agreement.same_class:.2%} of pixels, "
+        f"logits within {agreement.difference:.2g} of the largest"
+    )
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Of mmsegmentation or of the authors.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
@@ -483,7 +514,7 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         _fail(error, 2)
-    except TrainingDiverged as error:
+    except (TrainingDiverged, ExportDiffers) as error:
         _fail(error, 1)
 
 

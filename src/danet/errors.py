@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class TrainingDiverged(RuntimeError):
     """The loss stopped being finite. The message names the step and the last good checkpoint."""
+
+
+class ExportDiffers(RuntimeError):
+    """What was exported computes something else than the model; nothing was written."""

@@ -1,0 +1,245 @@
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+import danet
+from danet import export as exporting
+from danet.cli import app
+from danet.config import TestConfig
+from danet.data.scenes import render
+from danet.data.transforms import fitted_size
+from danet.errors import ExportDiffers, UserError
+from danet.export import SUFFIXES, attend_by_equal_widths, export, load
+from danet.model_folder import Metadata
+from danet.palette import default_palette
+
+FORMATS = ("onnx", "torch", "openvino")
+
+
+def network(scale: tuple[int, int] | None = None, **options: object) -> danet.DANet:
+    torch.manual_seed(1)
+    metadata = Metadata(
+        classes=("sky", "Straße", "car", "tree"),
+        palette=default_palette(4),
+        test=TestConfig(scale=scale),
+    )
+    settings = {"head_channels": 24, "key_channels": 8, **options}
+    model = danet.DANet(
+        4, "test_resnet", pretrained_backbone=False, metadata=metadata, **settings
+    ).eval()
+    generator = torch.Generator().manual_seed(2)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("residual_weight"):
+            tensor.fill_(0.7)
+        elif name.endswith("running_var"):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+        elif name.endswith("running_mean"):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    return model
+
+
+def expected_logits(model: danet.DANet, images: Tensor) -> Tensor:
+    """What the file has to compute, by the plain network."""
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (model.metadata.mean, model.metadata.std)
+    )
+    pixels = (images * 255 - mean) / std
+    scale = model.metadata.test.scale
+    height, width = images.shape[-2:]
+    if scale is not None:
+        fitted = fitted_size((width, height), scale)
+        pixels = F.interpolate(pixels, size=fitted[::-1], mode="bilinear")
+    with torch.no_grad():
+        logits = model.upsample(model(pixels).fused, pixels.shape[-2:])
+    return logits if scale is None else model.upsample(logits, (height, width))
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize(
+    ("scale", "options"),
+    [
+        (None, {}),
+        ((150, 100), {"align_corners": True}),
+        pytest.param(None, {"position": False}, marks=pytest.mark.slow),
+        pytest.param(None, {"channel_affinity": "paper"}, marks=pytest.mark.slow),
+        pytest.param(None, {"output_stride": 16, "channel": False}, marks=pytest.mark.slow),
+    ],
+)
+def test_any_batch_and_size_gives_the_models_logits(
+    file_format: str, scale: tuple[int, int] | None, options: dict[str, object], tmp_path: Path
+) -> None:
+    model = network(scale, **options)
+    path = tmp_path / f"model{SUFFIXES[file_format]}"
+    agreement = export(model, path, file_format)
+    assert agreement.difference < 1e-4
+    run = load(path, file_format)
+    for batch, height, width in [(1, 33, 200), (3, 120, 64), (2, 71, 45)]:
+        images = torch.rand(batch, 3, height, width)
+        expected = expected_logits(model, images)
+        found = run(images.numpy())
+        assert found.shape == (batch, 4, height, width)
+        np.testing.assert_allclose(
+            found, expected.numpy(), atol=1e-4 * float(expected.abs().max()), rtol=0
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["resnet50c", "convnext_atto", "vit_tiny_patch16_224"])
+def test_other_backbones_as_onnx(backbone: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = danet.DANet(4, backbone, pretrained_backbone=False, head_channels=32).eval()
+    export(model, tmp_path / "model.onnx", "onnx")
+    images = torch.rand(1, 3, 70, 90)
+    expected = expected_logits(model, images)
+    found = load(tmp_path / "model.onnx", "onnx")(images.numpy())
+    np.testing.assert_allclose(
+        found, expected.numpy(), atol=1e-3 * float(expected.abs().max()), rtol=0
+    )
+
+
+def test_a_photo_gets_the_predictors_classes(tmp_path: Path) -> None:
+    model = network()
+    image = render(2, 7)[0]
+    export(model, tmp_path / "m.onnx", "onnx")
+    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)[None] / 255
+    found = load(tmp_path / "m.onnx", "onnx")(pixels).argmax(1)[0]
+    expected = danet.Predictor(model, device="cpu", precision="fp32")(image).classes
+    assert (found == expected).mean() > 0.9999
+
+
+@pytest.mark.parametrize(("keys", "channels"), [(40, 24), (1, 3), (130, 20)])
+def test_attention_by_equal_widths_is_exact(keys: int, channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 8, 37, generator=generator, dtype=torch.float64)
+    key = torch.randn(2, 8, keys, generator=generator, dtype=torch.float64)
+    value = torch.randn(2, channels, keys, generator=generator, dtype=torch.float64)
+    weights = (query.transpose(1, 2) @ key).softmax(-1)
+    expected = value @ weights.transpose(1, 2)
+    torch.testing.assert_close(attend_by_equal_widths(query, key, value), expected)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_file_that_computes_something_else_is_not_kept(
+    file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = exporting.WholePicture.forward
+
+    def off_while_traced(self: exporting.WholePicture, images: Tensor) -> Tensor:
+        logits = real(self, images)
+        return logits + 1 if torch.compiler.is_exporting() else logits
+
+    monkeypatch.setattr(exporting.WholePicture, "forward", off_while_traced)
+    with pytest.raises(ExportDiffers, match="nothing was written"):
+        export(network(), tmp_path / f"m{SUFFIXES[file_format]}", file_format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torch_program_runs_without_this_package(tmp_path: Path) -> None:
+    model = network()
+    export(model, tmp_path / "m.pt2", "torch")
+    images = torch.rand(1, 3, 50, 60)
+    torch.save({"images": images, "logits": expected_logits(model, images)}, tmp_path / "io.pt")
+    script = f"""
+        import sys, json, torch
+        extra = {{"metadata.json": ""}}
+        program = torch.export.load({str(tmp_path / "m.pt2")!r}, extra_files=extra)
+        assert "danet" not in sys.modules
+        assert json.loads(extra["metadata.json"])["classes"][1] == "Straße"
+        saved = torch.load({str(tmp_path / "io.pt")!r})
+        torch.testing.assert_close(
+            program.module()(saved["images"]), saved["logits"], atol=1e-4, rtol=1e-4
+        )
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+def test_class_names_are_in_the_files(tmp_path: Path) -> None:
+    import openvino
+
+    model = network()
+    export(model, tmp_path / "m.onnx", "onnx")
+    export(model, tmp_path / "m.xml", "openvino")
+    properties = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert json.loads(properties["danet"])["classes"] == ["sky", "Straße", "car", "tree"]
+    read = openvino.Core().read_model(tmp_path / "m.xml")
+    assert json.loads(read.get_rt_info(["danet"]).value)["palette"][2] == [0, 128, 0]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["m.bin", "m.onnx", "m.xml"]
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "openvino"])
+def test_eight_bits_agree_with_the_model(file_format: str, tmp_path: Path) -> None:
+    model = network()
+    pictures = [
+        torch.from_numpy(np.array(render(2, index)[0].resize((160, 120)))).permute(2, 0, 1) / 255
+        for index in range(4)
+    ]
+    path = tmp_path / f"m{SUFFIXES[file_format]}"
+    agreement = export(model, path, file_format, pictures)
+    assert 1e-6 < agreement.difference < 0.2
+    assert agreement.same_class > 0.8
+    export(model, tmp_path / "full.onnx", "onnx")
+    if file_format == "onnx":
+        assert path.stat().st_size < 0.6 * (tmp_path / "full.onnx").stat().st_size
+        loops = [n for n in onnx.load(path).graph.node if n.op_type == "Loop"]
+        assert len(loops) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file_format", "limit"), [("onnx", 3), ("openvino", 3), ("torch", 3)])
+def test_a_large_picture_stays_in_bounded_memory(
+    file_format: str, limit: float, tmp_path: Path
+) -> None:
+    """1024x2048 is 32,768 positions: all scores at once would be 4.3 GB, twice with softmax."""
+    path = tmp_path / f"m{SUFFIXES[file_format]}"
+    export(network(), path, file_format)
+    script = f"""
+        import resource
+        from pathlib import Path
+        import numpy as np
+        from danet.export import load
+        run = load(Path({str(path)!r}), {file_format!r})
+        assert run(np.zeros((1, 3, 1024, 2048), np.float32)).shape == (1, 4, 1024, 2048)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True
+    )
+    assert float(done.stdout) < limit
+
+
+def test_the_command(tmp_path: Path) -> None:
+    network().save_pretrained(tmp_path / "model")
+    Image.new("RGB", (80, 60), (90, 120, 200)).save(tmp_path / "a.png")
+    run = CliRunner()
+
+    def invoke(*arguments: str) -> object:
+        return run.invoke(app, ["export", str(tmp_path / "model"), *arguments])
+
+    done = invoke("--format", "onnx", "--out", str(tmp_path / "m.onnx"))
+    assert done.exit_code == 0, done.output
+    assert "same class as the model on 100.00% of pixels" in done.output
+    for arguments, message in [
+        (("--format", "tflite", "--out", "m.onnx"), "use onnx, torch, openvino"),
+        (("--format", "onnx", "--out", "m.pt2"), "files end in .onnx"),
+        (("--format", "onnx", "--out", "m.onnx", "--int8"), "--calibration INPUT"),
+        (("--format", "onnx", "--out", "m.onnx", "--calibration", "x"), "--int8 goes with"),
+        (
+            ("--format", "torch", "--out", "m.pt2", "--int8", "--calibration", "ABSENT"),
+            "no such file",
+        ),
+    ]:
+        failed = invoke(*arguments)
+        assert isinstance(failed.exception, UserError), failed.output
+        assert message in str(failed.exception)

@@ -1,5 +1,6 @@
 """The command: parses, calls one function, prints."""
 
+import itertools
 import logging
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from danet.config import TestConfig
     from danet.data.check import SplitCheck
     from danet.evaluation.evaluate import Evaluation
+    from danet.predict import Predictor
+    from danet.progress import ProgressReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -139,20 +142,33 @@ def evaluate(
 def predict(
     model: Model,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Pictures, folders, globs.")
+        list[str], typer.Argument(metavar="INPUT...", help="Pictures, films, folders, globs.")
     ],
-    out: Annotated[Path, typer.Option(help="The folder for the masks.")],
+    out: Annotated[Path, typer.Option(help="The folder for the results.")],
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Also write the picture with the classes over it.")
+    ] = False,
+    frame_masks: Annotated[
+        bool,
+        typer.Option("--frame-masks", help="Of films with --overlay, write each frame's mask too."),
     ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
     compile_graph: Compile = False,
 ) -> None:
-    """Segment photos: a palette PNG of class ids for each, at its own size."""
+    """Segment photos and films: a palette PNG of class ids for each picture, at its own size.
+
+    Of a film, --overlay writes a film with the classes over it instead of its frames' masks.
+    """
     from danet.atomic import require_writable
     from danet.data.images import open_image
-    from danet.predict import Predictor, find_inputs, output_stems, write_segmentation
+    from danet.predict import (
+        VIDEO_SUFFIXES,
+        Predictor,
+        find_inputs,
+        output_stems,
+        write_segmentation,
+    )
     from danet.progress import ProgressReport
 
     _check_precision(precision)
@@ -162,23 +178,64 @@ def predict(
     stems = output_stems(paths)
     written = 0
     with ProgressReport("predict", len(paths)) as progress:
+
+        def complain(problem: str) -> None:
+            problems.append(problem)
+            progress.say(f"error: {problem}")
+
         for problem in problems:
             progress.say(f"error: {problem}")
         for path in paths:
             assert predictor is not None
             try:
-                image = open_image(path)
-                segmentation = predictor(image)
-                write_segmentation(segmentation, image if overlay else None, out, stems[path])
+                if path.suffix.lower() in VIDEO_SUFFIXES:
+                    masks = frame_masks or not overlay
+                    left_out = _predict_video(
+                        predictor, path, out, stems[path], progress, overlay=overlay, masks=masks
+                    )
+                    if left_out is not None:
+                        complain(left_out)
+                else:
+                    image = open_image(path)
+                    segmentation = predictor(image)
+                    write_segmentation(segmentation, image if overlay else None, out, stems[path])
             except UserError as error:
-                problems.append(str(error))
-                progress.say(f"error: {error}")
+                complain(str(error))
             else:
                 written += 1
             progress.advance()
-    print(f"{written} of {len(paths)} pictures segmented in {out}")
+    print(f"{written} of {len(paths)} segmented in {out}")
     if problems:
         raise typer.Exit(2)
+
+
+def _predict_video(
+    predictor: "Predictor",
+    path: Path,
+    out: Path,
+    stem: str,
+    progress: "ProgressReport",
+    *,
+    overlay: bool,
+    masks: bool,
+) -> str | None:
+    """Segments a film; returns what could not be read of it."""
+    try:
+        from danet.video import segment_video
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: films need {error.name}: pip install 'danet[video]'") from error
+    done = itertools.count(1)
+    return segment_video(
+        predictor,
+        path,
+        out,
+        stem,
+        overlay=overlay,
+        masks=masks,
+        on_frame=lambda all_of_it: progress.advance(
+            f"{path.name}: frame {next(done)}/{all_of_it}", steps=0
+        ),
+    ).problem
 
 
 @app.command()

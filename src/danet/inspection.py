@@ -96,7 +96,7 @@ class Inspection:
             autocast(predictor.precision, predictor.device),
             _recording(predictor.model) as passes,
         ):
-            self._logits = next(views(predictor.model, pixels, test, names))
+            self._logits = views(predictor.model, pixels.unsqueeze(0), test, names)[0][0]
             classes = most_likely_classes([self._logits]).cpu().numpy()
             self.branches: dict[Branch, npt.NDArray[np.uint8]] = dict(
                 zip(names, classes, strict=True)

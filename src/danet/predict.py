@@ -15,12 +15,17 @@ from danet.config import TestConfig
 from danet.data.images import IMAGE_SUFFIXES, open_image, to_rgb
 from danet.devices import autocast, choose_device, uses_bfloat16
 from danet.errors import UserError
-from danet.evaluation.inference import predict_classes, predict_probabilities
+from danet.evaluation.inference import predict_classes, predict_probabilities, views
+from danet.evaluation.strips import most_likely_classes
 from danet.model import DANet
 from danet.optimize import optimize_for_inference
 from danet.palette import Color, palette_bytes
 
 OVERLAY_OPACITY = 0.55
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"}
+)
+"""Files that `danet predict` takes for films."""
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
@@ -123,6 +128,25 @@ class Predictor:
         return Segmentation(
             classes.to(torch.uint8).cpu().numpy(), metadata.classes, metadata.palette, scores
         )
+
+    @torch.inference_mode()
+    def segment_batch(self, images: npt.NDArray[np.uint8]) -> list[Segmentation]:
+        """Segments pictures of one size, which go through the network together.
+
+        Args:
+            images: uint8 RGB P H W 3.
+        """
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
+        metadata = self.model.metadata
+        with autocast(self.precision, self.device):
+            found = [
+                most_likely_classes(of_picture)[0]
+                for of_picture in views(self.model, pixels, self.test)
+            ]
+        return [
+            Segmentation(classes.cpu().numpy(), metadata.classes, metadata.palette)
+            for classes in found
+        ]
 
 
 def as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Image:

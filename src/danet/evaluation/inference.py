@@ -2,7 +2,7 @@
 
 The steps and their order are mmsegmentation's (`EncoderDecoder.inference`, `SegTTAModel`).
 
-Shapes: R branches, K classes, V views, H W the picture, h w the features.
+Shapes: P pictures, R branches, K classes, V views, H W the picture, h w the features.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ def predict_classes(
     Returns:
         R H W uint8, one label map per branch.
     """
-    return most_likely_classes(list(views(model, image, test, branches)))
+    return most_likely_classes(views(model, image.unsqueeze(0), test, branches)[0])
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def predict_probabilities(
     model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch] = ("fused",)
 ) -> Tensor:
     """Softmax scores R K H W in 0..1, averaged over the scales and flips of `test`."""
-    return average_probabilities(list(views(model, image, test, branches)))
+    return average_probabilities(views(model, image.unsqueeze(0), test, branches)[0])
 
 
 def view_sizes(width: int, height: int, test: TestConfig) -> list[Size]:
@@ -59,26 +59,29 @@ def view_sizes(width: int, height: int, test: TestConfig) -> list[Size]:
 
 
 def views(
-    model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch]
-) -> Iterator[LogitRows]:
-    """The logits of every scale and mirroring, at the picture's own size.
+    model: DANet, images: Tensor, test: TestConfig, branches: Sequence[Branch] = ("fused",)
+) -> list[list[LogitRows]]:
+    """For each picture the logits of every scale and mirroring, at the picture's own size.
 
     Args:
-        image: uint8 RGB 3 H W on the model's device.
+        images: uint8 RGB P 3 H W on the model's device; they go through the network together.
     """
     metadata = model.metadata
-    own_height, own_width = image.shape[-2:]
+    own_height, own_width = images.shape[-2:]
     align_corners = model.config.align_corners
+    found: list[list[LogitRows]] = [[] for _ in images]
     for width, height in view_sizes(own_width, own_height, test):
-        resized = TF.resize(image, [height, width], antialias=False)
+        resized = TF.resize(images, [height, width], antialias=False)
         pixels = normalize(resized, metadata.mean, metadata.std)
-        inputs = torch.stack([pixels, pixels.flip(-1)] if test.flip else [pixels])
+        inputs = torch.cat([pixels, pixels.flip(-1)]) if test.flip else pixels
         segment = _slide if test.mode == "slide" else _whole
-        for mirrored, segmented in enumerate(segment(model, inputs, test, branches)):
+        for index, segmented in enumerate(segment(model, inputs, test, branches)):
+            mirrored, picture = divmod(index, len(images))
             view = Mirrored(segmented) if mirrored else segmented
             if (width, height) != (own_width, own_height):
                 view = Resized(view, (own_height, own_width), align_corners)
-            yield view
+            found[picture].append(view)
+    return found
 
 
 def _whole(

@@ -1,0 +1,170 @@
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import danet
+from danet.cli import app
+from danet.data.scenes import render
+from danet.errors import UserError
+from danet.video import segment_video
+
+RATE = Fraction(30000, 1001)
+
+
+@pytest.fixture(scope="module")
+def model() -> danet.DANet:
+    torch.manual_seed(1)
+    return danet.DANet(
+        5, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def predictor(model: danet.DANet) -> danet.Predictor:
+    return danet.Predictor(model, device="cpu", precision="fp32")
+
+
+def film(
+    path: Path,
+    frames: int = 10,
+    size: tuple[int, int] = (96, 64),
+    times: list[int] | None = None,
+    codec: str = "libx264",
+) -> Path:
+    """A film of generated scenes, a new one in every frame; times in 1/1000 s if given."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=RATE, options={"crf": "10", "g": "3"})
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p" if size[0] % 2 == size[1] % 2 == 0 else "yuv444p"
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index in range(frames):
+            picture = np.asarray(render(2, index)[0].resize(size))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def read(path: Path) -> tuple[list[np.ndarray], list[float], av.VideoStream]:
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+        return (
+            [frame.to_ndarray(format="rgb24") for frame in frames],
+            [float(frame.time) for frame in frames],
+            container.streams.video[0],
+        )
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+@pytest.mark.parametrize("size", [(96, 64), (75, 53)])
+def test_rate_size_and_every_frame_are_kept(
+    predictor: danet.Predictor, tmp_path: Path, suffix: str, size: tuple[int, int]
+) -> None:
+    source = film(tmp_path / f"a{suffix}", size=size)
+    found = segment_video(predictor, source, tmp_path, "a", overlay=True, masks=True)
+    assert found.frames == 10
+    assert found.problem is None
+    before, times, _ = read(source)
+    after, new_times, stream = read(tmp_path / "a_overlay.mp4")
+    assert (stream.width, stream.height) == size
+    assert float(stream.average_rate) == pytest.approx(float(RATE), rel=0.02)
+    shift = np.array(new_times) - np.array(times)
+    np.testing.assert_allclose(shift - shift[0], 0, atol=2e-3)
+    for index, picture in enumerate(before):
+        expected = predictor(picture)
+        mask = Image.open(tmp_path / "a" / f"{index:06}.png")
+        assert mask.mode == "P"
+        assert (np.asarray(mask) == expected.classes).mean() > 0.999
+        overlay = np.asarray(expected.overlay(Image.fromarray(picture))).astype(int)
+        assert np.abs(after[index] - overlay).mean() < 8
+
+
+def test_frames_of_uneven_times_stay_where_they_are(
+    predictor: danet.Predictor, tmp_path: Path
+) -> None:
+    times = [0, 40, 90, 300, 310, 700]
+    source = film(tmp_path / "a.mkv", frames=6, times=times)
+    segment_video(predictor, source, tmp_path, "a", overlay=True, masks=False)
+    np.testing.assert_allclose(read(tmp_path / "a_overlay.mp4")[1], read(source)[1], atol=2e-3)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_batch_is_segmented_like_single_pictures(model: danet.DANet, flip: bool) -> None:
+    test = model.metadata.test.model_copy(update={"flip": flip, "ratios": (0.5, 1.0)})
+    predictor = danet.Predictor(model, device="cpu", precision="fp32", test=test)
+    pictures = np.stack([np.asarray(render(2, i)[0].resize((60, 44))) for i in range(3)])
+    for picture, found in zip(pictures, predictor.segment_batch(pictures), strict=True):
+        assert (found.classes == predictor(picture).classes).mean() > 0.999
+
+
+def test_what_can_be_read_of_a_cut_film_is_kept(predictor: danet.Predictor, tmp_path: Path) -> None:
+    whole = film(tmp_path / "whole.ts", frames=20).read_bytes()
+    cut = tmp_path / "cut.mp4"
+    film(cut, frames=20)
+    (tmp_path / "cut.ts").write_bytes(whole[: len(whole) // 2])
+    found = segment_video(predictor, tmp_path / "cut.ts", tmp_path, "cut", overlay=True, masks=True)
+    assert 3 <= found.frames < 20
+    assert len(read(tmp_path / "cut_overlay.mp4")[0]) == found.frames
+    # An MP4's index is at its end: without it nothing can be found.
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="not a film that can be read"):
+        segment_video(predictor, cut, tmp_path, "b", overlay=True, masks=True)
+    assert not (tmp_path / "b_overlay.mp4").exists()
+
+
+def test_damaged_parts_are_told(predictor: danet.Predictor, tmp_path: Path) -> None:
+    source = film(tmp_path / "a.mp4", frames=20)
+    content = bytearray(source.read_bytes())
+    start = content.index(b"mdat") + 2000
+    rng = np.random.default_rng(0)
+    content[start : start + 3000] = rng.integers(0, 256, 3000, dtype=np.uint8).tobytes()
+    source.write_bytes(content)
+    found = segment_video(predictor, source, tmp_path, "a", overlay=True, masks=False)
+    assert 1 <= found.frames < 20
+    assert found.problem is not None
+    assert "a.mp4" in found.problem
+
+
+def test_memory_holds_a_few_frames(
+    predictor: danet.Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = film(tmp_path / "a.mp4", frames=11)
+    sizes = []
+    real = danet.Predictor.segment_batch
+
+    def counted(self: danet.Predictor, images: np.ndarray) -> list[danet.Segmentation]:
+        sizes.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(danet.Predictor, "segment_batch", counted)
+    segment_video(predictor, source, tmp_path, "a", overlay=False, masks=True)
+    assert sizes == [4, 4, 3]
+
+
+def test_the_command(model: danet.DANet, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    film(tmp_path / "good.mp4", frames=3)
+    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    render(2, 1)[0].resize((60, 40)).save(tmp_path / "photo.png")
+    out = tmp_path / "out"
+    inputs = [str(tmp_path / name) for name in ("good.mp4", "bad.mp4", "photo.png")]
+    run = CliRunner()
+    command = ["predict", str(tmp_path / "model"), *inputs, "--out", str(out)]
+    done = run.invoke(app, [*command, "--overlay"])
+    assert done.exit_code == 2
+    assert "bad.mp4: not a film that can be read" in done.output
+    assert "2 of 3 segmented" in done.output
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["good_overlay.mp4", "photo.png", "photo_overlay.jpg"]
+    assert run.invoke(app, command).exit_code == 2
+    assert len(list((out / "good").iterdir())) == 3

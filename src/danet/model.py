@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from danet.attention import Affinity
@@ -16,6 +17,7 @@ from danet.backbone import Backbone
 from danet.config import ModelConfig
 from danet.errors import UserError
 from danet.heads import DualAttentionHead, FCNHead
+from danet.model_card import PICTURE_FILE, write_model_card
 from danet.model_folder import Metadata, locate, read_folder, upload, write_folder
 
 
@@ -156,12 +158,39 @@ class DANet(nn.Module):
             raise UserError(f"{folder}: the weights do not fit its config ({summary})") from error
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`, all that prediction needs."""
-        write_folder(Path(folder), self.config, self.metadata, self.state_dict())
+    def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
+        """Writes `config.json` and `model.safetensors`, all that prediction needs.
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Uploads the model folder to the hub and returns the commit's address."""
-        with tempfile.TemporaryDirectory() as folder:
+        Args:
+            half: store the weights in half precision: half the size.
+        """
+        write_folder(Path(folder), self.config, self.metadata, self.state_dict(), half=half)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run: str | Path | None = None,
+        picture: Image.Image | None = None,
+        license_id: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Uploads the model folder with a card to the hub and returns the commit's address.
+
+        Args:
+            repo_id: OWNER/NAME; made if it is not there.
+            run: the run folder that the model comes from: its recipe and scores go on the card.
+            picture: shown on the card, such as an overlay.
+            license_id: as the hub names licences, such as "mit".
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
             self.save_pretrained(folder)
-            return upload(Path(folder), repo_id, private=private, token=token)
+            if picture is not None:
+                picture.convert("RGB").save(folder / PICTURE_FILE, quality=92)
+            source = None if run is None else Path(run)
+            write_model_card(
+                folder, repo_id, self.config, self.metadata, run=source, license_id=license_id
+            )
+            return upload(folder, repo_id, private=private, token=token)

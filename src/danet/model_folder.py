@@ -67,12 +67,21 @@ class FolderConfig(Section):
 
 
 def write_folder(
-    folder: Path, model: ModelConfig, metadata: Metadata, state: dict[str, Tensor]
+    folder: Path, model: ModelConfig, metadata: Metadata, state: dict[str, Tensor], *, half: bool
 ) -> None:
-    """Writes both files, each whole; the same content gives the same bytes."""
+    """Writes both files, each whole; the same content gives the same bytes.
+
+    Args:
+        half: store floating-point weights in half precision.
+    """
     config = FolderConfig(model=model, metadata=metadata)
     tree = config.model_dump(mode="json", exclude={"model": _NOT_ARCHITECTURE})
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if half:
+        contiguous = {
+            name: tensor.half() if tensor.is_floating_point() else tensor
+            for name, tensor in contiguous.items()
+        }
     with replacing(folder / WEIGHTS_FILE) as path:
         save_file(contiguous, path, metadata={"format": "pt"})
     with replacing(folder / CONFIG_FILE) as path:
@@ -103,8 +112,20 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
     return config, state
 
 
+def shipped_models() -> dict[str, Path]:
+    """The models that come with this package, by name."""
+    package = Path(__file__).parent
+    # In a wheel, or beside src/ in a checkout.
+    folders = (package / "models", package.parents[1] / "models")
+    return {
+        path.parent.name: path.parent
+        for folder in folders
+        for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))
+    }
+
+
 def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: itself, a run folder's `model`, or a download from the hub.
+    """The local folder of a model: itself, a run's, one that comes along, or the hub's, fetched.
 
     Raises:
         UserError: neither a folder nor a repository that can be reached, or an unfinished run.
@@ -119,9 +140,15 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     name = str(folder_or_hub_id)
+    shipped = shipped_models()
+    if name in shipped:
+        return shipped[name]
     not_here = f"model {name}: no such folder"
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"{not_here}; give a model folder, a run folder or a hub id (OWNER/NAME)")
+        raise UserError(
+            f"{not_here}; give a model folder, a run folder, a hub id (OWNER/NAME), "
+            f"or a model that comes with danet ({', '.join(shipped) or 'none'})"
+        )
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])

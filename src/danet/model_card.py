@@ -1,0 +1,97 @@
+"""The card of a shared model: what it is, what it was trained by and on, how it scores."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from danet.config import ModelConfig, TestConfig
+from danet.model_folder import RECIPE_FILE, Metadata
+
+PICTURE_FILE = "example.jpg"
+
+
+def write_model_card(
+    folder: Path,
+    name: str,
+    model: ModelConfig,
+    metadata: Metadata,
+    *,
+    run: Path | None = None,
+    license_id: str | None = None,
+    note: str = "",
+) -> None:
+    """Writes `README.md` into a model folder; `example.jpg`, if it is there, is shown.
+
+    Args:
+        name: of the model.
+        run: the run folder that the model comes from, for its recipe and its validation score.
+        license_id: as the hub names licences, such as "mit".
+        note: a paragraph of the owner's.
+    """
+    scores = {} if run is None else _last_validation(run)
+    data = ModelCardData(
+        license=license_id,
+        library_name="danet",
+        pipeline_tag="image-segmentation",
+        tags=["semantic-segmentation", "dual-attention"],
+        datasets=[metadata.dataset] if metadata.dataset else None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="image-segmentation",
+                dataset_type=metadata.dataset or "unknown",
+                dataset_name=metadata.dataset or "unknown",
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in scores.items()
+        ]
+        or None,
+    )
+    sections = [f"---\n{data.to_yaml()}\n---", f"# {name}", *([note] if note else [])]
+    if (folder / PICTURE_FILE).exists():
+        sections.append(f"![A picture and its classes]({PICTURE_FILE})")
+    sections += [_facts(model, metadata, scores), _usage(name)]
+    if run is not None and (run / RECIPE_FILE).is_file():
+        recipe = (run / RECIPE_FILE).read_text(encoding="utf-8")
+        sections.append(f"## Recipe\n\n```yaml\n{recipe}```")
+    (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _facts(model: ModelConfig, metadata: Metadata, scores: dict[str, float]) -> str:
+    branches = [name for name in ("position", "channel") if getattr(model, name)]
+    rows = {
+        "network": f"dual attention ({' and '.join(branches) or 'no'} attention) on "
+        f"{model.backbone}, output stride {model.output_stride}",
+        "trained on": metadata.dataset or "not recorded",
+        "classes": f"{len(metadata.classes)}: {', '.join(metadata.classes)}",
+        "tested": _protocol(metadata.test),
+        **{name: f"{value:.2f} on the validation split" for name, value in scores.items()},
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def _protocol(test: TestConfig) -> str:
+    scale = "own size" if test.scale is None else f"fitted into {test.scale[0]}x{test.scale[1]}"
+    views = f"{len(test.ratios)} scales" if len(test.ratios) > 1 else "one scale"
+    return f"{test.mode} pictures, {scale}, {views}{', mirrored too' if test.flip else ''}"
+
+
+def _usage(name: str) -> str:
+    return (
+        "## Use\n\n"
+        f"```python\nimport danet\n\nsegmentation = danet.Predictor({name!r})('photo.jpg')\n"
+        "segmentation.classes  # H W uint8\n```\n\n"
+        f"```\ndanet predict {name} photo.jpg --out out --overlay\ndanet serve {name}\n```"
+    )
+
+
+def _last_validation(run: Path) -> dict[str, float]:
+    """The scores of the last validation of a run, in percent."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    rows = [json.loads(line) for line in lines if '"val/mIoU"' in line]
+    if not rows:
+        return {}
+    return {name: round(100 * rows[-1][f"val/{name}"], 2) for name in ("mIoU", "mAcc", "aAcc")}

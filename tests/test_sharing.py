@@ -1,0 +1,112 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import danet
+from danet.model_folder import Metadata, read_folder, shipped_models
+from danet.palette import default_palette
+from hub import serving_hub
+
+
+def network() -> danet.DANet:
+    torch.manual_seed(0)
+    metadata = Metadata(
+        classes=("sky", "road"), palette=default_palette(2), dataset="camvid", std=(60, 61, 62)
+    )
+    return danet.DANet(
+        2,
+        "test_resnet",
+        pretrained_backbone=False,
+        head_channels=16,
+        key_channels=4,
+        metadata=metadata,
+    ).eval()
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
+    network().save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("train:\n  steps: 7\n")
+    rows = [{"step": 5, "loss": 2.0}]
+    rows += [
+        {"step": s, "val/mIoU": m, "val/mAcc": 0.8, "val/aAcc": 0.9}
+        for s, m in [(5, 0.1), (7, 0.7012)]
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = f"""
+        import danet, torch
+        from PIL import Image
+        model = danet.DANet.from_pretrained({str(tmp_path / "model")!r})
+        address = model.push_to_hub(
+            "me/streets", run={str(run)!r}, picture=Image.new("RGB", (40, 30)), license_id="mit",
+            token="hf_" + 34 * "x",
+        )
+        print(address)
+        again = danet.DANet.from_pretrained("me/streets")
+        assert again.metadata == model.metadata
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name]), name
+        try:
+            danet.DANet.from_pretrained("me/absent")
+        except danet.UserError as error:
+            assert "could not be had from the hub" in str(error)
+        else:
+            raise AssertionError
+    """
+    with serving_hub() as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{hub.address}/me/streets" in done.stdout
+        files = hub.repositories["me/streets"]
+    assert set(files) >= {"config.json", "model.safetensors", "README.md", "example.jpg"}
+    _, front, text = files["README.md"].decode().split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert card["license"] == "mit"
+    assert card["datasets"] == ["camvid"]
+    metrics = card["model-index"][0]["results"][0]["metrics"]
+    assert {m["type"]: m["value"] for m in metrics} == {"mIoU": 70.12, "mAcc": 80, "aAcc": 90}
+    for expected in ("sky, road", "example.jpg", "steps: 7", "danet predict me/streets"):
+        assert expected in text
+
+
+def test_half_precision_is_half_the_size_and_nearly_the_same(tmp_path: Path) -> None:
+    model = network()
+    model.save_pretrained(tmp_path / "full")
+    model.save_pretrained(tmp_path / "half", half=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+    assert all(
+        tensor.dtype != torch.float32 for tensor in read_folder(tmp_path / "half")[1].values()
+    )
+    images = torch.randn(1, 3, 40, 50)
+    with torch.no_grad():
+        expected = model.predict_logits(images)
+        found = danet.DANet.from_pretrained(tmp_path / "half").predict_logits(images)
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0.01)
+
+
+def test_a_model_that_is_nowhere_names_those_that_come_along() -> None:
+    with pytest.raises(danet.UserError, match="that comes with danet"):
+        danet.DANet.from_pretrained("no-such-model")
+    for name, folder in shipped_models().items():
+        assert danet.DANet.from_pretrained(name).metadata == read_folder(folder)[0].metadata

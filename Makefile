@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup check test-slow parity docs test-all bench
+.PHONY: help demo test setup check test-slow parity docs test-all bench serve ablation
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,9 +35,17 @@ test-slow: $(VENV)/development $(PEER)/ready ## run the slow tests, parity with 
 parity: $(VENV)/development $(PEER)/ready ## compare with mmsegmentation, printing the differences
 	$(BIN)/python -m pytest tests/parity -s
 
-docs: $(VENV)/development ## write the tables and curves in docs/ from benchmarks/results
+docs: $(VENV)/development ## write docs' tables and curves from benchmarks/results, and the site into site/
 	$(BIN)/python docs/tables.py
 	$(BIN)/python docs/loss_curves.py
+	$(BIN)/python docs/ablation_curves.py
+	$(BIN)/mkdocs build --strict --quiet
+
+serve: $(VENV)/development ## serve the shipped model on http://127.0.0.1:7860
+	$(BIN)/danet serve street-small
+
+ablation: $(VENV)/runtime ## rerun the paper's ablation, going on where it stopped; CAMVID=DIR (hours)
+	$(BIN)/python benchmarks/ablation.py $(if $(CAMVID),--camvid $(CAMVID))
 
 test-all: test test-slow ## run every test
 

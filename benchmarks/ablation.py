@@ -7,18 +7,17 @@ equal. A run that was stopped goes on from its checkpoint, and what has its row 
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+
+from results_file import RESULTS, append_rows, commit, read_rows
 
 from danet.bench.report import hardware
 from danet.devices import choose_device
 
-RESULTS = Path(__file__).parent / "results"
 VARIANTS = {
     "fcn": ["model.position=false", "model.channel=false"],
     "position": ["model.channel=false"],
@@ -45,12 +44,12 @@ def run(data: str, variant: str, seed: int, args: argparse.Namespace) -> None:
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [row["images_per_second"] for row in logged if "images_per_second" in row]
     case = {"data": data, "variant": variant, "seed": seed}
-    row = {"commit": _commit(), **case, "steps": logged[-1]["step"], "split": SPLITS[data]}
+    row = {"commit": commit(), **case, "steps": logged[-1]["step"], "split": SPLITS[data]}
     row |= {"images_per_second": round(statistics.median(rates), 2)}
     row |= {"hardware": hardware(str(choose_device("auto")))}
     row |= {name: round(found[name], 5) for name in ("mIoU", "mAcc", "aAcc")}
     row |= {name: round(score["IoU"], 5) for name, score in found["per_class"].items()}
-    _append(
+    append_rows(
         RESULTS / "ablation_curves.csv",
         [
             {
@@ -64,7 +63,7 @@ def run(data: str, variant: str, seed: int, args: argparse.Namespace) -> None:
             if "loss_fused" in line and line["step"] % 50 == 0
         ],
     )
-    _append(RESULTS / "ablation.csv", [row])
+    append_rows(RESULTS / "ablation.csv", [row])
     print(f"{data}, {variant}, seed {seed}: mIoU {found['mIoU']:.4f}", flush=True)
 
 
@@ -72,30 +71,8 @@ def _danet(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "danet", *arguments], check=True)
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def _rounded(weight: float | None) -> float | str:
     return "" if weight is None else round(weight, 4)
-
-
-def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def _finished() -> set[tuple[str, str, int]]:
-    path = RESULTS / "ablation.csv"
-    if not path.exists():
-        return set()
-    with path.open(newline="", encoding="utf-8") as file:
-        return {(row["data"], row["variant"], int(row["seed"])) for row in csv.DictReader(file)}
 
 
 def parse_args() -> argparse.Namespace:
@@ -112,7 +89,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    finished = _finished()
+    finished = {
+        (row["data"], row["variant"], int(row["seed"]))
+        for row in read_rows(RESULTS / "ablation.csv")
+    }
     for seed in args.seeds:
         for data in SPLITS if args.camvid else ["scenes"]:
             for variant in args.variants:

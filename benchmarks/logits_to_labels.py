@@ -7,14 +7,13 @@ median of alternating runs; memory is the peak above the logits, in a process of
 """
 
 import argparse
-import csv
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "logits_to_labels.csv"
+from results_file import RESULTS, write_rows
+
 SIZE = (1024, 2048)
 FORMS = ("full size", "danet")
 
@@ -68,10 +67,7 @@ def compare(args: argparse.Namespace) -> None:
                 row["peak_MiB"] = round(statistics.median(run[1] for run in results) / 2**20, 1)
                 rows.append(row)
                 print(row, flush=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(RESULTS / "logits_to_labels.csv", rows)
 
 
 def parse_args() -> argparse.Namespace:

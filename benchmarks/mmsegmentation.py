@@ -8,7 +8,6 @@ ResNet-50, random weights. Every measurement is a fresh process; the two alterna
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -18,8 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from results_file import RESULTS, append_rows, commit
+
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "mmsegmentation.csv"
 PEER = [str(ROOT / ".parity-venv/bin/python"), str(ROOT / "tests/parity/peer"), "time"]
 RECIPE = "cityscapes_r50_512x1024_40k"
 
@@ -157,23 +157,15 @@ def compare(args: argparse.Namespace) -> None:
             for form, results in runs.items():
                 results.append(in_fresh_process(form, args))
                 print(form, *results[-1], flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     rows = []
     for form, results in runs.items():
-        row = {"commit": commit, "task": args.task, "form": form}
+        row = {"commit": commit(), "task": args.task, "form": form}
         row |= {"width": args.size[0], "height": args.size[1], "batch": args.batch}
         row["seconds"] = f"{statistics.median(seconds for seconds, _ in results):.4g}"
         row["peak_MiB"] = f"{statistics.median(peak for _, peak in results):.0f}"
         row |= {"rounds": args.rounds, "repeats": args.repeats, "torch": torch.__version__}
         rows.append({**row, "hardware": hardware("cpu")})
-    new = not args.out.exists()
-    with args.out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(args.out, rows)
 
 
 def parse_args() -> argparse.Namespace:
@@ -186,7 +178,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs timed in each process")
     parser.add_argument("--threads", type=int, help="torch's default unless given")
     parser.add_argument("--compiled", action="store_true", help="also measure ours compiled")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file that rows are added to")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / "mmsegmentation.csv",
+        help="CSV file that rows are added to",
+    )
     parser.add_argument("--image", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--label", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)

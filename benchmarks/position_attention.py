@@ -8,7 +8,6 @@ GB at N = 32768 in bfloat16).
 """
 
 import argparse
-import csv
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "position_attention.csv"
+from results_file import RESULTS, append_rows, commit
+
 KEY_CHANNELS, CHANNELS = 64, 512
 FORMS = ("danet", "authors", "mmsegmentation")
 
@@ -84,13 +84,6 @@ def in_fresh_process(form: str, args: argparse.Namespace, positions: int) -> tup
     return float(seconds), int(extra)
 
 
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "unknown"
-
-
 def compare(args: argparse.Namespace) -> None:
     import torch
 
@@ -121,17 +114,7 @@ def compare(args: argparse.Namespace) -> None:
             rows.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if args.out is not None:
-        append(args.out, rows)
-
-
-def append(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+        append_rows(args.out, rows)
 
 
 def parse_args() -> argparse.Namespace:
@@ -144,7 +127,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each form")
     parser.add_argument("--repeats", type=int, default=3, help="calls timed in each process")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="measure ours only")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file that rows are added to")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / "position_attention.csv",
+        help="CSV file that rows are added to",
+    )
     parser.add_argument("--measure", choices=FORMS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

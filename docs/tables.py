@@ -6,6 +6,7 @@ names, make them. With --check nothing is written and the status is 1 where a pa
 
 import csv
 import re
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,6 +97,59 @@ def logits_to_labels() -> str:
     return markdown(["classes", "logits", "at full size", "ours", "faster, memory"], cells)
 
 
+def timm_families() -> str:
+    """What became of each timm family, and how many work."""
+    rows = rows_of("timm_families")
+    usable = [row for row in rows if row["result"] != "no feature maps"]
+    works = [row for row in usable if row["result"] == "ok"]
+    columns = ("family", "model", "parameters_M", "sizes", "result", "note")
+    cells = [[row[column].replace("|", "/") for column in columns] for row in rows]
+    header = ["family", "smallest network", "M parameters", "output stride 8", "result", "note"]
+    share = f"{len(works)} of the {len(usable)} families with feature maps work"
+    return f"{share} (timm {rows[0]['timm']}).\n\n" + markdown(header, cells)
+
+
+def ablation() -> str:
+    """Mean and spread of every variant, and the difference from the plain FCN seed by seed."""
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows_of("ablation"):
+        seeds = scores.setdefault(row["data"], {}).setdefault(row["variant"], {})
+        seeds[row["seed"]] = 100 * float(row["mIoU"])
+    cells = []
+    for data, variants in scores.items():
+        for variant, seeds in variants.items():
+            values = list(seeds.values())
+            plain = variants["fcn"]
+            gains = [value - plain[seed] for seed, value in seeds.items() if seed in plain]
+            cells.append(
+                [
+                    data,
+                    variant,
+                    " / ".join(f"{value:.2f}" for value in values),
+                    f"{statistics.mean(values):.2f}",
+                    f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-",
+                    "-" if variant == "fcn" else " / ".join(f"{gain:+.2f}" for gain in gains),
+                ]
+            )
+    header = ["data", "variant", "mIoU by seed", "mean", "standard deviation", "against fcn"]
+    return markdown(header, cells)
+
+
+def ablation_classes() -> str:
+    """IoU of every class, mean over seeds, and what both attentions change."""
+    rows = rows_of("ablation")
+    names = list(rows[0])
+    classes = names[names.index("aAcc") + 1 :]
+    cells = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        for variant in ("fcn", "position", "channel reference", "both"):
+            chosen = [r for r in rows if (r["data"], r["variant"]) == (data, variant)]
+            if chosen:
+                means = (statistics.mean(100 * float(r[name]) for r in chosen) for name in classes)
+                cells.append([data, variant, *(f"{mean:.1f}" for mean in means)])
+    return markdown(["data", "variant", *classes], cells)
+
+
 def _ratios(ours: dict[str, str], theirs: dict[str, str], memory: str) -> str:
     """How many times as fast, and the share of the memory."""
     speed = float(theirs["seconds"]) / float(ours["seconds"])
@@ -105,7 +159,15 @@ def _ratios(ours: dict[str, str], theirs: dict[str, str], memory: str) -> str:
 
 MAKERS = {
     maker.__name__: maker
-    for maker in (recipes, position_attention, mmsegmentation, logits_to_labels)
+    for maker in (
+        recipes,
+        position_attention,
+        mmsegmentation,
+        logits_to_labels,
+        timm_families,
+        ablation,
+        ablation_classes,
+    )
 }
 
 

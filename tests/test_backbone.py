@@ -34,6 +34,30 @@ def test_other_families_give_the_output_stride_too(name: str) -> None:
     assert features.c3.shape[1] == backbone.c3_channels
 
 
+def test_a_network_of_one_size_sees_the_picture_resized() -> None:
+    torch.manual_seed(0)
+    backbone = Backbone("test_vit_relpos", pretrained=False).eval()
+    assert backbone.fixed_size == (160, 160)
+    images = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        found = backbone(images).c4
+        resized = torch.nn.functional.interpolate(images, size=(160, 160), mode="bilinear")
+        c4 = backbone.body(resized)[-1]
+        expected = torch.nn.functional.interpolate(c4, size=(9, 12), mode="bilinear")
+    torch.testing.assert_close(found, expected)
+
+
+def test_looking_for_the_size_rule_changes_nothing() -> None:
+    torch.manual_seed(0)
+    before = Backbone("test_convnext", pretrained=False)
+    assert before.training
+    assert all(module.training for module in before.modules())
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    timm.create_model("test_convnext", pretrained=False, features_only=True)
+    torch.testing.assert_close(torch.get_rng_state(), state)
+
+
 def test_published_dilations() -> None:
     """Published: stages 3 and 4 are dilated 2 and 4, their first block keeping the one before."""
     body = build("resnet50c").body

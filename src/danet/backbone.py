@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.models import FeatureInfo, load_state_dict
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -26,9 +27,8 @@ _ANY_SIZE_OPTIONS: tuple[Mapping[str, Any], ...] = (
     {},
 )
 
-# Convolutional families that need sides divisible by the stride: HRNet adds up maps of several
-# strides, and ConvNeXt's patches drop what is left over.
-_WHOLE_STRIDE_FAMILIES = ("hrnet", "convnext")
+_PROBE_SIZE = (75, 97)
+"""Sides that no stride divides, and that the deepest family's last convolution still fits into."""
 
 
 class BackboneFeatures(NamedTuple):
@@ -42,8 +42,9 @@ class Backbone(nn.Module):
     """A timm network up to its last two stages.
 
     Families that cannot be dilated (transformers, HRNet, VGG) keep their own stride: the image is
-    padded with zeros on the right and below to a multiple of it, and the features are upsampled
-    bilinearly to the output stride and cropped.
+    padded with zeros on the right and below to a multiple of it, and the features are resized
+    bilinearly to the output stride and cropped. For families that take one size only (BEiT,
+    MLP-Mixer), the image is resized to that size and the features back.
 
     Args:
         name: a timm model name.
@@ -79,25 +80,45 @@ class Backbone(nn.Module):
         if len(info.channels()) < 2:
             raise UserError(f"model.backbone: {name} gives fewer than two feature maps")
         self.c3_channels, self.c4_channels = info.channels()[-2:]
-        if info.reduction()[-1] < output_stride:
-            raise UserError(
-                f"model.output_stride={output_stride}: {name} has stride {info.reduction()[-1]}; "
-                "choose that or less"
-            )
-        takes_any_size = dilated and not any(family in name for family in _WHOLE_STRIDE_FAMILIES)
-        self.size_multiple = 1 if takes_any_size else math.lcm(*info.reduction())
+        self.size_multiple = 1
+        self.fixed_size: tuple[int, int] | None = None
+        if not (dilated and self._gives_expected_sizes(*_PROBE_SIZE)):
+            self.size_multiple = math.lcm(*info.reduction())
+            if not self._gives_expected_sizes(3 * self.size_multiple, 4 * self.size_multiple):
+                self.fixed_size = _fixed_size(self.body, name)
         if multi_grid is not None:
             _set_multi_grid(self.body, name, multi_grid)
 
     def forward(self, images: Tensor) -> BackboneFeatures:
         """B 3 H W -> c3 and c4."""
         height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % self.size_multiple, 0, -height % self.size_multiple))
+        if self.fixed_size is not None:
+            images = F.interpolate(images, size=self.fixed_size, mode="bilinear")
+        else:
+            right, below = -width % self.size_multiple, -height % self.size_multiple
+            images = F.pad(images, (0, right, 0, below))
         c3, c4 = self.body(images)[-2:]
         return BackboneFeatures(
             c3=self._resample(_channels_first(c3, self.c3_channels), height, width),
             c4=self._resample(_channels_first(c4, self.c4_channels), height, width),
         )
+
+    @torch.no_grad()
+    def _gives_expected_sizes(self, height: int, width: int) -> bool:
+        """Whether the network takes such pictures, and gives maps of their size over its stride."""
+        training = self.body.training
+        device = next(self.body.parameters()).device
+        try:
+            c4 = self.body.eval()(torch.zeros(1, 3, height, width, device=device))[-1]
+        # How networks refuse a size: each family in its own way.
+        except (RuntimeError, AssertionError, ValueError, TypeError):
+            return False
+        finally:
+            self.body.train(training)
+        if self.size_multiple > 1:
+            return True
+        expected = [-(-side // self.output_stride) for side in (height, width)]
+        return list(_channels_first(c4, self.c4_channels).shape[-2:]) == expected
 
     def blocks(self) -> list[nn.Module]:
         """What the stages are made of, such as a ResNet's residual blocks; not single layers."""
@@ -108,18 +129,26 @@ class Backbone(nn.Module):
 
     def _resample(self, features: Tensor, height: int, width: int) -> Tensor:
         """To the output stride of an image of this height and width before padding."""
-        if self.size_multiple > 1:
-            padded = [
-                math.ceil(side / self.size_multiple) * self.size_multiple // self.output_stride
-                for side in (height, width)
-            ]
+        stride, multiple = self.output_stride, self.size_multiple
+        size = [-(-side // stride) for side in (height, width)]
+        if self.fixed_size is not None:
+            return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+        if multiple > 1:
+            padded = [-(-side // multiple) * multiple // stride for side in (height, width)]
             features = F.interpolate(features, size=padded, mode="bilinear", align_corners=False)
-            features = features[
-                ...,
-                : math.ceil(height / self.output_stride),
-                : math.ceil(width / self.output_stride),
-            ]
+            features = features[..., : size[0], : size[1]]
         return features
+
+
+def _fixed_size(body: nn.Module, name: str) -> tuple[int, int]:
+    """Height and width of the pictures that a network was made for."""
+    settings = getattr(body, "pretrained_cfg", None) or getattr(body.model, "pretrained_cfg", None)
+    if settings is None:
+        raise UserError(
+            f"model.backbone: {name} takes pictures of one size only, and says not which"
+        )
+    height, width = settings["input_size"][-2:]
+    return height, width
 
 
 def _build(

@@ -44,7 +44,8 @@ class DANet(nn.Module):
         multi_grid: absolute dilations of the last ResNet stage's blocks, such as (4, 8, 16).
         auxiliary: the FCN head on c3.
         align_corners: of every upsampling of logits.
-        position, channel: the attention branches; without both it is the plain dilated FCN.
+        position: the position attention branch.
+        channel: the channel attention branch; without both it is the plain dilated FCN.
         backbone_weights: a file to read the backbone's weights from instead of the hub.
         metadata: what prediction needs to know; placeholder classes and ImageNet's mean where None.
 

@@ -1,0 +1,128 @@
+"""Exported files in their own engines: agreement with the model, size, time and memory.
+
+Each file runs in a process of its own that does not import torch, but for the torch program.
+
+    python benchmarks/export.py street-small --sizes 480x360 2048x1024
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from results_file import RESULTS, append_rows, commit
+
+FORMS = {
+    "torch": ("torch", False),
+    "onnx": ("onnx", False),
+    "onnx int8": ("onnx", True),
+    "openvino": ("openvino", False),
+    "openvino int8": ("openvino", True),
+}
+SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
+
+
+def measure(path: Path, engine: str, width: int, height: int, repeats: int) -> None:
+    """Prints the median seconds and the peak memory in MiB; runs in its own process."""
+    import resource
+    import statistics
+
+    import numpy as np
+
+    if engine == "torch":
+        import torch
+
+        module = torch.export.load(path).module()
+
+        def run(images: np.ndarray) -> object:
+            return module(torch.from_numpy(images))
+    elif engine == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def run(images: np.ndarray) -> object:
+            return session.run(["logits"], {"images": images})
+    else:
+        import openvino
+
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def run(images: np.ndarray) -> object:
+            return compiled({"images": images})["logits"]
+
+    images = np.random.default_rng(0).random((1, 3, height, width), dtype=np.float32)
+    run(images)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run(images)
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps([statistics.median(seconds), peak]))
+
+
+def main(args: argparse.Namespace) -> None:
+    """Exports in every form and measures each."""
+    import numpy as np
+    import torch
+
+    import danet
+    from danet.bench.report import hardware
+    from danet.data.scenes import render
+    from danet.export import export
+
+    if args.model == "random R50":
+        torch.manual_seed(0)
+        model = danet.DANet(19, "resnet50c", pretrained_backbone=False).eval()
+    else:
+        model = danet.DANet.from_pretrained(args.model)
+    pictures = [
+        torch.from_numpy(np.array(render(2, index)[0])).permute(2, 0, 1).float() / 255
+        for index in range(16)
+    ]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for form in args.forms:
+            engine, int8 = FORMS[form]
+            path = Path(folder) / f"{form.replace(' ', '_')}{SUFFIXES[engine]}"
+            agreement = export(model, path, engine, pictures if int8 else None)
+            files = [path, path.with_suffix(".bin")]
+            megabytes = sum(file.stat().st_size for file in files if file.exists()) / 1e6
+            for size in args.sizes:
+                width, height = map(int, size.split("x"))
+                command = [sys.executable, __file__, args.model, "--measure", str(path), engine]
+                command += ["--sizes", size, "--repeats", str(args.repeats)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                seconds, peak = json.loads(done.stdout.splitlines()[-1])
+                row = {"commit": commit(), "model": args.model, "form": form}
+                row |= {"width": width, "height": height, "file_MB": round(megabytes, 1)}
+                row |= {"difference": f"{agreement.difference:.1e}"}
+                row |= {"same_class": f"{agreement.same_class:.4f}"}
+                row |= {"seconds": round(seconds, 4), "peak_MiB": round(peak)}
+                rows.append({**row, "hardware": hardware("cpu")})
+                print(rows[-1], flush=True)
+    append_rows(RESULTS / "export.csv", rows)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help='a model, or "random R50"')
+    parser.add_argument("--sizes", nargs="+", default=["480x360"], help="WIDTHxHEIGHT")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    if arguments.measure:
+        file, engine_name = arguments.measure
+        sides = map(int, arguments.sizes[0].split("x"))
+        measure(Path(file), engine_name, *sides, arguments.repeats)
+    else:
+        main(arguments)

@@ -1,0 +1,39 @@
+"""Rows of a results file."""
+
+import csv
+import subprocess
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """The commit that is measured."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file; none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a file, which the first ones start."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a file anew."""
+    path.unlink(missing_ok=True)
+    append_rows(path, rows)

@@ -204,7 +204,7 @@ def predict(
             else:
                 written += 1
             progress.advance()
-    print(f"{written} of {len(paths)} segmented in {out}")
+    print(f"{written} of {len(paths)} pictures and films segmented in {out}")
     if problems:
         raise typer.Exit(2)
 

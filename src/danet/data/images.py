@@ -27,7 +27,7 @@ class PictureTooLarge(UserError):
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 
-def open_image(source: Location | str | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(source: Location | str | bytes, max_pixels: int | None = None) -> Image.Image:
     """Opens a picture as 8-bit RGB, turned upright by its EXIF orientation.
 
     Grey, palette, alpha (dropped), CMYK and 16-bit pictures are converted. An animated picture
@@ -35,7 +35,7 @@ def open_image(source: Location | str | bytes, max_pixels: int = MAX_PIXELS) -> 
 
     Args:
         source: a path, or the bytes of the file.
-        max_pixels: larger pictures are refused before they are decoded.
+        max_pixels: larger pictures are refused before they are decoded; `MAX_PIXELS` where None.
 
     Raises:
         PictureTooLarge: it has more pixels.
@@ -91,6 +91,7 @@ def _decode(
     source: Location | str | bytes, max_pixels: int = MAX_PIXELS
 ) -> tuple[Image.Image, str]:
     """The decoded picture in its own mode, and what to call it in messages."""
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
     where = "the uploaded image" if isinstance(source, bytes) else str(source)
     file: Path | str | io.BytesIO
     if isinstance(source, bytes):
@@ -103,7 +104,7 @@ def _decode(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=formats) as image:
-                if image.width * image.height > max_pixels:
+                if image.width * image.height > limit:
                     raise Image.DecompressionBombError
                 image.load()
                 return image, where
@@ -115,7 +116,7 @@ def _decode(
         ) from error
     except Image.DecompressionBombError as error:
         raise PictureTooLarge(
-            f"{where}: more than {max_pixels // 1_000_000} million pixels; scale it down first"
+            f"{where}: more than {limit // 1_000_000} million pixels; scale it down first"
         ) from error
     # Pillow's decoders raise all of these on damaged files.
     except (

@@ -88,7 +88,7 @@ def open_label(path: Location) -> npt.NDArray[np.uint8]:
 
 
 def _decode(
-    source: Location | str | bytes, max_pixels: int = MAX_PIXELS
+    source: Location | str | bytes, max_pixels: int | None = None
 ) -> tuple[Image.Image, str]:
     """The decoded picture in its own mode, and what to call it in messages."""
     limit = MAX_PIXELS if max_pixels is None else max_pixels

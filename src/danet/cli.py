@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from danet.errors import ExportDiffers, TrainingDiverged, UserError
+from danet.errors import ExportDiffers, TrainingDiverged, TrainingStopped, UserError
 
 if TYPE_CHECKING:
     from danet.config import TestConfig
@@ -571,7 +571,7 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         _fail(error, 2)
-    except (TrainingDiverged, ExportDiffers) as error:
+    except (TrainingDiverged, TrainingStopped, ExportDiffers) as error:
         _fail(error, 1)
 
 

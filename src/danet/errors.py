@@ -9,5 +9,9 @@ class TrainingDiverged(RuntimeError):
     """The loss stopped being finite. The message names the step and the last good checkpoint."""
 
 
+class TrainingStopped(RuntimeError):
+    """Training was asked to stop, or lost a data worker. The message says from where it goes on."""
+
+
 class ExportDiffers(RuntimeError):
     """What was exported computes something else than the model; nothing was written."""

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 import danet
 from danet.config import load_recipe
-from danet.errors import TrainingDiverged, UserError
+from danet.data.loader import Batch
+from danet.errors import TrainingDiverged, TrainingStopped, UserError
+from danet.training import loop
 from danet.training.checkpoint import RunFolder, load_checkpoint
 from danet.training.loop import train
 
@@ -157,11 +159,120 @@ def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage" * 50, None])
-def test_a_damaged_checkpoint_is_named(damage: bytes | None, tmp_path: Path) -> None:
-    folder = run(tmp_path / "run", "train.steps=1")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    damage: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = weights(run(tmp_path / "alone"))
+    folder = run(tmp_path / "run")
+    (folder.model / "model.safetensors").unlink()
     folder.last.write_bytes(folder.last.read_bytes()[:-2000] if damage is None else damage)
-    with pytest.raises(UserError, match=r"last\.ckpt: damaged"):
-        run(tmp_path / "run", "train.steps=1", resume=True)
+    assert weights(run(tmp_path / "run", resume=True)) == expected
+    said = " ".join(capsys.readouterr().err.split())
+    assert "last.ckpt: damaged" in said
+    assert "going on from the one before, step 4" in said
+    for path in (folder.last, folder.before_last):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"before_last\.ckpt: damaged"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_a_crash_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run")
+    expected = weights(folder)
+    folder.last.replace(folder.before_last)
+    assert weights(run(tmp_path / "run", resume=True)) == expected
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", "train.steps=1")
+    lock = folder.lock()
+    try:
+        with pytest.raises(UserError, match="another process is training in this folder"):
+            run(tmp_path / "run", resume=True)
+    finally:
+        lock.release()
+    run(tmp_path / "run", "train.steps=2", resume=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = f"data.workers={workers}"
+    expected = weights(run(tmp_path / "alone", setting))
+    real = loop._Trainer._take_step
+
+    def told_in_step_2(self: loop._Trainer, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step, batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop._Trainer, "_take_step", told_in_step_2)
+    with pytest.raises(TrainingStopped, match=r"after step 3, which is saved in .*last\.ckpt"):
+        run(tmp_path / "run", setting)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert load_checkpoint(RunFolder(tmp_path / "run").last)["step"] == 3
+    monkeypatch.undo()
+    monkeypatch.setattr("danet.data.catalog.scenes._LENGTHS", {"train": 8, "val": 2, "test": 2})
+    folder = run(tmp_path / "run", setting, resume=True)
+    assert weights(folder) == expected
+    assert [row["step"] for row in folder.read_metrics() if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_process_group(tmp_path: Path) -> None:
+    settings = [*TINY, "train.steps=500", "train.checkpoint_every=500", "data.workers=2"]
+    command = [sys.executable, "-m", "danet", "train", "demo", "--out", str(tmp_path / "run")]
+    command += [f"--set={item}" for item in settings]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    folder = RunFolder(tmp_path / "run")
+    while process.poll() is None and last_step(folder) < 3:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopped by SIGTERM after step" in said
+    assert "Traceback" not in said
+    assert load_checkpoint(folder.last)["step"] >= 3
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_dies_is_explained(tmp_path: Path) -> None:
+    settings = [*TINY, "train.steps=5000", "data.workers=1"]
+    command = [sys.executable, "-m", "danet", "train", "demo", "--out", str(tmp_path / "run")]
+    command += [f"--set={item}" for item in settings]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    folder = RunFolder(tmp_path / "run")
+    while process.poll() is None and last_step(folder) < 3:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "a data worker died" in said
+    assert "Traceback" not in said
+
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(tmp_path / "run", "train.steps=2")
+    before = folder.last.read_bytes()
+    real = torch.save
+
+    def full(checkpoint: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"last\.ckpt: cannot be written"):
+        run(tmp_path / "run", "train.steps=4", resume=True)
+    assert folder.last.read_bytes() == before
+    assert not list(folder.last.parent.glob(".*"))
+    monkeypatch.setattr(torch, "save", real)
+    run(tmp_path / "run", "train.steps=4", resume=True)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(

@@ -1,5 +1,6 @@
 """Training batches that depend on nothing but the seed and the step."""
 
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from danet.config import DataConfig
 from danet.data.spec import Sample, SegmentationDataset
 from danet.data.transforms import as_tensors, training_transform
-from danet.errors import UserError
+from danet.errors import TrainingStopped, UserError
 
 _ORDER, _AUGMENTATION = 0, 1
 
@@ -104,16 +105,35 @@ def training_batches(
 
     Raises:
         UserError: a sample cannot be read.
+        TrainingStopped: a worker died.
     """
     loader: DataLoader[tuple[Tensor, Tensor] | UserError] = DataLoader(
         AugmentedSamples(dataset, config, seed),
         batch_sampler=sampler,
         num_workers=config.workers,
         collate_fn=_collate,
+        worker_init_fn=_leave_stopping_to_the_parent,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or starting the loader would draw from the global one
     )
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingStopped(
+                "training: a data worker died, as when memory runs out; set data.workers=0 or "
+                "data.cache=false if it does so again, and go on with --resume"
+            ) from error
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def _leave_stopping_to_the_parent(_: int) -> None:
+    """A scheduler's SIGTERM goes to all processes, and the last steps still need data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

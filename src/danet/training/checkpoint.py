@@ -2,10 +2,13 @@
 
 import json
 import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from danet.atomic import replacing
@@ -23,10 +26,51 @@ class RunFolder:
         self.report = path / "report.html"
         self.model = path / MODEL_FOLDER
         self.last = path / "checkpoints" / "last.ckpt"
+        self.before_last = path / "checkpoints" / "before_last.ckpt"
         self.best = path / "checkpoints" / "best.ckpt"
 
     def exists(self) -> bool:
         return self.recipe.exists() or self.last.exists()
+
+    def lock(self) -> FileLock:
+        """Keeps other processes from writing to this run until it is released, or this one ends.
+
+        Raises:
+            UserError: another process has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{self.path}: another process is training in this folder; wait for it, or choose "
+                "another folder with --out"
+            ) from error
+        return lock
+
+    def last_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """The last checkpoint, or the one before where a crash or the disk damaged it.
+
+        Raises:
+            UserError: there are only damaged ones.
+        """
+        if not (self.last.exists() or self.before_last.exists()):
+            return None
+        try:
+            return load_checkpoint(self.last)
+        except UserError as error:
+            if not self.before_last.exists():
+                raise
+            checkpoint = load_checkpoint(self.before_last)
+            say(f"note: {error}; going on from the one before, step {checkpoint['step']}")
+            return checkpoint
+
+    def save_last(self, checkpoint: dict[str, Any]) -> None:
+        """Writes the last checkpoint and keeps the one before."""
+        with _written(self.last, checkpoint):
+            if self.last.exists():
+                self.last.replace(self.before_last)
 
     def append_metrics(self, row: dict[str, float]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -52,9 +96,25 @@ class RunFolder:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes plain tensors and numbers."""
+    """Writes plain tensors and numbers.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    with _written(path, checkpoint):
+        pass
+
+
+@contextmanager
+def _written(path: Path, checkpoint: dict[str, Any]) -> Iterator[None]:
+    """Runs its block when the checkpoint is on the disk, but not yet at its place."""
     with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+        try:
+            torch.save(checkpoint, temporary)
+        # How torch tells of a full disk.
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[0]) from error
+        yield
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -7,8 +7,11 @@ that was killed and resumed takes the same steps, to the bit on a CPU, as one le
 import itertools
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from danet.config import RunConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches
 from danet.devices import choose_device, uses_bfloat16
-from danet.errors import TrainingDiverged, UserError
+from danet.errors import TrainingDiverged, TrainingStopped, UserError
 from danet.evaluation.evaluate import evaluate
 from danet.evaluation.metrics import scores
 from danet.model import DANet
@@ -60,16 +63,38 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
         raise UserError(
             f"{out} already holds a run; go on with --resume, or choose another folder with --out"
         )
-    trainer = _Trainer(config, run)
-    trainer.fit()
+    with StopSignal() as stop, ExitStack() as at_end:
+        _Trainer(config, run, stop, at_end).fit()
     return run
 
 
+class StopSignal:
+    """Notes SIGTERM, with which schedulers announce that a machine is wanted back."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        # Only the main thread may; elsewhere the signal keeps its effect.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.received = True
+
+
 class _Trainer:
-    def __init__(self, config: RunConfig, run: RunFolder) -> None:
+    def __init__(
+        self, config: RunConfig, run: RunFolder, stop: StopSignal, at_end: ExitStack
+    ) -> None:
         self.config = config
         self.run = run
-        checkpoint = load_checkpoint(run.last) if run.last.exists() else None
+        self.stop = stop
         device = choose_device(config.train.device)
         bfloat16 = uses_bfloat16(config.train.precision, device)
         self.fabric = Fabric(
@@ -80,10 +105,16 @@ class _Trainer:
         )
         self.fabric.launch()
         self._check_batch_size()
+        if self.fabric.is_global_zero:
+            at_end.callback(run.lock().release)
+        notes: list[str] = []
+        checkpoint = run.last_checkpoint(notes.append)
         self.first_step: int = 0 if checkpoint is None else checkpoint["step"]
         self.progress = ProgressReport(
             "train", config.train.steps, done=self.first_step, enabled=self.fabric.is_global_zero
         )
+        for note in notes:
+            self.progress.say(note)
         data = config.data
         self.training_data = open_dataset(data.name, data.root, data.train_split)
         self.validation_data = open_dataset(data.name, data.root, data.val_split)
@@ -102,11 +133,10 @@ class _Trainer:
         elif self.fabric.is_global_zero:
             self._start_folder()
         self.run.path.mkdir(parents=True, exist_ok=True)
-        self.events = (
-            SummaryWriter(run.path, purge_step=self.first_step)
-            if self.fabric.is_global_zero
-            else None
-        )
+        self.events: SummaryWriter | None = None
+        if self.fabric.is_global_zero:
+            self.events = SummaryWriter(run.path, purge_step=self.first_step)
+            at_end.callback(self.events.close)
 
     # Setting up
 
@@ -127,7 +157,7 @@ class _Trainer:
         with replacing(self.run.recipe) as path:
             path.write_text(self.config.to_yaml(), encoding="utf-8")
         self.run.forget_metrics_after(-1)
-        self._save(self.run.last, step=0)
+        self._save_last(step=0)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -160,10 +190,23 @@ class _Trainer:
                     self._validate(done)
                     since = time.monotonic()
                 if saves:
-                    self._save(self.run.last, done)
+                    self._save_last(done)
+                elif self._stops():
+                    self._log(done, history, since) if history else None
+                    self._save_last(done)
+                if self._stops() and done < settings.steps:
+                    raise TrainingStopped(
+                        f"training: stopped by SIGTERM after step {done}, which is saved in "
+                        f"{self.run.last}; go on with --resume"
+                    )
             self._export()
-        if self.events is not None:
-            self.events.close()
+
+    def _stops(self) -> bool:
+        """Whether any process was told to stop."""
+        if self.fabric.world_size == 1:
+            return self.stop.received
+        told = torch.tensor(float(self.stop.received), device=self.fabric.device)
+        return bool(self._reduce(told, "max"))
 
     def _announce(self) -> None:
         before = ""
@@ -295,7 +338,8 @@ class _Trainer:
         )
         if self.best is None or result.mean_iou > self.best["mIoU"]:
             self.best = {"step": done, "mIoU": result.mean_iou}
-            self._save(self.run.best, done)
+            if self.fabric.is_global_zero:
+                save_checkpoint(self.run.best, self._checkpoint(done))
 
     def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
         """Over all processes."""
@@ -321,20 +365,18 @@ class _Trainer:
 
     # Saving
 
-    def _save(self, path: Path, step: int) -> None:
-        if not self.fabric.is_global_zero:
-            return
-        average = None if self.average is None else self.average.module.state_dict()
-        save_checkpoint(
-            path,
-            {
-                "step": step,
-                "model": self.model.state_dict(),
-                "average": average,
-                "optimizer": self.optimizer.state_dict(),
-                "best": self.best,
-            },
-        )
+    def _save_last(self, step: int) -> None:
+        if self.fabric.is_global_zero:
+            self.run.save_last(self._checkpoint(step))
+
+    def _checkpoint(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+        }
 
     def _export(self) -> None:
         if not self.fabric.is_global_zero:

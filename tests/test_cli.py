@@ -130,7 +130,8 @@ def test_train_evaluate_predict_on_a_users_own_folder(
     masks = tmp_path / "masks"
     run("predict", out, dataset / "images/val", "--out", masks, "--overlay")
     assert sorted(path.name for path in masks.iterdir()) == sorted(
-        name for index in range(3) for name in (f"{index}.png", f"{index}_overlay.jpg")
+        ["manifest.jsonl"]
+        + [name for index in range(3) for name in (f"{index}.png", f"{index}_overlay.jpg")]
     )
     assert Image.open(masks / "0.png").size == (96, 72)
 
@@ -143,7 +144,7 @@ def test_predict_passes_over_broken_files(model: Path, tmp_path: Path, run: Comm
     result = run("predict", model, *inputs, "--out", out, status=2)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2
-    assert [path.name for path in out.iterdir()] == ["good.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["good.png", "manifest.jsonl"]
     assert "1 of 2 pictures" in result.stdout
 
 

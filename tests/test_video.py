@@ -165,6 +165,6 @@ def test_the_command(model: danet.DANet, tmp_path: Path) -> None:
     assert "bad.mp4: not a film that can be read" in done.output
     assert "2 of 3 pictures and films segmented" in done.output
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["good_overlay.mp4", "photo.png", "photo_overlay.jpg"]
+    assert names == ["good_overlay.mp4", "manifest.jsonl", "photo.png", "photo_overlay.jpg"]
     assert run.invoke(app, command).exit_code == 2
     assert len(list((out / "good").iterdir())) == 3

@@ -142,7 +142,8 @@ def evaluate(
 def predict(
     model: Model,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Pictures, films, folders, globs.")
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Pictures, films, folders, globs, tars, @LIST."),
     ],
     out: Annotated[Path, typer.Option(help="The folder for the results.")],
     overlay: Annotated[
@@ -152,59 +153,71 @@ def predict(
         bool,
         typer.Option("--frame-masks", help="Of films with --overlay, write each frame's mask too."),
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first broken file.")
+    ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
     compile_graph: Compile = False,
 ) -> None:
     """Segment photos and films: a palette PNG of class ids for each picture, at its own size.
 
-    Of a film, --overlay writes a film with the classes over it instead of its frames' masks.
+    Of a film, --overlay writes a film with the classes over it instead of its frames' masks. Tar
+    archives are read as they are; @LIST is a file that names inputs, a line each. Every picture
+    gets a line in manifest.jsonl, and a rerun passes over what is done. torchrun shares the work.
     """
     from danet.atomic import require_writable
-    from danet.data.images import open_image
-    from danet.predict import (
-        VIDEO_SUFFIXES,
-        Predictor,
-        find_inputs,
-        output_stems,
-        write_segmentation,
-    )
+    from danet.bulk import Share, list_pictures, segment_pictures
+    from danet.predict import VIDEO_SUFFIXES, Predictor, find_inputs, output_stems
     from danet.progress import ProgressReport
 
     _check_precision(precision)
     paths, problems = find_inputs(inputs)
+    if strict and problems:
+        raise UserError(problems[0])
     require_writable(out)
+    share = Share.from_environment()
+    films = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+    files = [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
     predictor = Predictor(model, device, precision, compile_graph=compile_graph) if paths else None
-    stems = output_stems(paths)
-    written = 0
-    with ProgressReport("predict", len(paths)) as progress:
+    written = before = seen = 0
+    with ProgressReport("predict", -(-len(files) // share.processes) + len(films)) as progress:
 
         def complain(problem: str) -> None:
             problems.append(problem)
             progress.say(f"error: {problem}")
+            if strict:
+                raise UserError(problem)
 
         for problem in problems:
             progress.say(f"error: {problem}")
-        for path in paths:
-            assert predictor is not None
-            try:
-                if path.suffix.lower() in VIDEO_SUFFIXES:
-                    masks = frame_masks or not overlay
+        if predictor is not None:
+            outcomes = segment_pictures(
+                predictor, list_pictures(files), out, model=model, overlay=overlay, share=share
+            )
+            for outcome in outcomes:
+                seen += 1
+                before += outcome.done_before
+                written += outcome.error is None and not outcome.done_before
+                progress.advance()
+                if outcome.error is not None:
+                    complain(outcome.error)
+            stems = output_stems(films)
+            for path in films[share.rank :: share.processes]:
+                seen += 1
+                masks = frame_masks or not overlay
+                try:
                     left_out = _predict_video(
                         predictor, path, out, stems[path], progress, overlay=overlay, masks=masks
                     )
-                    if left_out is not None:
-                        complain(left_out)
-                else:
-                    image = open_image(path)
-                    segmentation = predictor(image)
-                    write_segmentation(segmentation, image if overlay else None, out, stems[path])
-            except UserError as error:
-                complain(str(error))
-            else:
-                written += 1
-            progress.advance()
-    print(f"{written} of {len(paths)} pictures and films segmented in {out}")
+                    written += 1
+                except UserError as error:
+                    left_out = str(error)
+                progress.advance()
+                if left_out is not None:
+                    complain(left_out)
+    earlier = f", {before} were before" if before else ""
+    print(f"{written} of {seen} pictures and films segmented in {out}{earlier}")
     if problems:
         raise typer.Exit(2)
 

@@ -1,7 +1,7 @@
 """Segmenting photos."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,13 +168,14 @@ def as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Ima
 
 
 def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The picture files that paths, folders and globs name, and a message for each that is wrong.
+    """The files that paths, folders and globs name, and a message for each that is wrong.
 
-    Folders are searched with all their subfolders.
+    Folders are searched for pictures with all their subfolders. `@FILE` stands for the inputs that
+    the file names, one a line.
     """
     found: dict[Path, None] = {}
-    problems = []
-    for text in inputs:
+    problems: list[str] = []
+    for text in _unlisted(inputs, problems):
         path = Path(text)
         if path.is_dir():
             matches = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
@@ -190,6 +191,19 @@ def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
         found.update(dict.fromkeys(matches))
         problems += [] if matches else [problem]
     return list(found), problems
+
+
+def _unlisted(inputs: Sequence[str], problems: list[str]) -> Iterator[str]:
+    for text in inputs:
+        if not text.startswith("@"):
+            yield text
+            continue
+        try:
+            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{text}: not a list of files ({error})")
+            continue
+        yield from (line.strip() for line in lines if line.strip())
 
 
 def output_stems(paths: Sequence[Path]) -> dict[Path, str]:

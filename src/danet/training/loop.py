@@ -105,8 +105,6 @@ class _Trainer:
         )
         self.fabric.launch()
         self._check_batch_size()
-        if self.fabric.is_global_zero:
-            at_end.callback(run.lock().release)
         notes: list[str] = []
         checkpoint = run.last_checkpoint(notes.append)
         self.first_step: int = 0 if checkpoint is None else checkpoint["step"]
@@ -128,6 +126,9 @@ class _Trainer:
         self.average = self._start_average()
         prepare_for_training(self.model, config.train)
         self.best: dict[str, float] | None = None
+        # Not before: what is wrong with the input must leave no folder behind.
+        if self.fabric.is_global_zero:
+            at_end.callback(run.lock().release)
         if checkpoint is not None:
             self._restore(checkpoint)
         elif self.fabric.is_global_zero:

@@ -1,0 +1,218 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import danet
+import danet.bulk
+from danet.bulk import DECODED_AHEAD, Share, list_pictures, segment_pictures
+from danet.cli import app
+from danet.errors import UserError
+from danet.predict import find_inputs
+
+SIZES = ((40, 30), (33, 50), (40, 30), (64, 20))
+
+
+@pytest.fixture(scope="module")
+def network() -> danet.DANet:
+    torch.manual_seed(1)
+    return danet.DANet(
+        5, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def model(network: danet.DANet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    network.save_pretrained(folder)
+    return folder
+
+
+def picture(index: int) -> Image.Image:
+    width, height = SIZES[index % len(SIZES)]
+    pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(13):
+        picture(index).save(folder / f"{index:02}.png")
+    return folder
+
+
+def predict(model: Path, *arguments: object) -> Result:
+    words = ["predict", str(model), *map(str, arguments), "--precision", "fp32"]
+    return CliRunner().invoke(app, words)
+
+
+def manifest(out: Path) -> list[dict[str, str]]:
+    lines = [p.read_text(encoding="utf-8") for p in sorted(out.glob("manifest*.jsonl"))]
+    return [json.loads(line) for line in "".join(lines).splitlines()]
+
+
+def masks(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}
+
+
+def test_batches_of_one_size_give_what_single_pictures_give(
+    model: Path, network: danet.DANet, photos: Path, tmp_path: Path
+) -> None:
+    done = predict(model, photos, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    predictor = danet.Predictor(network, device="cpu", precision="fp32")
+    for index in range(13):
+        found = np.asarray(Image.open(tmp_path / "out" / f"{index:02}.png"))
+        assert (found == predictor(picture(index)).classes).mean() > 0.999
+    assert sorted(line["input"] for line in manifest(tmp_path / "out")) == sorted(
+        str(photos / f"{index:02}.png") for index in range(13)
+    )
+
+
+def test_a_rerun_does_what_is_missing_changed_or_of_another_model(
+    model: Path, network: danet.DANet, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    predict(model, photos, "--out", out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    (out / "03.png").unlink()
+    os.utime(photos / "05.png", (time.time() + 5, time.time() + 5))
+    again = predict(model, photos, "--out", out)
+    assert "2 of 13 pictures and films segmented" in again.output
+    assert "11 were before" in again.output
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"03.png", "05.png"}
+    network.save_pretrained(tmp_path / "other")
+    assert "13 of 13" in predict(tmp_path / "other", photos, "--out", out).output
+
+
+def test_broken_files_are_in_the_manifest_and_strict_stops(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "04.png").write_bytes(b"no picture")
+    done = predict(model, photos, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "12 of 13" in done.output
+    errors = [line for line in manifest(tmp_path / "out") if line["status"] == "error"]
+    assert [line["input"] for line in errors] == [str(photos / "04.png")]
+    assert "not a picture" in errors[0]["error"]
+    stopped = predict(model, photos, "--out", tmp_path / "strict", "--strict")
+    assert isinstance(stopped.exception, UserError)
+    assert len(masks(tmp_path / "strict")) < 12
+
+
+def test_processes_share_the_work(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict(model, photos, "--out", tmp_path / "alone")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        done = predict(model, photos, "--out", tmp_path / "shared")
+        assert f"{5 if rank == 0 else 4} of {5 if rank == 0 else 4}" in done.output
+    # Batches differ, and with them the last bits: the masks are the same but for ties.
+    alone, shared = masks(tmp_path / "alone"), masks(tmp_path / "shared")
+    assert alone.keys() == shared.keys()
+    for name in alone:
+        pair = [np.asarray(Image.open(io.BytesIO(found[name]))) for found in (alone, shared)]
+        assert (pair[0] == pair[1]).mean() > 0.999
+    assert len(manifest(tmp_path / "shared")) == 13
+
+
+def test_tar_archives_are_read_as_they_are(model: Path, photos: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "shard-000.tar"
+    with tarfile.open(archive, "w") as tar:
+        for index in range(3):
+            tar.add(photos / f"{index:02}.png", f"a/{index:02}.png")
+        note = tarfile.TarInfo("a/00.json")
+        tar.addfile(note, io.BytesIO(b""))
+        evil = tarfile.TarInfo("../../../evil.png")
+        content = (photos / "05.png").read_bytes()
+        evil.size = len(content)
+        tar.addfile(evil, io.BytesIO(content))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    out = tmp_path / "deep" / "er" / "out"
+    done = predict(model, archive, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert set(masks(out)) == {
+        *(f"shard-000_a_{index:02}.png" for index in range(3)),
+        "shard-000_evil.png",
+    }
+    assert not list(tmp_path.glob("evil*"))
+    archive.write_bytes(archive.read_bytes()[:3000])
+    broken = predict(model, archive, "--out", tmp_path / "broken")
+    assert isinstance(broken.exception, UserError) or broken.exit_code == 2
+
+
+def test_lists_of_files(photos: Path, tmp_path: Path) -> None:
+    names = [str(photos / "00.png"), "", f"  {photos / '01.png'}", str(photos / "absent.png")]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    paths, problems = find_inputs([f"@{tmp_path / 'list.txt'}", "@nowhere.txt"])
+    assert paths == [photos / "00.png", photos / "01.png"]
+    assert len(problems) == 2
+
+
+def test_memory_holds_a_few_pictures(
+    network: danet.DANet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every picture of another size: none fills a batch, yet they do not pile up."""
+    for index in range(60):
+        Image.new("RGB", (10 + index, 20)).save(tmp_path / f"{index:02}.png")
+    predictor = danet.Predictor(network, device="cpu", precision="fp32")
+    begun = finished = largest = 0
+    real = danet.bulk.open_image
+
+    def counted(source: Path) -> Image.Image:
+        nonlocal begun, largest
+        begun += 1
+        largest = max(largest, begun - finished)
+        return real(source)
+
+    monkeypatch.setattr("danet.bulk.open_image", counted)
+    pictures = list_pictures(sorted(tmp_path.glob("*.png")))
+    out = tmp_path / "out"
+    out.mkdir()
+    share = Share(0, 1)
+    for _ in segment_pictures(predictor, pictures, out, model="m", overlay=False, share=share):
+        finished += 1
+    assert finished == 60
+    assert largest <= DECODED_AHEAD + 10
+
+
+@pytest.mark.slow
+def test_killed_at_several_moments_nothing_is_half_written(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    predict(model, photos, "--out", tmp_path / "alone", "--overlay")
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "danet", "predict", str(model), str(photos), "--out", str(out)]
+    command += ["--overlay", "--precision", "fp32"]
+    for moment in (1, 4, 9):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None and len(list(out.glob("[!.]*.png"))) < moment:
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for path in out.glob("[!.]*.png"):
+            Image.open(path).load()
+    subprocess.run(command, check=True, capture_output=True)
+    assert masks(out).keys() == masks(tmp_path / "alone").keys()
+    assert not list(out.glob(".*"))

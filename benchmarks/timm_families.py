@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 import timm
 import torch
-from results_file import RESULTS, write_rows
+from results_file import RESULTS, read_rows, write_rows
 
 import danet
 
@@ -80,7 +80,7 @@ def try_family(name: str, results: Connection) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--families", nargs="+", help="only these modules of timm.models")
+    parser.add_argument("--families", nargs="+", help="renew only these modules of timm.models")
     args = parser.parse_args()
     context = multiprocessing.get_context("fork")
     rows = []
@@ -101,8 +101,10 @@ def main() -> None:
         row |= dict(zip(("sizes", "result", "note"), outcome, strict=True))
         rows.append(row | {"timm": timm.__version__, "torch": torch.__version__})
         print(*rows[-1].values(), flush=True)
-    if not args.families:
-        write_rows(RESULTS / "timm_families.csv", rows)
+    path = RESULTS / "timm_families.csv"
+    kept = {row["family"]: row for row in read_rows(path)} if args.families else {}
+    kept |= {row["family"]: row for row in rows}
+    write_rows(path, [kept[family] for family in sorted(kept)])
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Backbone(nn.Module):
         self.size_multiple = 1
         self.fixed_size: tuple[int, int] | None = None
         if not (dilated and self._gives_expected_sizes(*_PROBE_SIZE)):
-            self.size_multiple = math.lcm(*info.reduction())
+            self.size_multiple = math.lcm(output_stride, *info.reduction())
             if not self._gives_expected_sizes(3 * self.size_multiple, 4 * self.size_multiple):
                 self.fixed_size = _fixed_size(self.body, name)
         if multi_grid is not None:

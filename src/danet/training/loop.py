@@ -7,6 +7,7 @@ that was killed and resumed takes the same steps, to the bit on a CPU, as one le
 import itertools
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from danet.atomic import replacing
@@ -38,6 +39,7 @@ from danet.training.checkpoint import (
     model_weights,
     save_checkpoint,
 )
+from danet.training.global_batch import see_global_batch
 from danet.training.loss import loss_divisor, segmentation_losses
 from danet.training.schedule import learning_rate
 
@@ -66,6 +68,14 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
     with StopSignal() as stop, ExitStack() as at_end:
         _Trainer(config, run, stop, at_end).fit()
     return run
+
+
+def _processes(config: RunConfig) -> tuple[int, int]:
+    """Processes on each machine, and machines: as torchrun started them, or else the recipe's."""
+    if not torch.distributed.is_torchelastic_launched():
+        return config.train.devices, 1
+    on_each = int(os.environ["LOCAL_WORLD_SIZE"])
+    return on_each, int(os.environ["WORLD_SIZE"]) // on_each
 
 
 class StopSignal:
@@ -97,10 +107,12 @@ class _Trainer:
         self.stop = stop
         device = choose_device(config.train.device)
         bfloat16 = uses_bfloat16(config.train.precision, device)
+        devices, machines = _processes(config)
         self.fabric = Fabric(
             accelerator=device.type,
-            devices=config.train.devices,
-            strategy="ddp" if config.train.devices > 1 else "auto",
+            devices=devices,
+            num_nodes=machines,
+            strategy="ddp" if devices * machines > 1 else "auto",
             precision="bf16-mixed" if bfloat16 else "32-true",
         )
         self.fabric.launch()
@@ -118,8 +130,11 @@ class _Trainer:
         self.validation_data = open_dataset(data.name, data.root, data.val_split)
         resumed = None if checkpoint is None else checkpoint["model"]
         self.model = build_model(config, self.training_data.spec, resumed, self.progress.say)
-        if self.fabric.world_size > 1 and device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
+        self.dropout: torch.Generator | None = None
+        if self.fabric.world_size > 1:
+            self.dropout = see_global_batch(
+                self.model, device, self.fabric.global_rank, self.fabric.world_size
+            )
         self.network, self.optimizer = self.fabric.setup(
             self.model, build_optimizer(self.model, config.train)
         )
@@ -240,6 +255,8 @@ class _Trainer:
         """One update; returns the losses, averaged over processes only when they are logged."""
         settings = self.config.train
         torch.manual_seed(derive_seed(settings.seed, _DROPOUT, step, self.fabric.global_rank))
+        if self.dropout is not None:
+            self.dropout.manual_seed(derive_seed(settings.seed, _DROPOUT, step, 0))
         rate = learning_rate(step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]

@@ -39,6 +39,7 @@ docs: $(VENV)/development ## write docs' tables and curves from benchmarks/resul
 	$(BIN)/python docs/tables.py
 	$(BIN)/python docs/loss_curves.py
 	$(BIN)/python docs/ablation_curves.py
+	$(BIN)/python docs/street.py
 	$(BIN)/mkdocs build --strict --quiet
 
 serve: $(VENV)/development ## serve the shipped model on http://127.0.0.1:7860
@@ -62,6 +63,11 @@ bench: $(VENV)/development $(PEER)/ready ## measure against the public implement
 	$(BIN)/python benchmarks/mmsegmentation.py evaluation --size 512 256 --rounds 1
 	$(BIN)/python benchmarks/mmsegmentation.py augmentation --size 2048 1024 --threads 1 --repeats 50
 	$(BIN)/python benchmarks/logits_to_labels.py
+	rm -f benchmarks/results/export.csv
+	$(BIN)/python benchmarks/export.py street-small
+	$(BIN)/python benchmarks/export.py "random R50" --sizes 512x512 2048x1024 --repeats 1
+	$(BIN)/python benchmarks/film.py street-small
+	$(BIN)/python benchmarks/page.py street-small
 	$(BIN)/python docs/tables.py
 
 $(VENV)/bin/python:

@@ -150,6 +150,36 @@ def ablation_classes() -> str:
     return markdown(["data", "variant", *classes], cells)
 
 
+def street() -> str:
+    """The shipped model's scores by protocol and class."""
+    rows = rows_of("street")
+    names = list(rows[0])
+    scores = names[names.index("mIoU") : names.index("seconds_480x360")]
+    cells = [
+        [row["protocol"], *(f"{100 * float(row[name]):.1f}" for name in scores)] for row in rows
+    ]
+    return markdown(["protocol", *scores], cells)
+
+
+def page() -> str:
+    """How soon the page answers."""
+    columns = ("what", "median_ms", "largest_ms", "runs", "hardware")
+    return markdown(columns, ([row[column] for column in columns] for row in rows_of("page")))
+
+
+def export() -> str:
+    """What exported files cost and how they agree."""
+    columns = ("model", "form", "width", "height", "file_MB", "difference", "same_class")
+    columns += ("seconds", "peak_MiB")
+    return markdown(columns, ([row[column] for column in columns] for row in rows_of("export")))
+
+
+def film() -> str:
+    """Frames a second."""
+    columns = ("model", "form", "width", "height", "frames_per_second", "hardware")
+    return markdown(columns, ([row[column] for column in columns] for row in rows_of("film")))
+
+
 def _ratios(ours: dict[str, str], theirs: dict[str, str], memory: str) -> str:
     """How many times as fast, and the share of the memory."""
     speed = float(theirs["seconds"]) / float(ours["seconds"])
@@ -167,6 +197,10 @@ MAKERS = {
         timm_families,
         ablation,
         ablation_classes,
+        street,
+        page,
+        export,
+        film,
     )
 }
 

@@ -1,0 +1,44 @@
+"""Makes models/street-small from a finished run of recipe street_small.
+
+python benchmarks/ship_street_small.py runs/street_small
+"""
+
+import argparse
+from pathlib import Path
+
+import danet
+from danet.data import open_dataset
+from danet.model_card import PICTURE_FILE, write_model_card
+
+NAME = "street-small"
+FOLDER = Path(__file__).parent.parent / "models" / NAME
+NOTE = """Street scenes in the 11 classes of CamVid, small enough for a CPU. Trained from nothing:
+generated street scenes first, then the 367 training pictures of CamVid (Brostow et al., University
+of Cambridge) in the split of the SegNet tutorial, at 480x360. No other pictures and no other weights
+went in.
+
+**Licence.** CamVid is for research; use this model for research too. The code is under the project's
+own licence.
+
+**Limits.** Daylight and dusk in one city, from one car, traffic on the left, a low resolution. It has
+not seen night, snow, other cameras or other countries, and is not fit for driving. Poles, signs and
+people that are a few pixels wide are often missed."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    run = parser.parse_args().run
+    model = danet.DANet.from_pretrained(run)
+    model.save_pretrained(FOLDER, half=True)
+    scene = open_dataset("scenes", split="test")[4].image
+    predictor = danet.Predictor(model, device="cpu", precision="fp32")
+    predictor(scene).overlay(scene).save(FOLDER / PICTURE_FILE, quality=88)
+    write_model_card(FOLDER, NAME, model.config, model.metadata, run=run, note=NOTE)
+    print(
+        *(f"{file.name} {file.stat().st_size / 1e6:.1f} MB" for file in FOLDER.iterdir()), sep="\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -12,17 +12,18 @@ from danet.model_card import PICTURE_FILE, write_model_card
 
 NAME = "street-small"
 FOLDER = Path(__file__).parent.parent / "models" / NAME
-NOTE = """Street scenes in the 11 classes of CamVid, small enough for a CPU. Trained from nothing:
-generated street scenes first, then the 367 training pictures of CamVid (Brostow et al., University
-of Cambridge) in the split of the SegNet tutorial, at 480x360. No other pictures and no other weights
-went in.
+NOTE = """\
+Street scenes in the 11 classes of CamVid, small enough for a CPU. Trained from nothing:
+generated street scenes first, then the 367 training pictures of CamVid (Brostow et al.,
+University of Cambridge) in the split of the SegNet tutorial, at 480x360. No other pictures and
+no other weights went in.
 
-**Licence.** CamVid is for research; use this model for research too. The code is under the project's
-own licence.
+**Licence.** CamVid is for research; use this model for research too. The code is under the
+project's own licence.
 
-**Limits.** Daylight and dusk in one city, from one car, traffic on the left, a low resolution. It has
-not seen night, snow, other cameras or other countries, and is not fit for driving. Poles, signs and
-people that are a few pixels wide are often missed."""
+**Limits.** Daylight and dusk in one city, from one car, traffic on the left, a low resolution.
+It has not seen night, snow, other cameras or other countries, and is not fit for driving.
+Poles, signs and people that are a few pixels wide are often missed."""
 
 
 def main() -> None:

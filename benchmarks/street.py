@@ -25,7 +25,6 @@ BINS = 20
 PROTOCOLS = {
     "single scale": [],
     "mirrored too": ["--flip"],
-    "six scales, mirrored too": ["--multi-scale", "--flip"],
 }
 
 

@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import os
@@ -96,8 +97,43 @@ def test_a_rerun_does_what_is_missing_changed_or_of_another_model(
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"03.png", "05.png"}
-    network.save_pretrained(tmp_path / "other")
+    os.utime(photos / "05.png", (0, 0))
+    assert "13 of 13" in predict(model, photos, "--out", out, "--overlay").output
+    assert "13 were before" in predict(model, photos, "--out", out, "--overlay").output
+    network.save_pretrained(tmp_path / "same")
+    assert "13 were before" in predict(tmp_path / "same", photos, "--out", out).output
+    other = copy.deepcopy(network)
+    torch.nn.init.normal_(other.head.fused_classifier[1].weight)
+    other.save_pretrained(tmp_path / "other")
     assert "13 of 13" in predict(tmp_path / "other", photos, "--out", out).output
+
+
+def test_inputs_are_never_written_over(model: Path, photos: Path, tmp_path: Path) -> None:
+    before = masks(photos)
+    for inputs in ((photos,), (photos / "00.png",), (f"{photos}/*.png",)):
+        failed = predict(model, *inputs, "--out", photos)
+        assert isinstance(failed.exception, UserError)
+        assert "choose another --out" in str(failed.exception)
+    assert masks(photos) == before
+    # Results within the searched folder are no inputs of the next run.
+    assert "13 of 13" in predict(model, photos, "--out", photos / "out", "--overlay").output
+    assert "13 were before" in predict(model, photos, "--out", photos / "out", "--overlay").output
+
+
+def test_a_file_that_vanishes_is_an_error_line(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = danet.bulk.output_stems
+
+    def vanishing(paths: list[Path]) -> dict[Path, str]:
+        (photos / "03.png").unlink()
+        return real(paths)
+
+    monkeypatch.setattr("danet.bulk.output_stems", vanishing)
+    done = predict(model, photos, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "03.png: cannot be read" in done.output
+    assert len(masks(tmp_path / "out")) == 12
 
 
 def test_broken_files_are_in_the_manifest_and_strict_stops(
@@ -151,13 +187,15 @@ def test_tar_archives_are_read_as_they_are(model: Path, photos: Path, tmp_path: 
     done = predict(model, archive, "--out", out)
     assert done.exit_code == 0, done.output
     assert set(masks(out)) == {
-        *(f"shard-000_a_{index:02}.png" for index in range(3)),
-        "shard-000_evil.png",
+        *(f"shard-000_{index:06}_{index:02}.png" for index in range(3)),
+        "shard-000_000004_evil.png",
     }
     assert not list(tmp_path.glob("evil*"))
     archive.write_bytes(archive.read_bytes()[:3000])
-    broken = predict(model, archive, "--out", tmp_path / "broken")
-    assert isinstance(broken.exception, UserError) or broken.exit_code == 2
+    broken = predict(model, archive, photos / "05.png", "--out", tmp_path / "broken")
+    assert broken.exit_code == 2
+    assert "damaged or no tar archive" in broken.output
+    assert "05.png" in masks(tmp_path / "broken")
 
 
 def test_lists_of_files(photos: Path, tmp_path: Path) -> None:
@@ -189,7 +227,7 @@ def test_memory_holds_a_few_pictures(
     out = tmp_path / "out"
     out.mkdir()
     share = Share(0, 1)
-    for _ in segment_pictures(predictor, pictures, out, model="m", overlay=False, share=share):
+    for _ in segment_pictures(predictor, pictures, out, overlay=False, share=share):
         finished += 1
     assert finished == 60
     assert largest <= DECODED_AHEAD + 10

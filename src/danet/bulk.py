@@ -4,6 +4,7 @@ Several processes started by torchrun share the work; each writes a manifest of 
 passes over what an earlier one finished with the same model.
 """
 
+import hashlib
 import json
 import os
 import tarfile
@@ -19,14 +20,17 @@ from PIL import Image
 
 from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.errors import UserError
+from danet.jsonl import read_whole_lines
+from danet.model import DANet
 from danet.predict import Predictor, output_stems, write_segmentation
 
 TAR_SUFFIX = ".tar"
 BATCH = 4
 """Pictures of one size that go through the network together."""
 DECODED_AHEAD = 16
-"""Pictures in memory at most, those that wait for others of their size among them."""
+"""Decoded pictures that wait for others of their size at most; half as many again are decoded."""
 _THREADS = 2
+_LONGEST_NAME = 100
 
 
 class Picture(NamedTuple):
@@ -35,13 +39,13 @@ class Picture(NamedTuple):
     Attributes:
         name: what it is called in the manifest.
         stem: of its results' file names.
-        source: its path, or its bytes.
+        source: its path, its bytes, or what is wrong with it.
         modified: seconds since the epoch.
     """
 
     name: str
     stem: str
-    source: Path | bytes
+    source: Path | bytes | UserError
     modified: float
 
 
@@ -65,37 +69,37 @@ class Share(NamedTuple):
 
 
 def list_pictures(paths: Sequence[Path]) -> Iterator[Picture]:
-    """The pictures that files hold: themselves, or the pictures in tar archives.
-
-    Raises:
-        UserError: an archive cannot be read.
-    """
+    """The pictures that files hold: themselves, or the pictures in tar archives."""
     stems = output_stems(paths)
     for path in paths:
+        try:
+            modified = path.stat().st_mtime
+        except OSError as error:
+            problem = UserError(f"{path}: cannot be read ({error.strerror})")
+            yield Picture(str(path), stems[path], problem, 0)
+            continue
         if path.suffix.lower() == TAR_SUFFIX:
-            yield from _pictures_of_tar(path)
+            yield from _pictures_of_tar(path, stems[path], modified)
         else:
-            yield Picture(str(path), stems[path], path, path.stat().st_mtime)
+            yield Picture(str(path), stems[path], path, modified)
 
 
-def _pictures_of_tar(path: Path) -> Iterator[Picture]:
+def _pictures_of_tar(path: Path, stem: str, modified: float) -> Iterator[Picture]:
     try:
         with tarfile.open(path) as archive:
-            for member in archive:
+            for index, member in enumerate(archive):
                 name = Path(member.name)
                 if not member.isfile() or name.suffix.lower() not in IMAGE_SUFFIXES:
                     continue
                 file = archive.extractfile(member)
                 assert file is not None
-                # Not the member's folders: an archive must not choose where files are written.
-                stem = "_".join([path.stem, *_plain_parts(name.with_suffix(""))])
-                yield Picture(f"{path}:{member.name}", stem, file.read(), path.stat().st_mtime)
+                # Its number, for names may occur twice; not its folders, for an archive must not
+                # choose where files are written.
+                own = f"{stem}_{index:06}_{name.stem[:_LONGEST_NAME]}"
+                yield Picture(f"{path}:{member.name}", own, file.read(), modified)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path}: damaged or no tar archive ({error})") from error
-
-
-def _plain_parts(name: Path) -> list[str]:
-    return [part for part in name.parts if part not in (name.anchor, "..", ".")]
+        problem = UserError(f"{path}: damaged or no tar archive ({error})")
+        yield Picture(str(path), stem, problem, modified)
 
 
 def segment_pictures(
@@ -103,24 +107,23 @@ def segment_pictures(
     pictures: Iterator[Picture],
     folder: Path,
     *,
-    model: str,
     overlay: bool,
     share: Share,
 ) -> Iterator[Outcome]:
     """Segments this process's share, writes results and manifest, and tells of each picture.
 
-    Args:
-        model: how the manifest calls the model; results of another are made anew.
+    The manifest names the model by its weights, so that results of others are made anew.
     """
+    model = _fingerprint(predictor.model)
     suffix = f"-{share.rank}-of-{share.processes}" if share.processes > 1 else ""
     finished = _finished(folder, model)
     own = islice(pictures, share.rank, None, share.processes)
     with (
-        (folder / f"manifest{suffix}.jsonl").open("a", encoding="utf-8") as manifest,
+        (folder / f"manifest{suffix}.jsonl").open("a", encoding="utf-8", buffering=1) as manifest,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         waiting: dict[tuple[int, int], list[tuple[Picture, Image.Image]]] = {}
-        for picture, image in _decoded(own, folder, finished, pool):
+        for picture, image in _decoded(own, folder, finished, overlay, pool):
             if image is None or isinstance(image, str):
                 outcomes = [Outcome(picture, image, done_before=image is None)]
             else:
@@ -149,32 +152,41 @@ def _noted(
                 if outcome.error is None
                 else {"status": "error", "error": outcome.error}
             )
-            write(json.dumps(line, ensure_ascii=False) + "\n")
+            write(json.dumps(line) + "\n")
         yield outcome
 
 
+def _fingerprint(model: DANet) -> str:
+    """Of the weights as they are computed with, and of the test protocol."""
+    digest = hashlib.sha256(model.metadata.test.model_dump_json().encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _finished(folder: Path, model: str) -> set[str]:
-    """What earlier runs' manifests say this model segmented; unfinished lines are passed over."""
-    names = set()
-    for path in folder.glob("manifest*.jsonl"):
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    entry = json.loads(line)
-                    if entry["status"] == "ok" and entry["model"] == model:
-                        names.add(entry["input"])
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue
-    return names
+    """What earlier runs' manifests say this model segmented."""
+    return {
+        entry["input"]
+        for path in folder.glob("manifest*.jsonl")
+        for entry in read_whole_lines(path)
+        if entry.get("status") == "ok" and entry.get("model") == model and "input" in entry
+    }
 
 
 def _decoded(
-    pictures: Iterator[Picture], folder: Path, finished: set[str], pool: ThreadPoolExecutor
+    pictures: Iterator[Picture],
+    folder: Path,
+    finished: set[str],
+    overlay: bool,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[tuple[Picture, Image.Image | str | None]]:
     """Each picture decoded, or what is wrong with it, or None if it was finished before."""
     ahead: deque[tuple[Picture, Future[Image.Image | str] | None]] = deque()
     for picture in pictures:
-        done = picture.name in finished and _is_newer(folder / f"{picture.stem}.png", picture)
+        results = [folder / f"{picture.stem}.png"]
+        results += [folder / f"{picture.stem}_overlay.jpg"] if overlay else []
+        done = picture.name in finished and all(_is_newer(path, picture) for path in results)
         ahead.append((picture, None if done else pool.submit(_decode, picture)))
         if len(ahead) >= BATCH * 2:
             first, future = ahead.popleft()
@@ -185,14 +197,16 @@ def _decoded(
 
 def _decode(picture: Picture) -> Image.Image | str:
     try:
+        if isinstance(picture.source, UserError):
+            raise picture.source
         return open_image(picture.source)
     except UserError as error:
         message = str(error)
         return message if picture.name in message else f"{picture.name}: {message}"
 
 
-def _is_newer(mask: Path, picture: Picture) -> bool:
-    return mask.exists() and mask.stat().st_mtime >= picture.modified
+def _is_newer(result: Path, picture: Picture) -> bool:
+    return result.exists() and result.stat().st_mtime >= picture.modified
 
 
 def _segment_batch(

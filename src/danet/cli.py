@@ -168,15 +168,18 @@ def predict(
     """
     from danet.atomic import require_writable
     from danet.bulk import Share, list_pictures, segment_pictures
+    from danet.devices import local_device
     from danet.predict import VIDEO_SUFFIXES, Predictor, find_inputs, output_stems
     from danet.progress import ProgressReport
 
     _check_precision(precision)
-    paths, problems = find_inputs(inputs)
+    paths, problems = find_inputs(inputs, out)
     if strict and problems:
         raise UserError(problems[0])
     require_writable(out)
     share = Share.from_environment()
+    if share.processes > 1 and device == "auto":
+        device = local_device()
     films = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     files = [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
     predictor = Predictor(model, device, precision, compile_graph=compile_graph) if paths else None
@@ -193,7 +196,7 @@ def predict(
             progress.say(f"error: {problem}")
         if predictor is not None:
             outcomes = segment_pictures(
-                predictor, list_pictures(files), out, model=model, overlay=overlay, share=share
+                predictor, list_pictures(files), out, overlay=overlay, share=share
             )
             for outcome in outcomes:
                 seen += 1
@@ -275,12 +278,24 @@ def explain(
     pixel = _parse_point(point)
     check_figure_path(out)
     picture = open_image(image)
-    explanation = explain_image(Predictor(model, device, precision), picture, pixel)
+    predictor = Predictor(model, device, precision)
+    _note_protocol(predictor.test)
+    explanation = explain_image(predictor, picture, pixel)
     explanation.save(out)
     if arrays is not None:
         explanation.save_arrays(arrays)
     name = explanation.class_names[explanation.score.class_id]
     print(f"pixel {point}: {name} ({100 * explanation.score.probability:.0f} %); figure: {out}")
+
+
+def _note_protocol(test: "TestConfig") -> None:
+    """Says where a picture is looked at in another way than `danet predict` segments it."""
+    if test.mode == "slide" or test.flip or len(test.ratios) > 1:
+        print(
+            "note: the model is tested with sliding windows, several scales or mirrored; here "
+            "pictures are taken whole, at one scale",
+            file=sys.stderr,
+        )
 
 
 def _parse_point(text: str) -> tuple[int, int]:
@@ -295,7 +310,11 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 7860,
-    megabytes: Annotated[int, typer.Option(min=1, help="Of one upload, at most.")] = 20,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name that visitors use, as behind a proxy."),
+    ] = None,
+    megabytes: Annotated[int, typer.Option(min=1, help="Of one file, at most.")] = 20,
     megapixels: Annotated[int, typer.Option(min=1, help="Of one picture, at most.")] = 12,
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in the browser.")
@@ -315,7 +334,8 @@ def serve(
 
     limits = Limits(megabytes=megabytes, megapixels=megapixels)
     predictor = Predictor(model, device, precision)
-    serve_forever(predictor, host, port, limits, open_browser=open_browser)
+    _note_protocol(predictor.test)
+    serve_forever(predictor, host, port, limits, names=host_name or (), open_browser=open_browser)
 
 
 @app.command()
@@ -341,6 +361,7 @@ def export(
         raise UserError("--int8 goes with --calibration INPUT: some typical pictures, 20 or more")
     pictures = calibration_pictures(calibration) if calibration else None
     network = DANet.from_pretrained(model)
+    _note_protocol(network.metadata.test)
     agreement = export_model(network, out, chosen, pictures)
     on = f"{len(CHECKED_SIZES)} sizes" if pictures is None else f"{len(pictures)} pictures"
     print(

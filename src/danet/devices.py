@@ -1,5 +1,6 @@
 """Which device to compute on, and in which precision."""
 
+import os
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -30,6 +31,13 @@ def choose_device(name: str) -> torch.device:
     if not available[kind]:
         raise UserError(f"device {name}: PyTorch sees none on this machine; use auto or cpu")
     return torch.device(name)
+
+
+def local_device() -> str:
+    """The device of one of the processes that torchrun started on this machine: a GPU each."""
+    if torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return "auto"
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:

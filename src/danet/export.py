@@ -39,6 +39,8 @@ TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit, that a file may show."""
 CALIBRATION_PICTURES = 64
 """More are not needed to find ranges."""
+CALIBRATION_SIDE = 1024
+"""Larger pictures are shrunk: all of them are in memory."""
 OPSET = 18
 SMALLEST_SIDE = 32
 """Pixels; an exported graph may refuse smaller pictures."""
@@ -80,7 +82,7 @@ def export(
     if calibration is not None and file_format == "torch":
         raise UserError("--int8 is for onnx and openvino; a torch program stays in float32")
     network = WholePicture(model)
-    with _packages(file_format), staging(path) as temporary:
+    with _explained(file_format, model.config.backbone), staging(path) as temporary:
         if file_format == "torch":
             _write_torch(network, temporary)
         else:
@@ -105,13 +107,25 @@ def export(
 
 
 @contextmanager
-def _packages(file_format: str) -> Iterator[None]:
+def _explained(file_format: str, backbone: str) -> Iterator[None]:
     try:
         yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise _untraceable(file_format, backbone, error) from error
+    except torch.onnx.OnnxExporterError as error:
+        raise _untraceable(file_format, backbone, error) from error
     except ModuleNotFoundError as error:
         raise UserError(
             f"--format {file_format} needs {error.name}: pip install 'danet[export]'"
         ) from error
+
+
+def _untraceable(file_format: str, backbone: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"--format {file_format}: {backbone} cannot be traced for any picture size ({reason}); "
+        "try another format or backbone"
+    )
 
 
 def check_format(name: str, path: Path) -> Format:
@@ -329,10 +343,15 @@ def calibration_pictures(inputs: Sequence[str]) -> list[Tensor]:
     paths, problems = find_inputs(inputs)
     if problems:
         raise UserError(problems[0])
-    return [
-        torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1).float() / 255
-        for path in paths[:CALIBRATION_PICTURES]
-    ]
+    pictures = []
+    for path in paths[:CALIBRATION_PICTURES]:
+        image = open_image(path)
+        image.thumbnail((CALIBRATION_SIDE, CALIBRATION_SIDE))
+        if min(image.size) >= SMALLEST_SIDE:
+            pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
+    if not pictures:
+        raise UserError(f"--calibration: no picture of at least {SMALLEST_SIDE} pixels a side")
+    return pictures
 
 
 # Running and comparing
@@ -364,12 +383,17 @@ def compare(network: nn.Module, run: _Runner, pictures: Sequence[Tensor]) -> Agr
         expected = network(images)
         found = torch.from_numpy(run(images.numpy()))
         if found.shape != expected.shape:
-            raise ExportDiffers(f"logits {tuple(found.shape)} for {tuple(images.shape)}")
+            raise ExportDiffers(
+                f"the exported graph gives logits {tuple(found.shape)} for {tuple(images.shape)}; "
+                "nothing was written"
+            )
+        if not found.isfinite().all():
+            raise ExportDiffers("the exported graph's logits are not finite; nothing was written")
         largest = max(largest, expected.abs().max().item())
         difference = max(difference, (found - expected).abs().max().item())
         same += int((found.argmax(1) == expected.argmax(1)).sum())
         pixels += found[:, 0].numel()
-    return Agreement(difference / largest, same / pixels)
+    return Agreement(difference / max(largest, 1e-30), same / pixels)
 
 
 def _noise() -> list[Tensor]:

@@ -37,6 +37,8 @@ _TOL_MUTED = (
 _HEAT = "cividis"
 _HEAT_OPACITY = 0.75
 _PANEL_INCHES = 3.0
+_TALLEST = 3
+"""Height over width from which on a picture is drawn narrower instead of taller."""
 _DISAGREEMENT_COLOR = "#D55E00"
 
 
@@ -68,7 +70,7 @@ def draw_explanation(explanation: "Explanation") -> Figure:
     if explanation.strongest_channels:
         rows += [_strongest_panels, _selective_panels]
     width, height = picture.shown.size
-    panel_height = _PANEL_INCHES * height / width + 0.75
+    panel_height = _PANEL_INCHES * min(height / width, _TALLEST) + 0.75
     figure = Figure(
         figsize=(4 * _PANEL_INCHES, len(rows) * panel_height + 0.6), layout="constrained"
     )

@@ -72,6 +72,7 @@ class Inspection:
     Args:
         predictor: holds the network; its test scale is kept, its flips and windows are not.
         image: as `Predictor` takes it.
+        keep_channels: keep what `channels` needs, 2 C N numbers.
 
     Attributes:
         image: upright RGB.
@@ -82,10 +83,16 @@ class Inspection:
     """
 
     def __init__(
-        self, predictor: Predictor, image: Image.Image | npt.NDArray[np.uint8] | str | Path
+        self,
+        predictor: Predictor,
+        image: Image.Image | npt.NDArray[np.uint8] | str | Path,
+        *,
+        keep_channels: bool = True,
     ) -> None:
         self.image = as_rgb(image)
         self.metadata = predictor.model.metadata
+        self._received: FloatMap | None = None
+        self._receiving = threading.Lock()
         names = available_branches(predictor.model)
         pixels = torch.from_numpy(np.array(self.image)).permute(2, 0, 1).to(predictor.device)
         test = predictor.test.model_copy(
@@ -107,7 +114,7 @@ class Inspection:
             for recorded in passes:
                 if isinstance(recorded.module, PositionAttention):
                     self._keep_queries(recorded.module, recorded.features)
-                else:
+                elif keep_channels:
                     self._channels = recorded
                 self._grid = recorded.features.shape[-2:]
 
@@ -168,10 +175,13 @@ class Inspection:
             UserError: there is no position attention.
         """
         query_DN, key_DN = self._position()
-        received_N = torch.zeros_like(key_DN[0])
-        for some_DQ in torch.split(query_DN, _QUERY_BLOCK, dim=1):
-            received_N += (some_DQ.T @ key_DN).softmax(1).sum(0)
-        return self._as_map(received_N / received_N.numel())
+        with self._receiving:
+            if self._received is None:
+                received_N = torch.zeros_like(key_DN[0])
+                for some_DQ in torch.split(query_DN, _QUERY_BLOCK, dim=1):
+                    received_N += (some_DQ.T @ key_DN).softmax(1).sum(0)
+                self._received = self._as_map(received_N / received_N.numel())
+        return self._received
 
     @torch.inference_mode()
     def channels(self) -> list[ChannelMap]:
@@ -182,7 +192,7 @@ class Inspection:
         assert isinstance(module, ChannelAttention)
         shares_CC = channel_affinities(self._channels.features.flatten(2), module.affinity)[0]
         response_CN = self._channels.output[0].flatten(1).float()
-        strengths = response_CN.std(1)
+        strengths = response_CN.std(1, correction=0)
         entropies = torch.special.entr(shares_CC).sum(1) / math.log(max(len(shares_CC), 2))
         top = shares_CC.topk(min(ATTENDED_CHANNELS, len(shares_CC)))
         classes = self._mean_by_class(response_CN).argmax(1)

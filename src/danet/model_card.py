@@ -1,11 +1,12 @@
 """The card of a shared model: what it is, what it was trained by and on, how it scores."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from danet.config import ModelConfig, TestConfig
+from danet.config import ModelConfig, TestConfig, load_recipe
+from danet.errors import UserError
+from danet.jsonl import read_whole_lines
 from danet.model_folder import RECIPE_FILE, Metadata
 
 PICTURE_FILE = "example.jpg"
@@ -28,8 +29,13 @@ def write_model_card(
         run: the run folder that the model comes from, for its recipe and its validation score.
         license_id: as the hub names licences, such as "mit".
         note: a paragraph of the owner's.
+
+    Raises:
+        UserError: `run` is no run folder.
     """
-    scores = {} if run is None else _last_validation(run)
+    if run is not None and not (run / RECIPE_FILE).is_file():
+        raise UserError(f"{run}: not a run folder; it has no {RECIPE_FILE}")
+    scores = {} if run is None else _validation(run)
     data = ModelCardData(
         license=license_id,
         library_name="danet",
@@ -53,9 +59,8 @@ def write_model_card(
     if (folder / PICTURE_FILE).exists():
         sections.append(f"![A picture and its classes]({PICTURE_FILE})")
     sections += [_facts(model, metadata, scores), _usage(name)]
-    if run is not None and (run / RECIPE_FILE).is_file():
-        recipe = (run / RECIPE_FILE).read_text(encoding="utf-8")
-        sections.append(f"## Recipe\n\n```yaml\n{recipe}```")
+    if run is not None:
+        sections.append(f"## Recipe\n\n```yaml\n{_public_recipe(run)}```")
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -87,11 +92,23 @@ def _usage(name: str) -> str:
     )
 
 
-def _last_validation(run: Path) -> dict[str, float]:
-    """The scores of the last validation of a run, in percent."""
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    rows = [json.loads(line) for line in lines if '"val/mIoU"' in line]
-    if not rows:
+def _validation(run: Path) -> dict[str, float]:
+    """The validation scores of the weights that the run kept, in percent."""
+    validated = [row for row in read_whole_lines(run / "metrics.jsonl") if "val/mIoU" in row]
+    if not validated:
         return {}
-    return {name: round(100 * rows[-1][f"val/{name}"], 2) for name in ("mIoU", "mAcc", "aAcc")}
+    kept = validated[-1]
+    if load_recipe(run / RECIPE_FILE).train.keep == "best":
+        kept = max(validated, key=lambda row: row["val/mIoU"])
+    return {name: round(100 * kept[f"val/{name}"], 2) for name in ("mIoU", "mAcc", "aAcc")}
+
+
+def _public_recipe(run: Path) -> str:
+    """The run's recipe without its machine's paths."""
+    recipe = load_recipe(run / RECIPE_FILE)
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"init_from": None, "backbone_weights": None}),
+            "data": recipe.data.model_copy(update={"root": None}),
+        }
+    ).to_yaml()

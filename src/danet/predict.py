@@ -167,11 +167,17 @@ def as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Ima
         raise UserError(f"the image cannot be converted to RGB ({error})") from error
 
 
-def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
+def find_inputs(inputs: Sequence[str], results: Path | None = None) -> tuple[list[Path], list[str]]:
     """The files that paths, folders and globs name, and a message for each that is wrong.
 
     Folders are searched for pictures with all their subfolders. `@FILE` stands for the inputs that
     the file names, one a line.
+
+    Args:
+        results: a folder whose files are no inputs of folders and globs.
+
+    Raises:
+        UserError: results would be written over an input.
     """
     found: dict[Path, None] = {}
     problems: list[str] = []
@@ -188,9 +194,22 @@ def find_inputs(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
             matches = sorted(anchor.glob(str(path.relative_to(anchor))))
             problem = f"{text}: nothing matches"
         matches = [match for match in matches if match.is_file()]
+        if results is not None:
+            within = [match for match in matches if _is_within(match, results)]
+            if within and (path.is_dir() and _is_within(results, path) and path != results):
+                matches = [match for match in matches if match not in set(within)]
+            elif within:
+                raise UserError(
+                    f"{within[0]}: lies in the folder of the results and would be written over; "
+                    "choose another --out"
+                )
         found.update(dict.fromkeys(matches))
         problems += [] if matches else [problem]
     return list(found), problems
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _unlisted(inputs: Sequence[str], problems: list[str]) -> Iterator[str]:

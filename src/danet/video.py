@@ -117,6 +117,9 @@ class _Reader:
             self._container.close()
             raise UserError(f"{path}: has no pictures, only {_kinds(self._container)}")
         self._stream: VideoStream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            self._container.close()
+            raise UserError(f"{path}: no decoder for this film; convert it to MP4 (H.264) first")
         self._stream.thread_type = "AUTO"
         if self._stream.width * self._stream.height > MAX_PIXELS:
             self._container.close()
@@ -178,9 +181,14 @@ class _Writer:
 
     def __init__(self, path: Path, source: _Reader) -> None:
         self._container: OutputContainer = av.open(path, "w", format="mp4")
-        self._stream: Any = self._container.add_stream(
-            "libx264", rate=source.rate, options={"crf": _QUALITY}
-        )
+        try:
+            self._stream: Any = self._container.add_stream(
+                "libx264", rate=source.rate, options={"crf": _QUALITY}
+            )
+        except (av.FFmpegError, ValueError) as error:
+            raise UserError(
+                "films with overlay need an FFmpeg with libx264; install the av package's wheel"
+            ) from error
         self._stream.codec_context.time_base = source.time_base
         self._time_base = source.time_base
         self._started = False
@@ -194,6 +202,16 @@ class _Writer:
         self._container.close()
 
     def write(self, picture: Image.Image, time: int) -> None:
+        try:
+            self._encode(picture, time)
+        except (av.FFmpegError, ValueError) as error:
+            width, height = picture.size
+            raise UserError(
+                f"a film of {width}x{height} cannot be encoded ({_reason(error)}); write the "
+                "frames' masks without --overlay"
+            ) from error
+
+    def _encode(self, picture: Image.Image, time: int) -> None:
         if not self._started:
             self._stream.width, self._stream.height = picture.size
             # Players want 4:2:0, which needs even sides.

@@ -53,6 +53,15 @@ def test_a_global_batch_is_the_same_run_on_any_number_of_processes(tmp_path: Pat
     for count in (2, 4):
         np.testing.assert_allclose(losses[count][:5], losses[1][:5], rtol=1e-4)
         np.testing.assert_allclose(losses[count], losses[1], rtol=2e-2)
-        print(count, np.abs(np.array(losses[count]) / losses[1] - 1).max())
         scores = [rows[n][-1] for n in (1, count)]
         assert scores[0]["val/aAcc"] == pytest.approx(scores[1]["val/aAcc"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_checkpointed_activations_in_two_processes(tmp_path: Path) -> None:
+    rows = [
+        train(tmp_path / str(flag), 2, "train.steps=4", f"train.activation_checkpointing={flag}")
+        for flag in ("false", "true")
+    ]
+    losses = [[row["loss"] for row in found if "loss" in row] for found in rows]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

@@ -1,3 +1,4 @@
+import asyncio
 import io
 import threading
 from collections.abc import Iterator
@@ -33,7 +34,9 @@ def studio(predictor: danet.Predictor) -> Studio:
 
 @pytest.fixture
 def client(studio: Studio) -> Iterator[TestClient]:
-    with TestClient(build_application(studio, "127.0.0.1"), base_url="http://127.0.0.1") as client:
+    with TestClient(
+        build_application(studio, ["streets.example"]), base_url="http://127.0.0.1"
+    ) as client:
         yield client
 
 
@@ -135,11 +138,32 @@ def test_bombs_and_heavy_uploads_are_refused(client: TestClient) -> None:
     answer = client.post("/api/segment", files={"image": ("a.png", heavy)})
     assert answer.status_code == 413
     # Without an announced length, and to the page's own upload as well.
-    for path in ("/api/segment", "/gradio_api/upload"):
-        pieces = (heavy[:65536] for _ in range(40))
+    for path, count in {"/api/segment": 40, "/gradio_api/upload": 32 * 20}.items():
+        pieces = (heavy[:65536] for _ in range(count))
         headers = {"content-type": "multipart/form-data; boundary=x"}
         answer = client.post(path, content=pieces, headers=headers)
         assert answer.status_code == 413, path
+
+
+def test_an_upload_that_stands_still_is_ended(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("danet.web.server._SLOWEST_UPLOAD_SECONDS", 0.2)
+    application = build_application(studio, [])
+    sent: list[dict] = []
+
+    async def silence() -> dict:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def answer(message: dict) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
+    scope = {"type": "http", "method": "POST", "path": "/api/segment", "query_string": b""}
+    scope |= {"headers": [*headers, (b"content-length", b"1000")], "http_version": "1.1"}
+    asyncio.run(asyncio.wait_for(application(scope, silence, answer), 20))
+    assert sent[0]["status"] == 413
 
 
 def test_only_the_latest_pictures_are_kept(client: TestClient) -> None:
@@ -155,10 +179,10 @@ def test_a_crowd_is_turned_away_not_piled_up(
     gate, inside = threading.Event(), threading.Semaphore(0)
     real = Inspection.__init__
 
-    def slow(*args: object) -> None:
+    def slow(*args: object, **kwargs: object) -> None:
         inside.release()
         assert gate.wait(30)
-        real(*args)
+        real(*args, **kwargs)
 
     monkeypatch.setattr(Inspection, "__init__", slow)
     statuses: list[int] = []
@@ -182,7 +206,16 @@ def test_a_crowd_is_turned_away_not_piled_up(
 
 
 def test_other_sites_and_hosts_are_refused(client: TestClient) -> None:
-    assert client.get("/api/model", headers={"host": "evil.example"}).status_code == 400
+    for host, status in {
+        "evil.example": 400,
+        "": 400,
+        "streets.example": 200,
+        "Streets.example:443": 200,
+        "localhost:7860": 200,
+        "[::1]:7860": 200,
+        "[::2]": 400,
+    }.items():
+        assert client.get("/api/model", headers={"host": host}).status_code == status, host
     assert client.get("/api/model", headers={"origin": "http://evil.example"}).status_code == 403
     own = {"origin": "http://127.0.0.1", "host": "127.0.0.1"}
     assert client.get("/api/model", headers=own).status_code == 200

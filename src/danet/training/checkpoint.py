@@ -13,6 +13,7 @@ from torch import Tensor
 
 from danet.atomic import replacing
 from danet.errors import UserError
+from danet.jsonl import read_whole_lines
 from danet.model_folder import MODEL_FOLDER, RECIPE_FILE
 
 
@@ -78,13 +79,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """All whole rows; a killed process may have left the last one unfinished."""
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        return list(read_whole_lines(self.metrics))
 
     def forget_metrics_after(self, step: int) -> None:
         """Drops what was logged after the checkpoint that the run goes on from."""

@@ -74,9 +74,12 @@ def _normalize(norm: _BatchNorm, features: Tensor) -> Tensor:
     variance = _sum_over_processes(centered.square().sum(axes)) / count
     if norm.track_running_stats and norm.running_mean is not None:
         assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked += 1
-        momentum = norm.momentum or 1 / norm.num_batches_tracked.item()
+        momentum = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked += 1
+            if momentum is None:
+                momentum = 1 / norm.num_batches_tracked.item()
+        assert momentum is not None
         unbiased = variance.detach() * count / (count - 1).clamp(min=1)
         norm.running_mean.lerp_(mean.detach(), momentum)
         norm.running_var.lerp_(unbiased, momentum)

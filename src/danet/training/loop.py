@@ -151,7 +151,7 @@ class _Trainer:
         self.run.path.mkdir(parents=True, exist_ok=True)
         self.events: SummaryWriter | None = None
         if self.fabric.is_global_zero:
-            self.events = SummaryWriter(run.path, purge_step=self.first_step)
+            self.events = SummaryWriter(run.path, purge_step=self.first_step + 1)
             at_end.callback(self.events.close)
 
     # Setting up
@@ -205,12 +205,12 @@ class _Trainer:
                 if validates:
                     self._validate(done)
                     since = time.monotonic()
-                if saves:
+                stops = done < settings.steps and self._stops()
+                if stops and history:
+                    self._log(done, history, since)
+                if saves or stops:
                     self._save_last(done)
-                elif self._stops():
-                    self._log(done, history, since) if history else None
-                    self._save_last(done)
-                if self._stops() and done < settings.steps:
+                if stops:
                     raise TrainingStopped(
                         f"training: stopped by SIGTERM after step {done}, which is saved in "
                         f"{self.run.last}; go on with --resume"

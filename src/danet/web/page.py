@@ -89,7 +89,7 @@ def _build_picture_tab(studio: Studio) -> None:
                 buttons=[],
                 height=300,
             )
-            gr.Examples(_example_pictures(), source, label="Generated scenes")
+            gr.Examples(_example_pictures(studio.folder), source, label="Generated scenes")
         with gr.Column(scale=2, min_width=300):
             shown = gr.Image(
                 label="Click a pixel to see its class and where it looks",
@@ -211,7 +211,7 @@ class _Actions:
         with zipfile.ZipFile(archive, "w") as file:
             for path in paths:
                 try:
-                    inspection = self.studio.find(self.studio.segment(path))
+                    inspection = self.studio.inspect(path)
                 except UserError as error:
                     rows.append([path.name, str(error).replace(str(path), path.name)])
                     continue
@@ -281,8 +281,7 @@ def _shrunk(image: Image.Image) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BOX)
 
 
-def _example_pictures() -> list[str]:
-    folder = Path(tempfile.mkdtemp(prefix="danet-scenes-"))
+def _example_pictures(folder: Path) -> list[str]:
     paths = []
     for index in _SCENES:
         path = folder / f"scene-{index}.jpg"
@@ -292,7 +291,8 @@ def _example_pictures() -> list[str]:
 
 
 _SCRIPT_HELP = """
-The same model answers scripts over HTTP. Send a picture, get its classes and an `id` to ask more:
+The same model answers scripts over HTTP. Send a picture, get its classes and an `id` to ask more
+(this page's own address in place of 127.0.0.1:7860):
 
 ```bash
 curl -F image=@photo.jpg http://127.0.0.1:7860/api/segment

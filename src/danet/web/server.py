@@ -1,12 +1,13 @@
 """The server: the page at /, the HTTP interface under /api, limits around both."""
 
+import asyncio
 import os
 import socket
 import threading
 import time
 import webbrowser
+from collections.abc import Sequence
 
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Before Gradio is imported, which would call home.
@@ -23,26 +24,33 @@ from danet.web.page import CSS, THEME, build_page
 from danet.web.studio import Limits, Studio
 
 _SLOWEST_UPLOAD_SECONDS = 60
+_PAGE_UPLOAD = "/gradio_api/upload"
 _LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
-_ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 
 
 def serve(
-    predictor: Predictor, host: str, port: int, limits: Limits, *, open_browser: bool = False
+    predictor: Predictor,
+    host: str,
+    port: int,
+    limits: Limits,
+    *,
+    names: Sequence[str] = (),
+    open_browser: bool = False,
 ) -> None:
     """Serves until interrupted.
 
     Args:
-        host: the address to listen on; requests that name another host are refused, unless it
-            is all addresses (0.0.0.0).
+        host: the address to listen on.
         port: 0 takes a free one.
+        names: other hosts that requests may name, as behind a proxy; "*" for any.
 
     Raises:
         UserError: the address or the port cannot be had.
     """
     listening = _listen(host, port)
-    address = f"http://{host}:{listening.getsockname()[1]}"
-    application = build_application(Studio(predictor, limits), host)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listening.getsockname()[1]}"
+    application = build_application(Studio(predictor, limits), [shown, *names])
     print(
         f"danet serves on {address} (HTTP interface: {address}/openapi.json); Ctrl+C stops it",
         flush=True,
@@ -59,8 +67,12 @@ def serve(
     uvicorn.Server(settings).run(sockets=[listening])
 
 
-def build_application(studio: Studio, host: str) -> FastAPI:
-    """The page and the HTTP interface behind their limits."""
+def build_application(studio: Studio, names: Sequence[str]) -> FastAPI:
+    """The page and the HTTP interface behind their limits.
+
+    Args:
+        names: hosts that requests may name besides this machine's own; "*" for any.
+    """
     application = FastAPI(title="danet", docs_url=None, redoc_url=None)
     application.include_router(router(studio))
     page = build_page(studio)
@@ -75,10 +87,9 @@ def build_application(studio: Studio, host: str) -> FastAPI:
         ssr_mode=False,
         footer_links=[],
     )
-    application.add_middleware(UploadLimit, megabytes=studio.limits.megabytes)
+    application.add_middleware(UploadLimit, limits=studio.limits)
     application.add_middleware(SameOrigin)
-    if host not in _ANY_HOST:
-        application.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, *_LOCAL_HOSTS])
+    application.add_middleware(TrustedHosts, names=[*names, *_LOCAL_HOSTS])
     return application
 
 
@@ -94,6 +105,26 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+class TrustedHosts:
+    """Refuses requests that name another host, as a page would whose name was bent to this machine.
+
+    Starlette's own middleware does not know IPv6 addresses.
+    """
+
+    def __init__(self, application: ASGIApp, names: Sequence[str]) -> None:
+        self.application = application
+        self.names = {name.lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket") and "*" not in self.names:
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+            if name not in self.names:
+                await _refuse(send, 400, "this host is not served here; see --host-name")
+                return
+        await self.application(scope, receive, send)
 
 
 class SameOrigin:
@@ -115,36 +146,48 @@ class SameOrigin:
 class UploadLimit:
     """Refuses bodies that are too large, by their announced or their real size, or too slow."""
 
-    def __init__(self, application: ASGIApp, megabytes: int) -> None:
+    def __init__(self, application: ASGIApp, limits: Limits) -> None:
         self.application = application
-        # A form has some lines around the file.
-        self.bytes = (megabytes << 20) + (64 << 10)
-        self.megabytes = megabytes
+        self.limits = limits
+
+    def _bytes(self, path: str) -> int:
+        """What a body may have: a file, or the page's whole batch, whose files Gradio limits."""
+        files = self.limits.batch if path == _PAGE_UPLOAD else 1
+        # A form has some lines around each file.
+        return files * ((self.limits.megabytes << 20) + (64 << 10))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.application(scope, receive, send)
             return
+        allowed = self._bytes(scope["path"])
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > self.bytes:
+        if not announced.isdigit() or int(announced) > allowed:
             await self._refuse(send)
             return
         received = 0
-        started = refused = False
+        started = refused = complete = False
         deadline = time.monotonic() + _SLOWEST_UPLOAD_SECONDS
 
         async def counted() -> Message:
-            nonlocal received, refused
+            nonlocal received, refused, complete
             if refused:
                 return {"type": "http.disconnect"}
-            message = await receive()
+            late = False
+            message: Message = {"type": "http.disconnect"}
+            try:
+                message = await asyncio.wait_for(
+                    receive(), None if complete else max(deadline - time.monotonic(), 0.01)
+                )
+            except TimeoutError:
+                late = True
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
-                late = message.get("more_body", False) and time.monotonic() > deadline
-                if (received > self.bytes or late) and not started:
-                    refused = True
-                    await self._refuse(send)
-                    return {"type": "http.disconnect"}
+                complete = not message.get("more_body", False)
+            if (received > allowed or late) and not started:
+                refused = True
+                await self._refuse(send)
+                return {"type": "http.disconnect"}
             return message
 
         async def noted(message: Message) -> None:
@@ -161,7 +204,7 @@ class UploadLimit:
                 raise
 
     async def _refuse(self, send: Send) -> None:
-        await _refuse(send, 413, f"uploads may have {self.megabytes} MB and take a minute")
+        await _refuse(send, 413, f"uploads may have {self.limits.megabytes} MB and take a minute")
 
 
 async def _refuse(send: Send, status: int, detail: str) -> None:

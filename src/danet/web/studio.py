@@ -6,6 +6,7 @@ guessed.
 
 import io
 import secrets
+import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -61,18 +62,33 @@ class Studio:
     Args:
         predictor: holds the network.
         limits: what one request may ask for.
+
+    Attributes:
+        folder: for files, as long as the studio lives.
     """
 
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
         self.predictor = predictor
         self.limits = limits
+        self._temporary = tempfile.TemporaryDirectory(prefix="danet-")
+        self.folder = Path(self._temporary.name)
         self._network = threading.Lock()
         self._waiting = threading.BoundedSemaphore(limits.waiting + 1)
         self._kept: OrderedDict[str, Inspection] = OrderedDict()
         self._keeping = threading.Lock()
 
     def segment(self, source: bytes | Path) -> str:
-        """Segments a picture and returns the name that it is kept under.
+        """Segments a picture and returns the name that it is kept under; raises as `inspect`."""
+        inspection = self.inspect(source)
+        name = secrets.token_urlsafe(16)
+        with self._keeping:
+            self._kept[name] = inspection
+            while len(self._kept) > self.limits.pictures:
+                self._kept.popitem(last=False)
+        return name
+
+    def inspect(self, source: bytes | Path) -> Inspection:
+        """Segments a picture.
 
         Raises:
             UserError: it is no readable picture.
@@ -84,15 +100,9 @@ class Studio:
             raise BusyError("too many pictures are waiting; try again in a moment")
         try:
             with self._network:
-                inspection = Inspection(self.predictor, image)
+                return Inspection(self.predictor, image, keep_channels=False)
         finally:
             self._waiting.release()
-        name = secrets.token_urlsafe(16)
-        with self._keeping:
-            self._kept[name] = inspection
-            while len(self._kept) > self.limits.pictures:
-                self._kept.popitem(last=False)
-        return name
 
     def find(self, name: str) -> Inspection:
         """A picture that is kept.

@@ -1,0 +1,20 @@
+"""Files of one JSON object a line, to which killed processes may have written unfinished lines."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of all lines that are whole; none where there is no such file."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(entry, dict):
+                yield entry

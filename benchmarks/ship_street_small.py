@@ -32,7 +32,7 @@ def main() -> None:
     run = parser.parse_args().run
     model = danet.DANet.from_pretrained(run)
     model.save_pretrained(FOLDER, half=True)
-    scene = open_dataset("scenes", split="test")[4].image
+    scene = open_dataset("scenes", split="test")[71].image
     predictor = danet.Predictor(model, device="cpu", precision="fp32")
     predictor(scene).overlay(scene).save(FOLDER / PICTURE_FILE, quality=88)
     write_model_card(FOLDER, NAME, model.config, model.metadata, run=run, note=NOTE)

@@ -10,6 +10,7 @@ import numpy as np
 from tables import DOCS, rows_of
 
 import danet
+from danet.figure import draw_explanation
 
 MODEL = "street-small"
 SCENES = 100
@@ -68,9 +69,10 @@ def main() -> None:
     draw_calibration()
     predictor = danet.Predictor(MODEL)
     draw_best_and_worst(predictor)
-    image = danet.data.open_dataset("scenes", split="test")[4].image
+    image = danet.data.open_dataset("scenes", split="test")[71].image
     point = (image.width // 2, image.height * 3 // 4)
-    danet.explain(predictor, image, point).save(DOCS / "explained.png")
+    figure = draw_explanation(danet.explain(predictor, image, point))
+    figure.savefig(DOCS / "explained.png", dpi=75, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -205,13 +205,13 @@ def test_a_large_picture_stays_in_bounded_memory(
     path = tmp_path / f"m{SUFFIXES[file_format]}"
     export(network(), path, file_format)
     script = f"""
-        import resource
         from pathlib import Path
         import numpy as np
+        from danet.bench.measure import resident_bytes
         from danet.export import load
         run = load(Path({str(path)!r}), {file_format!r})
         assert run(np.zeros((1, 3, 1024, 2048), np.float32)).shape == (1, 4, 1024, 2048)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(resident_bytes("VmHWM") / 2**30)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from danet.atomic import replacing
@@ -83,7 +83,8 @@ def write_folder(
             for name, tensor in contiguous.items()
         }
     with replacing(folder / WEIGHTS_FILE) as path:
-        save_file(contiguous, path, metadata={"format": "pt"})
+        # Not save_file, which makes files that only their owner may read.
+        path.write_bytes(save(contiguous, metadata={"format": "pt"}))
     with replacing(folder / CONFIG_FILE) as path:
         path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

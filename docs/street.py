@@ -1,7 +1,7 @@
-"""Draws what docs/street.md shows of the shipped model, on generated scenes.
+"""Draws what docs/street.md and docs/gallery.md show of the shipped model, on generated scenes.
 
-calibration.png from benchmarks/results/street_calibration.csv; best_and_worst.png and explained.png
-from the model itself.
+calibration.png from benchmarks/results/street_calibration.csv; best_and_worst.png, gallery.png and
+explained.png from the model itself.
 """
 
 import matplotlib as mpl
@@ -10,11 +10,19 @@ import numpy as np
 from tables import DOCS, rows_of
 
 import danet
-from danet.figure import draw_explanation
+from danet.figure import attention_overlay, draw_explanation
+from danet.inspection import Inspection
 
 MODEL = "street-small"
 SCENES = 100
 SHOWN = 3
+GALLERY = {
+    71: ((240, 270), (200, 170)),
+    24: ((240, 300), (60, 60)),
+    15: ((120, 250), (240, 60)),
+    4: ((240, 270), (400, 150)),
+}
+"""Scenes of the test stream, and pixels of them."""
 
 
 def draw_calibration() -> None:
@@ -64,11 +72,32 @@ def draw_best_and_worst(predictor: danet.Predictor) -> None:
     figure.savefig(DOCS / "best_and_worst.png", dpi=80, metadata={"Software": None})
 
 
+def draw_gallery(predictor: danet.Predictor) -> None:
+    """For some scenes: two pixels and where they look, and where all pixels look."""
+    scenes = danet.data.open_dataset("scenes", split="test")
+    figure, grid = plt.subplots(len(GALLERY), 4, figsize=(12, 2.4 * len(GALLERY)))
+    for (index, points), axes in zip(GALLERY.items(), grid, strict=True):
+        seen = Inspection(predictor, scenes[index].image)
+        axes[0].imshow(seen.segmentation.overlay(seen.image))
+        axes[0].set_title("classes", fontsize="small")
+        for panel, point in zip(axes[1:3], points, strict=True):
+            name = seen.metadata.classes[seen.score(point).class_id]
+            panel.imshow(attention_overlay(seen.image, seen.attention(point), point))
+            panel.set_title(f"a pixel of {name}", fontsize="small")
+        axes[3].imshow(attention_overlay(seen.image, seen.received_attention(), None))
+        axes[3].set_title("all pixels", fontsize="small")
+        for panel in axes:
+            panel.axis("off")
+    figure.tight_layout()
+    figure.savefig(DOCS / "gallery.png", dpi=80, metadata={"Software": None})
+
+
 def main() -> None:
     mpl.use("Agg")
     draw_calibration()
     predictor = danet.Predictor(MODEL)
     draw_best_and_worst(predictor)
+    draw_gallery(predictor)
     image = danet.data.open_dataset("scenes", split="test")[71].image
     point = (image.width // 2, image.height * 3 // 4)
     figure = draw_explanation(danet.explain(predictor, image, point))

@@ -47,7 +47,7 @@ class Explanation(NamedTuple):
     strongest_channels: list[ChannelMap]
     selective_channels: list[ChannelMap]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Draws the figure; the suffix (.png, .svg or .pdf) chooses the format.
 
         Raises:
@@ -55,9 +55,9 @@ class Explanation(NamedTuple):
         """
         from danet.figure import draw_explanation, save_figure  # noqa: PLC0415 - matplotlib is slow
 
-        save_figure(draw_explanation(self), path)
+        save_figure(draw_explanation(self), Path(path))
 
-    def save_arrays(self, path: Path) -> None:
+    def save_arrays(self, path: str | Path) -> None:
         """Writes the arrays as a NumPy .npz file, without pickled objects."""
         arrays: dict[str, Any] = {
             "point": np.array(self.point),
@@ -75,7 +75,7 @@ class Explanation(NamedTuple):
             if channels:
                 arrays[f"{kind}_channels"] = np.array([channel.channel for channel in channels])
                 arrays[f"{kind}_responses"] = np.stack([channel.response for channel in channels])
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
 

@@ -130,11 +130,14 @@ class Backbone(nn.Module):
     def _resample(self, features: Tensor, height: int, width: int) -> Tensor:
         """To the output stride of an image of this height and width before padding."""
         stride, multiple = self.output_stride, self.size_multiple
-        size = [-(-side // stride) for side in (height, width)]
+        # Of positive numbers, for ONNX divides negative ones towards zero.
+        size = [(side + stride - 1) // stride for side in (height, width)]
         if self.fixed_size is not None:
             return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
         if multiple > 1:
-            padded = [-(-side // multiple) * multiple // stride for side in (height, width)]
+            padded = [
+                (side + multiple - 1) // multiple * multiple // stride for side in (height, width)
+            ]
             features = F.interpolate(features, size=padded, mode="bilinear", align_corners=False)
             features = features[..., : size[0], : size[1]]
         return features

@@ -189,7 +189,8 @@ def _fitted(size: Sequence[int], bounds: tuple[int, int]) -> tuple[int, int]:
 
 def _same_padding(side: int, kernel: int, stride: int, dilation: int) -> Any:
     """timm's `get_same_padding` in whole numbers: a graph with its division cannot be saved."""
-    return torch.sym_max((-(-side // stride) - 1) * stride + (kernel - 1) * dilation + 1 - side, 0)
+    steps = (side + stride - 1) // stride
+    return torch.sym_max((steps - 1) * stride + (kernel - 1) * dilation + 1 - side, 0)
 
 
 # Position attention in each format

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from danet.config import DataConfig
 from danet.data.spec import Sample, SegmentationDataset
 from danet.data.transforms import as_tensors, training_transform
-from danet.errors import TrainingStopped, UserError
+from danet.errors import UserError
 
 _ORDER, _AUGMENTATION = 0, 1
 
@@ -105,7 +105,6 @@ def training_batches(
 
     Raises:
         UserError: a sample cannot be read.
-        TrainingStopped: a worker died.
     """
     loader: DataLoader[tuple[Tensor, Tensor] | UserError] = DataLoader(
         AugmentedSamples(dataset, config, seed),
@@ -116,19 +115,7 @@ def training_batches(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or starting the loader would draw from the global one
     )
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingStopped(
-                "training: a data worker died, as when memory runs out; set data.workers=0 or "
-                "data.cache=false if it does so again, and go on with --resume"
-            ) from error
+    for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -59,6 +59,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
     Raises:
         UserError: the data, the folder or a setting is wrong.
         TrainingDiverged: a loss was not finite.
+        TrainingStopped: SIGTERM arrived, or a data worker died.
     """
     run = RunFolder(out)
     if run.exists() and not resume:
@@ -66,7 +67,17 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
             f"{out} already holds a run; go on with --resume, or choose another folder with --out"
         )
     with StopSignal() as stop, ExitStack() as at_end:
-        _Trainer(config, run, stop, at_end).fit()
+        trainer = _Trainer(config, run, stop, at_end)
+        try:
+            trainer.fit()
+        # Raised by the loader's signal handler, wherever training is at that moment.
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingStopped(
+                "training: a data worker died, as when memory runs out; set data.workers=0 or "
+                "data.cache=false if it does so again, and go on with --resume"
+            ) from error
     return run
 
 

@@ -78,7 +78,7 @@ def draw_gallery(predictor: danet.Predictor) -> None:
     figure, grid = plt.subplots(len(GALLERY), 4, figsize=(12, 2.4 * len(GALLERY)))
     for (index, points), axes in zip(GALLERY.items(), grid, strict=True):
         seen = Inspection(predictor, scenes[index].image)
-        axes[0].imshow(seen.segmentation.overlay(seen.image))
+        axes[0].imshow(seen.segmentation().overlay(seen.image))
         axes[0].set_title("classes", fontsize="small")
         for panel, point in zip(axes[1:3], points, strict=True):
             name = seen.metadata.classes[seen.score(point).class_id]

@@ -15,7 +15,7 @@ from timm.models import FeatureInfo, load_state_dict
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from danet.errors import UserError
+from danet.errors import UserError, first_line
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -172,7 +172,7 @@ def _build(
         except Exception as error:
             raise UserError(
                 f"model.backbone: {name} could not be built with its weights "
-                f"({_first_line(error)}); where the hub cannot be reached, give "
+                f"({first_line(error)}); where the hub cannot be reached, give "
                 "model.backbone_weights=FILE or model.pretrained_backbone=false"
             ) from error
     raise UserError(f"model.backbone: timm's {name} does not give feature maps")
@@ -194,7 +194,7 @@ def _pretrained_options(name: str, pretrained: bool, weights: Path | None) -> di
     except Exception as error:
         raise UserError(
             f"model.backbone_weights: {weights} is not a checkpoint of plain tensors "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     missing = timm.create_model(name, num_classes=0).state_dict().keys() - state.keys()
     if missing:
@@ -203,10 +203,6 @@ def _pretrained_options(name: str, pretrained: bool, weights: Path | None) -> di
             f"first {min(missing)}"
         )
     return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _set_multi_grid(body: nn.Module, name: str, dilations: Sequence[int]) -> None:

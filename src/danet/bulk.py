@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from danet.data.images import IMAGE_SUFFIXES, open_image
@@ -157,10 +158,10 @@ def _noted(
 
 
 def _fingerprint(model: DANet) -> str:
-    """Of the weights as they are computed with, and of the test protocol."""
+    """Of the weights' bits as they are computed with, and of the test protocol."""
     digest = hashlib.sha256(model.metadata.test.model_dump_json().encode())
     for tensor in model.state_dict().values():
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

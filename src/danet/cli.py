@@ -132,7 +132,7 @@ def evaluate(
             cases=evaluation.report_cases(
                 predictor.model, dataset, test, result.pictures, precision=precision
             ),
-            history=run.read_metrics() if run.metrics.is_file() else [],
+            history=run.read_metrics(),
             facts=facts,
         )
         print(f"report: {report}")

@@ -15,3 +15,8 @@ class TrainingStopped(RuntimeError):
 
 class ExportDiffers(RuntimeError):
     """What was exported computes something else than the model; nothing was written."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, cut to one line; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from danet.atomic import staging
 from danet.attention import PositionAttention
 from danet.data.images import open_image
-from danet.errors import ExportDiffers, UserError
+from danet.errors import ExportDiffers, UserError, first_line
+from danet.kernels.fused import attend_spread
 from danet.model import DANet
 from danet.optimize import fold_batch_norms
 from danet.predict import find_inputs
@@ -110,22 +111,15 @@ def export(
 def _explained(file_format: str, backbone: str) -> Iterator[None]:
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise _untraceable(file_format, backbone, error) from error
-    except torch.onnx.OnnxExporterError as error:
-        raise _untraceable(file_format, backbone, error) from error
+    except (torch._dynamo.exc.TorchDynamoException, torch.onnx.OnnxExporterError) as error:
+        raise UserError(
+            f"--format {file_format}: {backbone} cannot be traced for any picture size "
+            f"({first_line(error)}); try another format or backbone"
+        ) from error
     except ModuleNotFoundError as error:
         raise UserError(
             f"--format {file_format} needs {error.name}: pip install 'danet[export]'"
         ) from error
-
-
-def _untraceable(file_format: str, backbone: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"--format {file_format}: {backbone} cannot be traced for any picture size ({reason}); "
-        "try another format or backbone"
-    )
 
 
 def check_format(name: str, path: Path) -> Format:
@@ -172,7 +166,7 @@ class WholePicture(nn.Module):
 def _fitted(size: Sequence[int], bounds: tuple[int, int]) -> tuple[int, int]:
     """Height and width by `danet.data.transforms.fitted_size`.
 
-    In whole numbers, for a graph computes this itself from symbols; where exactly half a pixel is
+    In whole numbers, for a graph computes this itself, from symbols; where exactly half a pixel is
     rounded, floats may have it otherwise.
     """
     height, width = size
@@ -209,20 +203,9 @@ def _traceable(network: nn.Module, attend: Callable[..., Tensor]) -> Iterator[No
 def attend_by_equal_widths(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
     """Position attention by torch's fused attention alone: B C N.
 
-    On every device that takes O(N) memory where all widths are equal, so the value's channels are
-    spread over heads as wide as the key, the last one filled up with zeros.
+    On every device that takes O(N) memory where all widths are equal.
     """
-    width = query_BDN.shape[1]
-    channels = value_BCM.shape[1]
-    heads = -(-channels // width)
-    padded = F.pad(value_BCM, (0, 0, 0, heads * width - channels))
-    # Contiguous, or torch falls back on forming N x M.
-    value_BEMD = padded.view(-1, heads, width, value_BCM.shape[2]).transpose(2, 3).contiguous()
-    query_BEND, key_BEMD = (
-        side.transpose(1, 2).unsqueeze(1).repeat(1, heads, 1, 1) for side in (query_BDN, key_BDM)
-    )
-    output_BEND = F.scaled_dot_product_attention(query_BEND, key_BEMD, value_BEMD, scale=1.0)
-    return output_BEND.transpose(2, 3).flatten(1, 2)[:, :channels]
+    return attend_spread(query_BDN, key_BDM, value_BCM, width=query_BDN.shape[1])
 
 
 @torch.library.custom_op("danet::attend_in_onnx", mutates_args=())

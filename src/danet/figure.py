@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from danet.atomic import replacing
 from danet.errors import UserError
-from danet.inspection import ChannelMap, FloatMap, Point
+from danet.inspection import ChannelMap, FloatMap, Point, classes_of_cells
 
 if TYPE_CHECKING:
     from danet.explanation import Explanation
@@ -39,7 +39,8 @@ _HEAT_OPACITY = 0.75
 _PANEL_INCHES = 3.0
 _TALLEST = 3
 """Height over width from which on a picture is drawn narrower instead of taller."""
-_DISAGREEMENT_COLOR = "#D55E00"
+DISAGREEMENT_COLOR = (213, 94, 0)
+"""RGB, where the branches are not of one opinion."""
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -112,7 +113,7 @@ class _Picture:
         self.colors = np.array(explanation.palette, dtype=np.uint8)
         if len(self.present) <= len(_TOL_MUTED):
             for index, color in zip(self.present, _TOL_MUTED, strict=False):
-                self.colors[index] = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+                self.colors[index] = ImageColor.getrgb(color)[:3]
 
     def colored(self, classes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         small = Image.fromarray(classes).resize(self.shown.size, Image.Resampling.NEAREST)
@@ -213,12 +214,8 @@ def _share_by_class(
     attention: FloatMap, classes: npt.NDArray[np.uint8], count: int
 ) -> npt.NDArray[np.float64]:
     """The attention that falls on each predicted class; K shares summing to 1."""
-    height, width = attention.shape
-    rows = (np.arange(height) * 2 + 1) * classes.shape[0] // (2 * height)
-    columns = (np.arange(width) * 2 + 1) * classes.shape[1] // (2 * width)
-    cells = classes[np.ix_(rows, columns)]
     shares = np.zeros(count)
-    np.add.at(shares, cells, attention)
+    np.add.at(shares, classes_of_cells(classes, *attention.shape), attention)
     return shares
 
 
@@ -247,7 +244,7 @@ def _branch_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
     if len(found.branches) > 1:
         differs = Image.fromarray(found.disagreement).resize(picture.shown.size)
         pale = np.repeat(picture.grey[..., None], 3, 2).astype(np.float64) * 0.5 + 120
-        pale[np.asarray(differs)] = [int(_DISAGREEMENT_COLOR[i : i + 2], 16) for i in (1, 3, 5)]
+        pale[np.asarray(differs)] = DISAGREEMENT_COLOR
         panels[0].imshow(pale.astype(np.uint8))
         share = 100 * found.disagreement.mean()
         panels[0].set_title(f"where they disagree ({share:.1f} %)", fontsize="medium")

@@ -123,12 +123,9 @@ class Inspection:
             projection(features).flatten(2)[0].float() for projection in (module.query, module.key)
         )
 
-    @property
-    def segmentation(self) -> Segmentation:
-        """The fused prediction."""
-        return Segmentation(
-            self.branches["fused"], self.metadata.classes, self.metadata.palette, None
-        )
+    def segmentation(self, branch: Branch = "fused") -> Segmentation:
+        """A classifier's prediction."""
+        return Segmentation(self.branches[branch], self.metadata.classes, self.metadata.palette)
 
     @property
     def disagreement(self) -> npt.NDArray[np.bool_]:
@@ -212,11 +209,8 @@ class Inspection:
 
     def _mean_by_class(self, response_CN: Tensor) -> Tensor:
         """C K means over the cells whose centre is predicted as each class; -inf without any."""
-        height, width = self._grid
-        rows = (torch.arange(height) * 2 + 1) * self.image.height // (2 * height)
-        columns = (torch.arange(width) * 2 + 1) * self.image.width // (2 * width)
-        fused = torch.from_numpy(self.branches["fused"]).long()
-        classes_N = fused[rows[:, None], columns].flatten().to(response_CN.device)
+        cells = classes_of_cells(self.branches["fused"], *self._grid)
+        classes_N = torch.from_numpy(cells).long().flatten().to(response_CN.device)
         member_NK = torch.nn.functional.one_hot(classes_N, len(self.metadata.classes)).float()
         counts_K = member_NK.sum(0)
         means_CK = response_CN @ member_NK / counts_K
@@ -240,6 +234,15 @@ class Inspection:
     def _as_map(self, values_N: Tensor) -> FloatMap:
         result: FloatMap = values_N.view(*self._grid).float().cpu().numpy()
         return result
+
+
+def classes_of_cells(
+    classes: npt.NDArray[np.uint8], height: int, width: int
+) -> npt.NDArray[np.uint8]:
+    """Class ids H W at the centres of a feature map's h w cells."""
+    rows = (np.arange(height) * 2 + 1) * classes.shape[0] // (2 * height)
+    columns = (np.arange(width) * 2 + 1) * classes.shape[1] // (2 * width)
+    return classes[np.ix_(rows, columns)]
 
 
 class _Pass(NamedTuple):

@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from danet.config import ModelConfig, TestConfig, load_recipe
 from danet.errors import UserError
 from danet.jsonl import read_whole_lines
-from danet.model_folder import RECIPE_FILE, Metadata
+from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
 
 PICTURE_FILE = "example.jpg"
 
@@ -94,7 +94,7 @@ def _usage(name: str) -> str:
 
 def _validation(run: Path) -> dict[str, float]:
     """The validation scores of the weights that the run kept, in percent."""
-    validated = [row for row in read_whole_lines(run / "metrics.jsonl") if "val/mIoU" in row]
+    validated = [row for row in read_whole_lines(run / METRICS_FILE) if "val/mIoU" in row]
     if not validated:
         return {}
     kept = validated[-1]

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from danet.atomic import replacing
 from danet.config import DataConfig, ModelConfig, Section, TestConfig, explain
-from danet.errors import UserError
+from danet.errors import UserError, first_line
 from danet.palette import default_palette
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
 MODEL_FOLDER = "model"
-"""A run folder's resolved recipe and its model."""
+"""A run folder's resolved recipe, what it logged, and its model."""
 MAX_CLASSES = 255
 """Masks are 8 bit, and 255 is ignored."""
 
@@ -158,7 +159,7 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
         raise UserError(f"{not_here}, and no valid hub id") from error
     # The hub's client raises its transport's many types.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{not_here}, and it could not be had from the hub ({reason})") from error
 
 

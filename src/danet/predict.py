@@ -15,7 +15,7 @@ from danet.config import TestConfig
 from danet.data.images import IMAGE_SUFFIXES, open_image, to_rgb
 from danet.devices import autocast, choose_device, uses_bfloat16
 from danet.errors import UserError
-from danet.evaluation.inference import predict_classes, predict_probabilities, views
+from danet.evaluation.inference import predict_probabilities, views
 from danet.evaluation.strips import most_likely_classes
 from danet.model import DANet
 from danet.optimize import optimize_for_inference
@@ -115,18 +115,16 @@ class Predictor:
         Raises:
             UserError: it is not a readable picture.
         """
-        pixels = torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1).to(self.device)
-        scores = None
+        array = np.array(as_rgb(image))
+        if not probabilities:
+            return self.segment_batch(array[None])[0]
+        pixels = torch.from_numpy(array).permute(2, 0, 1).to(self.device)
         with autocast(self.precision, self.device):
-            if probabilities:
-                class_scores = predict_probabilities(self.model, pixels, self.test)[0]
-                classes = class_scores.argmax(0)
-                scores = class_scores.float().cpu().numpy()
-            else:
-                classes = predict_classes(self.model, pixels, self.test)[0]
+            scores = predict_probabilities(self.model, pixels, self.test)[0]
+        classes = scores.argmax(0).to(torch.uint8).cpu().numpy()
         metadata = self.model.metadata
         return Segmentation(
-            classes.to(torch.uint8).cpu().numpy(), metadata.classes, metadata.palette, scores
+            classes, metadata.classes, metadata.palette, scores.float().cpu().numpy()
         )
 
     @torch.inference_mode()
@@ -174,7 +172,7 @@ def find_inputs(inputs: Sequence[str], results: Path | None = None) -> tuple[lis
     the file names, one a line.
 
     Args:
-        results: a folder whose files are no inputs of folders and globs.
+        results: a folder whose files are no inputs when a folder around it is searched.
 
     Raises:
         UserError: results would be written over an input.
@@ -195,21 +193,26 @@ def find_inputs(inputs: Sequence[str], results: Path | None = None) -> tuple[lis
             problem = f"{text}: nothing matches"
         matches = [match for match in matches if match.is_file()]
         if results is not None:
-            within = [match for match in matches if _is_within(match, results)]
-            if within and (path.is_dir() and _is_within(results, path) and path != results):
-                matches = [match for match in matches if match not in set(within)]
-            elif within:
-                raise UserError(
-                    f"{within[0]}: lies in the folder of the results and would be written over; "
-                    "choose another --out"
-                )
+            matches = _outside(matches, results.resolve(), path.resolve())
         found.update(dict.fromkeys(matches))
         problems += [] if matches else [problem]
     return list(found), problems
 
 
-def _is_within(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def _outside(matches: list[Path], results: Path, searched: Path) -> list[Path]:
+    """The matches that are not results; raises a UserError if these were asked for as inputs.
+
+    Args:
+        results, searched: resolved. Results of earlier runs may lie within a folder that is
+            searched.
+    """
+    within = {match for match in matches if match.resolve().is_relative_to(results)}
+    if within and searched not in results.parents:
+        raise UserError(
+            f"{min(within)}: lies in the folder of the results and would be written over; "
+            "choose another --out"
+        )
+    return [match for match in matches if match not in within]
 
 
 def _unlisted(inputs: Sequence[str], problems: list[str]) -> Iterator[str]:

@@ -17,8 +17,8 @@ from PIL import Image
 
 from danet.atomic import replacing
 from danet.data.images import MAX_PIXELS
-from danet.errors import UserError
-from danet.predict import Predictor, Segmentation
+from danet.errors import UserError, first_line
+from danet.predict import Predictor, write_segmentation
 
 FRAMES_TOGETHER = 4
 """Frames that go through the network at once, and that are in memory."""
@@ -78,17 +78,12 @@ def segment_video(
                 if writer is not None:
                     writer.write(segmentation.overlay(Image.fromarray(picture)), time)
                 if masks:
-                    _write_mask(segmentation, folder / stem / f"{frames:06}.png")
+                    write_segmentation(segmentation, None, folder / stem, f"{frames:06}")
                 frames += 1
                 on_frame(reader.announced)
         if frames == 0:
             raise UserError(reader.problem or f"{path}: this film has no frames")
     return SegmentedVideo(frames, reader.problem)
-
-
-def _write_mask(segmentation: Segmentation, path: Path) -> None:
-    with replacing(path) as temporary:
-        segmentation.mask().save(temporary, format="PNG")
 
 
 class _Timed(NamedTuple):
@@ -112,7 +107,7 @@ class _Reader:
         try:
             self._container: InputContainer = av.open(path, metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise UserError(f"{path}: not a film that can be read ({_reason(error)})") from error
+            raise UserError(f"{path}: not a film that can be read ({first_line(error)})") from error
         if not self._container.streams.video:
             self._container.close()
             raise UserError(f"{path}: has no pictures, only {_kinds(self._container)}")
@@ -148,7 +143,7 @@ class _Reader:
             except StopIteration:
                 break
             except av.FFmpegError as error:
-                self.problem = f"{self.path}: ends after {count} frames ({_reason(error)})"
+                self.problem = f"{self.path}: ends after {count} frames ({first_line(error)})"
                 return
             try:
                 decoded = packet.decode()
@@ -207,7 +202,7 @@ class _Writer:
         except (av.FFmpegError, ValueError) as error:
             width, height = picture.size
             raise UserError(
-                f"a film of {width}x{height} cannot be encoded ({_reason(error)}); write the "
+                f"a film of {width}x{height} cannot be encoded ({first_line(error)}); write the "
                 "frames' masks without --overlay"
             ) from error
 
@@ -221,7 +216,3 @@ class _Writer:
         frame = VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")
         frame.pts, frame.time_base = time, self._time_base
         self._container.mux(self._stream.encode(frame))
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from danet.errors import UserError
+from danet.errors import UserError, first_line
 
 
 class Inert:
@@ -65,7 +65,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         TypeError,
         ValueError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path}: damaged or no checkpoint of tensors ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dictionary")

@@ -37,17 +37,32 @@ def attend_by_heads(
     value_BCM: Tensor,
     backends: list[SDPBackend] = _BACKENDS,
 ) -> Tensor:
-    """Output B C N."""
+    """Output B C N, by the first of the kernels that takes the inputs."""
     channels = value_BCM.shape[1]
     width = max(w for w in range(1, min(channels, _HEAD_CHANNELS) + 1) if _divides(w, channels))
-    heads = channels // width
-    # Copies, not views of stride 0, which some of these kernels read wrongly.
+    with sdpa_kernel(backends, set_priority=True):
+        return attend_spread(query_BDN, key_BDM, value_BCM, width)
+
+
+def attend_spread(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor, width: int) -> Tensor:
+    """Output B C N by torch's fused attention, whichever kernel it takes.
+
+    Args:
+        width: channels of a head; the last head is filled up with zeros.
+    """
+    channels = value_BCM.shape[1]
+    heads = -(-channels // width)
+    if heads * width != channels:
+        value_BCM = F.pad(value_BCM, (0, 0, 0, heads * width - channels))
+    # Copies, not views of stride 0, which some kernels read wrongly; contiguous, or torch falls
+    # back on forming N x M.
     query_BEND = query_BDN.transpose(1, 2).unsqueeze(1).repeat(1, heads, 1, 1)
     key_BEMD = key_BDM.transpose(1, 2).unsqueeze(1).repeat(1, heads, 1, 1)
-    value_BEMc = value_BCM.reshape(len(value_BCM), heads, width, -1).transpose(2, 3).contiguous()
-    with sdpa_kernel(backends, set_priority=True):
-        output_BENc = F.scaled_dot_product_attention(query_BEND, key_BEMD, value_BEMc, scale=1.0)
-    return output_BENc.transpose(2, 3).flatten(1, 2)
+    value_BEcM = value_BCM.reshape(-1, heads, width, value_BCM.shape[2])
+    value_BEMc = value_BEcM.transpose(2, 3).contiguous()
+    output_BENc = F.scaled_dot_product_attention(query_BEND, key_BEMD, value_BEMc, scale=1.0)
+    output_BCN = output_BENc.transpose(2, 3).flatten(1, 2)
+    return output_BCN if heads * width == channels else output_BCN[:, :channels]
 
 
 def _divides(width: int, channels: int) -> bool:

@@ -2,8 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from danet.atomic import replacing
-from danet.errors import UserError
+from danet.errors import UserError, first_line
 from danet.jsonl import read_whole_lines
-from danet.model_folder import MODEL_FOLDER, RECIPE_FILE
+from danet.model_folder import METRICS_FILE, MODEL_FOLDER, RECIPE_FILE
 
 
 class RunFolder:
@@ -23,7 +22,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe = path / RECIPE_FILE
-        self.metrics = path / "metrics.jsonl"
+        self.metrics = path / METRICS_FILE
         self.report = path / "report.html"
         self.model = path / MODEL_FOLDER
         self.last = path / "checkpoints" / "last.ckpt"
@@ -69,9 +68,7 @@ class RunFolder:
 
     def save_last(self, checkpoint: dict[str, Any]) -> None:
         """Writes the last checkpoint and keeps the one before."""
-        with _written(self.last, checkpoint):
-            if self.last.exists():
-                self.last.replace(self.before_last)
+        save_checkpoint(self.last, checkpoint, former=self.before_last)
 
     def append_metrics(self, row: dict[str, float]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -90,26 +87,23 @@ class RunFolder:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, checkpoint: dict[str, Any], former: Path | None = None) -> None:
     """Writes plain tensors and numbers.
+
+    Args:
+        former: where the file that is replaced goes, once the new one is on the disk.
 
     Raises:
         UserError: it cannot be written there.
     """
-    with _written(path, checkpoint):
-        pass
-
-
-@contextmanager
-def _written(path: Path, checkpoint: dict[str, Any]) -> Iterator[None]:
-    """Runs its block when the checkpoint is on the disk, but not yet at its place."""
     with replacing(path) as temporary:
         try:
             torch.save(checkpoint, temporary)
         # How torch tells of a full disk.
         except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from error
-        yield
+            raise OSError(first_line(error)) from error
+        if former is not None and path.exists():
+            path.replace(former)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -121,7 +115,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        summary = (str(error).splitlines() or [type(error).__name__])[0]
+        summary = first_line(error)
         raise UserError(f"{path}: damaged or no checkpoint ({summary})") from error
     if not isinstance(checkpoint, dict) or not {"step", "model", "optimizer"} <= checkpoint.keys():
         raise UserError(f"{path}: not a checkpoint of danet train")

@@ -5,7 +5,6 @@ from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, HTTPException, Query, Response, UploadFile
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from danet.data.images import PictureTooLarge
 from danet.errors import UserError
@@ -94,13 +93,11 @@ def router(studio: Studio) -> APIRouter:
         )
 
     @api.post("/segment", responses=_REFUSALS)  # type: ignore[arg-type]
-    async def segment(image: UploadFile) -> SegmentedPicture:
+    def segment(image: UploadFile) -> SegmentedPicture:
         """Segments an uploaded picture."""
-        content = await image.read()
-        picture_id = await run_in_threadpool(_answered, lambda: studio.segment(content))
-        inspection = studio.find(picture_id)
+        inspection = _answered(lambda: studio.inspect(image.file.read()))
         return SegmentedPicture(
-            id=picture_id,
+            id=studio.keep(inspection),
             width=inspection.image.width,
             height=inspection.image.height,
             classes=[ClassInPicture(**share._asdict()) for share in class_shares(inspection)],
@@ -111,9 +108,8 @@ def router(studio: Studio) -> APIRouter:
     def mask(picture_id: str, branch: str = "fused") -> Response:
         """Class ids at the picture's size, as a palette PNG."""
         inspection = _find(studio, picture_id)
-        classes = inspection.branches[_answered(lambda: looks.check_branch(inspection, branch))]
-        chosen = inspection.segmentation._replace(classes=classes)
-        return _Png(looks.encode(chosen.mask(), "PNG"))
+        chosen = _answered(lambda: looks.check_branch(inspection, branch))
+        return _Png(looks.encode(inspection.segmentation(chosen).mask(), "PNG"))
 
     @api.get("/pictures/{picture_id}/overlay.jpg", responses=_OF_PICTURE, response_class=_Jpeg)  # type: ignore[arg-type]
     def overlay(

@@ -4,9 +4,8 @@ import html
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import gradio as gr
 from PIL import Image
@@ -30,7 +29,6 @@ _BRANCHES = {"position": "position branch", "channel": "channel branch"}
 _FORGOTTEN = "This picture is no longer kept; choose it again."
 _SCENES = (3, 8, 21)
 _ARCHIVES_KEPT = 8
-_Result = TypeVar("_Result")
 
 # Fonts of the system: nothing is fetched from outside.
 THEME = gr.themes.Default(
@@ -147,13 +145,6 @@ def _build_batch_tab(studio: Studio) -> None:
     start.click(actions.segment_batch, sources, [table, archive], concurrency_limit=1)
 
 
-def _reported(ask: Callable[[], _Result]) -> _Result:
-    try:
-        return ask()
-    except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from error
-
-
 class _Actions:
     """What happens when a visitor does something."""
 
@@ -164,8 +155,11 @@ class _Actions:
     def segment(self, source: str | None, opacity: float) -> tuple[Any, ...]:
         if source is None:
             return None, None, _CLASSES, None, "", "", ""
-        name = _reported(lambda: self.studio.segment(Path(source)))
-        inspection = self.studio.find(name)
+        try:
+            inspection = self.studio.inspect(Path(source))
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        name = self.studio.keep(inspection)
         return (
             name,
             None,
@@ -215,7 +209,7 @@ class _Actions:
                 except UserError as error:
                     rows.append([path.name, str(error).replace(str(path), path.name)])
                     continue
-                mask = looks.encode(inspection.segmentation.mask(), "PNG")
+                mask = looks.encode(inspection.segmentation().mask(), "PNG")
                 file.writestr(f"{stems[path]}.png", mask)
                 overlay = looks.encode(looks.overlay(inspection), "JPEG")
                 file.writestr(f"{stems[path]}_overlay.jpg", overlay)

@@ -18,11 +18,9 @@ from PIL import Image
 from danet.data.images import open_image
 from danet.errors import UserError
 from danet.evaluation.inference import Branch
-from danet.figure import attention_overlay
+from danet.figure import DISAGREEMENT_COLOR, attention_overlay
 from danet.inspection import Inspection, Point
 from danet.predict import OVERLAY_OPACITY, Predictor
-
-DISAGREEMENT_COLOR = (213, 94, 0)
 
 
 class Limits(NamedTuple):
@@ -77,9 +75,8 @@ class Studio:
         self._kept: OrderedDict[str, Inspection] = OrderedDict()
         self._keeping = threading.Lock()
 
-    def segment(self, source: bytes | Path) -> str:
-        """Segments a picture and returns the name that it is kept under; raises as `inspect`."""
-        inspection = self.inspect(source)
+    def keep(self, inspection: Inspection) -> str:
+        """Keeps a picture, and forgets the oldest; returns its name."""
         name = secrets.token_urlsafe(16)
         with self._keeping:
             self._kept[name] = inspection
@@ -135,8 +132,7 @@ def overlay(
     inspection: Inspection, branch: Branch = "fused", opacity: float = OVERLAY_OPACITY
 ) -> Image.Image:
     """A branch's classes over the picture."""
-    chosen = inspection.segmentation._replace(classes=inspection.branches[branch])
-    return chosen.overlay(inspection.image, opacity)
+    return inspection.segmentation(branch).overlay(inspection.image, opacity)
 
 
 def disagreement(inspection: Inspection) -> Image.Image:

@@ -51,6 +51,16 @@ class ModelConfig(Section):
     """A model folder whose weights training starts from; classifiers only if the classes agree."""
 
 
+class ExtraData(Section):
+    """Pictures of another dataset of the same classes."""
+
+    name: str
+    root: Path | None = None
+    split: str = "train"
+    images: int | None = Field(None, ge=1)
+    """The first so many pictures; none: all."""
+
+
 class DataConfig(Section):
     """What to train on, and how it is augmented. Sizes are width, height in pixels."""
 
@@ -61,6 +71,8 @@ class DataConfig(Section):
     val_split: str = "val"
     train_images: int | None = Field(None, ge=1)
     """Train on the first so many pictures only; none: all."""
+    extra: tuple[ExtraData, ...] = ()
+    """Shown in every epoch as well, such as [{name: scenes, images: 200}]."""
     cache: bool = False
     """Keep every picture in memory, once in each worker, after it was first read."""
     base_size: Size | None = None
@@ -73,6 +85,9 @@ class DataConfig(Section):
     flip: Fraction = 0.5
     """Probability of mirroring left to right."""
     photometric_distortion: bool = True
+    degradation: Fraction = 0.0
+    """Probability of each of gamma 1/2..2, greyscale and blur, for light and cameras that the
+    training pictures do not show."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Subtracted from RGB in 0..255."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)

@@ -1,12 +1,13 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from danet.config import DataConfig
-from danet.data.loader import StepSampler, derive_seed, training_batches
+from danet.config import DataConfig, ExtraData
+from danet.data.loader import StepSampler, derive_seed, training_batches, training_samples
 from danet.data.spec import DatasetSpec, Sample
 from danet.errors import UserError
 
@@ -91,9 +92,22 @@ def test_cache_reads_each_picture_once() -> None:
     assert dataset.reads == 12
 
 
-def test_train_images_limits_the_pictures() -> None:
-    limited = batches(config=CONFIG.model_copy(update={"train_images": 3}))
-    assert {int(label.unique()[0]) for batch in limited for label in batch.labels} == {0, 1, 2}
+def test_train_images_limits_the_pictures_and_extra_ones_follow_them() -> None:
+    config = DataConfig(train_images=3, extra=(ExtraData(name="scenes", split="val", images=2),))
+    spec, samples = training_samples(config)
+    names = [f"train_{index:05}" for index in range(3)] + ["val_00000", "val_00001"]
+    assert [sample.name for sample in samples] == names
+    assert spec.name == "scenes"
+
+
+def test_extra_pictures_of_other_classes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+        Image.new("L", (4, 2)).save(tmp_path / kind / "train" / "0.png")
+    extra = ExtraData(name="folder", root=tmp_path)
+    with pytest.raises(UserError, match=r"data.extra: folder has other classes than scenes"):
+        training_samples(DataConfig(extra=(extra,)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

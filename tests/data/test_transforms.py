@@ -14,8 +14,10 @@ from danet.data import transforms
 from danet.data.transforms import (
     ClassCappedCrop,
     PhotometricDistortion,
+    RandomGamma,
     RandomScale,
     as_tensors,
+    degradation,
     fitted_size,
     training_transform,
 )
@@ -114,6 +116,30 @@ class TestClassCappedCrop:
         assert crop._is_varied(label, 0, 0, 10, 10)
         label[0, 2:9] = 1
         assert not crop._is_varied(label, 0, 0, 10, 10)
+
+
+class TestDegradation:
+    def test_none_without_a_probability(self) -> None:
+        image, label = pair()
+        assert torch.equal(degradation(0.0)(image, label)[0], image)
+
+    def test_changes_images_and_never_labels(self) -> None:
+        torch.manual_seed(0)
+        image, label = pair()
+        changed, kept = degradation(1.0)(image, label)
+        assert torch.equal(kept, label)
+        assert torch.equal(changed[0], changed[1])  # grey
+        assert changed.dtype == torch.uint8
+        assert changed.float().std() < image.float().std()  # blurred
+
+    def test_gamma_is_the_power_of_the_share_of_white(self) -> None:
+        image, _ = pair()
+        torch.manual_seed(3)
+        bright = RandomGamma()(image)
+        torch.manual_seed(3)
+        power = 2 ** (2 * torch.rand(()).item() - 1)
+        expected = 255 * (image.numpy() / 255.0) ** power
+        assert np.abs(bright.numpy() - expected).max() <= 1
 
 
 def test_small_pictures_are_padded_after_normalising() -> None:

@@ -1,16 +1,17 @@
 """Training batches that depend on nothing but the seed and the step."""
 
 import signal
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sized
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from danet.config import DataConfig
-from danet.data.spec import Sample, SegmentationDataset
+from danet.data import open_dataset
+from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
 from danet.data.transforms import as_tensors, training_transform
 from danet.errors import UserError
 
@@ -20,6 +21,30 @@ _ORDER, _AUGMENTATION = 0, 1
 def derive_seed(*key: int) -> int:
     """A 64-bit seed that is as good as independent for every different key."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def training_samples(config: DataConfig) -> tuple[DatasetSpec, ConcatDataset[Sample]]:
+    """The recipe's training pictures, one after another, and their classes.
+
+    Raises:
+        UserError: a dataset cannot be opened, or the extra ones have other classes.
+    """
+    main = open_dataset(config.name, config.root, config.train_split)
+    parts = [_first(main, config.train_images)]
+    for extra in config.extra:
+        dataset = open_dataset(extra.name, extra.root, extra.split)
+        if dataset.spec.classes != main.spec.classes:
+            raise UserError(
+                f"data.extra: {extra.name} has other classes than {config.name}; "
+                "pictures can be added only where the classes agree"
+            )
+        parts.append(_first(dataset, extra.images))
+    return main.spec, ConcatDataset(parts)
+
+
+def _first(dataset: SegmentationDataset, count: int | None) -> Dataset[Sample]:
+    length = len(dataset)
+    return Subset(cast(Dataset[Sample], dataset), range(min(length, count or length)))
 
 
 class Batch(NamedTuple):
@@ -36,11 +61,11 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
     position its own augmentation, both drawn from (seed, epoch) and (seed, position).
     """
 
-    def __init__(self, dataset: SegmentationDataset, config: DataConfig, seed: int) -> None:
-        self.dataset = dataset
+    def __init__(self, samples: Dataset[Sample], config: DataConfig, seed: int) -> None:
+        self.samples = samples
         self.transform = training_transform(config)
         self.seed = seed
-        self.length = min(len(dataset), config.train_images or len(dataset))
+        self.length = len(cast(Sized, samples))
         self._cache: dict[int, Sample] | None = {} if config.cache else None
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -62,9 +87,9 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
 
     def _read(self, index: int) -> Sample:
         if self._cache is None:
-            return self.dataset[index]
+            return self.samples[index]
         if index not in self._cache:
-            self._cache[index] = self.dataset[index]
+            self._cache[index] = self.samples[index]
         return self._cache[index]
 
 
@@ -99,7 +124,7 @@ def _collate(samples: list[tuple[Tensor, Tensor] | UserError]) -> Batch | UserEr
 
 
 def training_batches(
-    dataset: SegmentationDataset, config: DataConfig, seed: int, sampler: StepSampler
+    samples: Dataset[Sample], config: DataConfig, seed: int, sampler: StepSampler
 ) -> Iterator[Batch]:
     """One batch per step of the sampler.
 
@@ -107,7 +132,7 @@ def training_batches(
         UserError: a sample cannot be read.
     """
     loader: DataLoader[tuple[Tensor, Tensor] | UserError] = DataLoader(
-        AugmentedSamples(dataset, config, seed),
+        AugmentedSamples(samples, config, seed),
         batch_sampler=sampler,
         num_workers=config.workers,
         collate_fn=_collate,

@@ -205,6 +205,31 @@ def _turn_hue(rgb: Tensor, turn: float) -> Tensor:
     return rgb
 
 
+class RandomGamma(v2.Transform):
+    """Raises images to a power whose logarithm is uniform between those of 1/2 and 2."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"gamma": 2 ** (2 * torch.rand(()).item() - 1)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        return self._call_kernel(TF.adjust_gamma, inpt, **params)
+
+
+def degradation(probability: float) -> v2.Transform:
+    """Gamma, greyscale and blur, each with this probability, on images only."""
+    if probability == 0:
+        return v2.Identity()
+    return v2.Compose(
+        [
+            v2.RandomApply([RandomGamma()], probability),
+            v2.RandomGrayscale(probability),
+            v2.RandomApply([v2.GaussianBlur(7, (0.1, 1.5))], probability),
+        ]
+    )
+
+
 class NormalizeAndPad(v2.Transform):
     """Normalises the image, then pads right and below to `size` (width, height)."""
 
@@ -230,6 +255,7 @@ def training_transform(config: DataConfig) -> v2.Compose:
             ClassCappedCrop(config.crop_size, config.class_cap),
             v2.RandomHorizontalFlip(config.flip),
             PhotometricDistortion() if config.photometric_distortion else v2.Identity(),
+            degradation(config.degradation),
             NormalizeAndPad(config.crop_size, config.mean, config.std),
         ]
     )

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from danet.atomic import replacing
 from danet.config import RunConfig, load_recipe
 from danet.data import open_dataset
-from danet.data.loader import Batch, StepSampler, derive_seed, training_batches
+from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
 from danet.devices import choose_device, uses_bfloat16
 from danet.errors import TrainingDiverged, TrainingStopped, UserError
 from danet.evaluation.evaluate import evaluate
@@ -137,10 +137,10 @@ class _Trainer:
         for note in notes:
             self.progress.say(note)
         data = config.data
-        self.training_data = open_dataset(data.name, data.root, data.train_split)
+        spec, self.training_data = training_samples(data)
         self.validation_data = open_dataset(data.name, data.root, data.val_split)
         resumed = None if checkpoint is None else checkpoint["model"]
-        self.model = build_model(config, self.training_data.spec, resumed, self.progress.say)
+        self.model = build_model(config, spec, resumed, self.progress.say)
         self.dropout: torch.Generator | None = None
         if self.fabric.world_size > 1:
             self.dropout = see_global_batch(
@@ -159,7 +159,6 @@ class _Trainer:
             self._restore(checkpoint)
         elif self.fabric.is_global_zero:
             self._start_folder()
-        self.run.path.mkdir(parents=True, exist_ok=True)
         self.events: SummaryWriter | None = None
         if self.fabric.is_global_zero:
             self.events = SummaryWriter(run.path, purge_step=self.first_step + 1)

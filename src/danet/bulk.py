@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from danet.errors import UserError
 from danet.jsonl import read_whole_lines
 from danet.model import DANet
 from danet.predict import Predictor, output_stems, write_segmentation
+from danet.processes import Share
 
 TAR_SUFFIX = ".tar"
 BATCH = 4
@@ -32,6 +33,7 @@ DECODED_AHEAD = 16
 """Decoded pictures that wait for others of their size at most; half as many again are decoded."""
 _THREADS = 2
 _LONGEST_NAME = 100
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
 class Picture(NamedTuple):
@@ -56,17 +58,6 @@ class Outcome(NamedTuple):
     picture: Picture
     error: str | None
     done_before: bool = False
-
-
-class Share(NamedTuple):
-    """This process's part of the work, as torchrun numbers processes."""
-
-    rank: int
-    processes: int
-
-    @classmethod
-    def from_environment(cls) -> "Share":
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def list_pictures(paths: Sequence[Path]) -> Iterator[Picture]:
@@ -120,7 +111,7 @@ def segment_pictures(
     finished = _finished(folder, model)
     own = islice(pictures, share.rank, None, share.processes)
     with (
-        (folder / f"manifest{suffix}.jsonl").open("a", encoding="utf-8", buffering=1) as manifest,
+        _appending(folder / f"manifest{suffix}.jsonl") as manifest,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         waiting: dict[tuple[int, int], list[tuple[Picture, Image.Image]]] = {}
@@ -140,6 +131,21 @@ def segment_pictures(
                 part = batch[first : first + BATCH]
                 outcomes = _segment_batch(predictor, part, folder, overlay, pool)
                 yield from _noted(outcomes, manifest.write, model)
+
+
+def _appending(path: Path) -> TextIO:
+    """Opens a file to write whole lines at its end.
+
+    Raises:
+        UserError: it cannot be written, or is a link, which may lead anywhere.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another folder with --out"
+        ) from error
+    return os.fdopen(handle, "a", encoding="utf-8", buffering=1)
 
 
 def _noted(

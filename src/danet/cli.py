@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from danet.errors import ExportDiffers, TrainingDiverged, TrainingStopped, UserError
+from danet.errors import ExportDiffers, TrainingDiverged, TrainingStopped, UserError, printable
 
 if TYPE_CHECKING:
     from danet.config import TestConfig
     from danet.data.check import SplitCheck
     from danet.evaluation.evaluate import Evaluation
     from danet.predict import Predictor
+    from danet.processes import Share
     from danet.progress import ProgressReport
 
 app = typer.Typer(
@@ -84,32 +85,40 @@ def evaluate(
     precision: Precision = "auto",
     compile_graph: Compile = False,
 ) -> None:
-    """Score a model on a dataset by the published protocol."""
+    """Score a model on a dataset by the published protocol. torchrun shares the work."""
     from danet.data import open_dataset
     from danet.evaluation import evaluate as evaluation
     from danet.evaluation.submission import submission_writer
     from danet.predict import Predictor
+    from danet.processes import Share
     from danet.progress import ProgressReport
     from danet.training.checkpoint import RunFolder
 
     _check_precision(precision)
-    predictor = Predictor(model, device, precision, compile_graph=compile_graph)
+    share = Share.from_environment()
+    predictor = Predictor(model, _own_device(device, share), precision, compile_graph=compile_graph)
     test = _changed_test(predictor.test, mode, multi_scale, flip)
     run = RunFolder(Path(model))
     name, folder = _dataset_of(predictor.model.metadata.dataset, run, data, root)
     dataset = open_dataset(name, folder, split)
     write = None if submission is None else submission_writer(name, submission)
     wanted = evaluation.available_branches(predictor.model) if branches else ("fused",)
-    with ProgressReport(f"evaluate {name} {split}", len(dataset)) as progress:
-        result = evaluation.evaluate(
+    own = share.positions(len(dataset))
+    title = f"evaluate {name} {split}"
+    with share.connected(), ProgressReport(title, len(own), enabled=share.rank == 0) as progress:
+        found = evaluation.evaluate(
             predictor.model,
             dataset,
             test,
             precision=precision,
             branches=wanted,
+            indices=own,
             on_picture=progress.advance,
             write_prediction=write,
         )
+        result = evaluation.merge(share.gather(found))
+    if share.rank > 0:
+        return
     _print_scores(result)
     if json_file is not None:
         protocol = {"dataset": name, "split": split, "test": test.model_dump(mode="json")}
@@ -167,9 +176,9 @@ def predict(
     gets a line in manifest.jsonl, and a rerun passes over what is done. torchrun shares the work.
     """
     from danet.atomic import require_writable
-    from danet.bulk import Share, list_pictures, segment_pictures
-    from danet.devices import local_device
+    from danet.bulk import list_pictures, segment_pictures
     from danet.predict import VIDEO_SUFFIXES, Predictor, find_inputs, output_stems
+    from danet.processes import Share
     from danet.progress import ProgressReport
 
     _check_precision(precision)
@@ -178,11 +187,13 @@ def predict(
         raise UserError(problems[0])
     require_writable(out)
     share = Share.from_environment()
-    if share.processes > 1 and device == "auto":
-        device = local_device()
     films = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     files = [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
-    predictor = Predictor(model, device, precision, compile_graph=compile_graph) if paths else None
+    predictor = None
+    if paths:
+        predictor = Predictor(
+            model, _own_device(device, share), precision, compile_graph=compile_graph
+        )
     written = before = seen = 0
     with ProgressReport("predict", -(-len(files) // share.processes) + len(films)) as progress:
 
@@ -223,6 +234,12 @@ def predict(
     print(f"{written} of {seen} pictures and films segmented in {out}{earlier}")
     if problems:
         raise typer.Exit(2)
+
+
+def _own_device(device: str, share: "Share") -> str:
+    from danet.devices import local_device
+
+    return local_device() if device == "auto" and share.processes > 1 else device
 
 
 def _predict_video(
@@ -512,7 +529,8 @@ def data_check(
         except UserError as error:
             needed = split in ("train", "val")
             fails |= needed
-            print(f"{'error' if needed else 'note'}: {split}: {error}", file=sys.stderr)
+            kind = "error" if needed else "note"
+            print(printable(f"{kind}: {split}: {error}"), file=sys.stderr)
             continue
         with ProgressReport(f"check {name} {split}", len(dataset)) as progress:
             checks[split] = check_pictures(dataset, progress.advance)
@@ -520,7 +538,7 @@ def data_check(
         print(f"{split}: {len(dataset)} pictures{expected}")
         for line in summarize(checks[split].findings):
             fails = True
-            print(f"error: {split}: {line}", file=sys.stderr)
+            print(printable(f"error: {split}: {line}"), file=sys.stderr)
     _print_frequencies(spec.classes, checks)
     if fails:
         raise typer.Exit(2)
@@ -610,6 +628,6 @@ def main() -> None:
 
 
 def _fail(error: Exception, status: int) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     sys.stderr.flush()
     sys.exit(status)

@@ -20,3 +20,9 @@ class ExportDiffers(RuntimeError):
 def first_line(error: Exception) -> str:
     """What another library's error says, cut to one line; its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+    """One line that is safe on a terminal: what steers it, as file names may, is spelt out."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

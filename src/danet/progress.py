@@ -7,6 +7,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from danet.errors import printable
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -60,7 +62,7 @@ class ProgressReport:
         self._done += steps
         if not self._enabled:
             return
-        status = f"{status}  {self._remaining()}".strip()
+        status = printable(f"{status}  {self._remaining()}").strip()
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, status=status)
             return
@@ -73,7 +75,7 @@ class ProgressReport:
     def say(self, message: str) -> None:
         """A line of its own."""
         if self._enabled:
-            self._console.print(message, soft_wrap=True)
+            self._console.print(printable(message), soft_wrap=True)
 
     def _remaining(self) -> str:
         made = self._done - self._first

@@ -47,6 +47,18 @@ class Evaluation(NamedTuple):
         return scores(self.confusion[branch])
 
 
+def merge(shares: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of a split of which each share saw other pictures."""
+    return Evaluation(
+        shares[0].spec,
+        {
+            branch: sum((share.confusion[branch] for share in shares[1:]), counts)
+            for branch, counts in shares[0].confusion.items()
+        },
+        sorted(picture for share in shares for picture in share.pictures),
+    )
+
+
 def check_classes(model: DANet, spec: DatasetSpec) -> None:
     """Raises a UserError unless the model predicts exactly the dataset's classes."""
     if len(model.metadata.classes) != spec.num_classes:

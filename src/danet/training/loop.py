@@ -27,10 +27,11 @@ from danet.config import RunConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
 from danet.devices import choose_device, uses_bfloat16
-from danet.errors import TrainingDiverged, TrainingStopped, UserError
+from danet.errors import TrainingDiverged, TrainingStopped, UserError, first_line
 from danet.evaluation.evaluate import evaluate
 from danet.evaluation.metrics import scores
 from danet.model import DANet
+from danet.processes import join_process_group
 from danet.progress import ProgressReport
 from danet.training.build import build_model, build_optimizer, prepare_for_training
 from danet.training.checkpoint import (
@@ -70,15 +71,26 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
         trainer = _Trainer(config, run, stop, at_end)
         try:
             trainer.fit()
-        # Raised by the loader's signal handler, wherever training is at that moment.
+        # Raised by the loader's signal handler, wherever training is at that moment, and by gloo.
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            problem = _explain(error)
+            if problem is None:
                 raise
-            raise TrainingStopped(
-                "training: a data worker died, as when memory runs out; set data.workers=0 or "
-                "data.cache=false if it does so again, and go on with --resume"
-            ) from error
+            raise TrainingStopped(f"training: {problem}, and go on with --resume") from error
     return run
+
+
+def _explain(error: RuntimeError) -> str | None:
+    """What was lost from outside, and what to do; None where the error is another one."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return (
+            "a data worker died, as when memory runs out; set data.workers=0 or data.cache=false "
+            "if it does so again"
+        )
+    if isinstance(error, torch.distributed.DistError) or "gloo" in text:
+        return f"another process of this run was lost ({first_line(error)}); see its own error"
+    return None
 
 
 def _processes(config: RunConfig) -> tuple[int, int]:
@@ -126,6 +138,8 @@ class _Trainer:
             strategy="ddp" if devices * machines > 1 else "auto",
             precision="bf16-mixed" if bfloat16 else "32-true",
         )
+        if torch.distributed.is_torchelastic_launched() and devices * machines > 1:
+            join_process_group("nccl" if device.type == "cuda" else "gloo")
         self.fabric.launch()
         self._check_batch_size()
         notes: list[str] = []

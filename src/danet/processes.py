@@ -1,0 +1,65 @@
+"""Several processes that share work, as torchrun starts them."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
+
+_PATIENCE = datetime.timedelta(days=7)
+"""Waiting for the slowest; torchrun ends all processes when one of them dies."""
+
+
+class Share(NamedTuple):
+    """This process's part of the work, as torchrun numbers processes."""
+
+    rank: int
+    processes: int
+
+    @classmethod
+    def from_environment(cls) -> "Share":
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    def positions(self, length: int) -> range:
+        """Every position below `length` belongs to one process."""
+        return range(self.rank, length, self.processes)
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """`gather` works in here."""
+        if self.processes == 1:
+            yield
+            return
+        join_process_group("gloo", timeout=_PATIENCE)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if self.processes == 1:
+            return [value]
+        values = [value] * self.processes
+        dist.all_gather_object(values, value)
+        return values
+
+
+def join_process_group(backend: str, timeout: datetime.timedelta | None = None) -> None:
+    """Joins the processes that torchrun started.
+
+    After a restart, torchrun's store still holds the addresses of the processes that died, which
+    torch may then call (its issue 167288). Where one machine counts the restarts, each gets a part
+    of the store of its own; docs/reliability.md says what several machines need.
+    """
+    store, rank, processes = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timeout)

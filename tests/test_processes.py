@@ -1,0 +1,174 @@
+"""Several processes on one machine, as torchrun starts them, over gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from danet import DANet
+from danet.processes import Share
+
+SETTINGS = (
+    "model.backbone=test_resnet",
+    "model.head_channels=16",
+    "model.key_channels=4",
+    "data.crop_size=[48, 48]",
+    "data.train_images=16",
+    "data.workers=0",
+    "data.cache=true",
+    "train.batch_size=8",
+    "train.steps=50",
+    "train.optimizer=sgd",
+    "train.precision=fp32",
+    "train.log_every=1",
+    "train.lr=0.002",
+    "train.validate_images=5",
+    "train.device=cpu",
+    "test.scale=[96, 72]",
+)
+SMALL_SCENES = """
+import danet.data.catalog.scenes as scenes
+scenes._LENGTHS = {"train": 16, "val": 5, "test": 2}
+from danet.cli import main
+main()
+"""
+
+
+def torchrun(folder: Path, processes: int, *arguments: str, restarts: int = 0) -> list[str]:
+    """The command that runs `danet` in several processes, with few scenes."""
+    script = folder / "small_scenes.py"
+    script.write_text(SMALL_SCENES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    return [*command, str(script), *arguments]
+
+
+def training(out: Path, *settings: str) -> list[str]:
+    changes = [f"--set={setting}" for setting in (*SETTINGS, *settings)]
+    return ["train", "demo", "--resume", "--out", str(out), *changes]
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def train(out: Path, processes: int, *settings: str) -> list[dict[str, float]]:
+    run(torchrun(out.parent, processes, *training(out, *settings)))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_shares_are_a_partition() -> None:
+    for processes in (1, 2, 3, 7):
+        shares = [Share(rank, processes).positions(5) for rank in range(processes)]
+        assert sorted(position for share in shares for position in share) == list(range(5))
+
+
+@pytest.mark.slow
+def test_a_global_batch_is_the_same_run_on_any_number_of_processes(tmp_path: Path) -> None:
+    rows = {count: train(tmp_path / f"run{count}", count) for count in (1, 2, 4)}
+    losses = {count: [r["loss"] for r in found if "loss" in r] for count, found in rows.items()}
+    assert len(losses[1]) == 50
+    for count in (2, 4):
+        np.testing.assert_allclose(losses[count][:5], losses[1][:5], rtol=1e-4)
+        np.testing.assert_allclose(losses[count], losses[1], rtol=2e-2)
+        scores = [rows[n][-1] for n in (1, count)]
+        assert scores[0]["val/aAcc"] == pytest.approx(scores[1]["val/aAcc"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_checkpointed_activations_in_two_processes(tmp_path: Path) -> None:
+    rows = [
+        train(tmp_path / str(flag), 2, "train.steps=4", f"train.activation_checkpointing={flag}")
+        for flag in ("false", "true")
+    ]
+    losses = [[row["loss"] for row in found if "loss" in row] for found in rows]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluation_counts_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"head_channels": 8, "key_channels": 4, "auxiliary": False}
+    model = DANet(11, "test_resnet", pretrained_backbone=False, **options)
+    model.save_pretrained(tmp_path / "model")
+    found = []
+    for processes in (1, 2, 3):
+        file = tmp_path / f"{processes}.json"
+        arguments = ["evaluate", str(tmp_path / "model"), "--data", "scenes", "--branches"]
+        arguments += ["--json", str(file), "--report", str(tmp_path / f"{processes}.html")]
+        said = run(torchrun(tmp_path, processes, *arguments))
+        assert said.count("5 pictures") == 1
+        found.append(json.loads(file.read_text()))
+    assert np.sum(found[0]["confusion"]) > 0
+    assert found[0]["images"] == 5
+    assert found[1] == found[2] == found[0]
+    reports = {(tmp_path / f"{processes}.html").read_bytes() for processes in (1, 2, 3)}
+    assert len(reports) == 1
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    constant = "train.lr_power=1e-9"
+    alone = train(tmp_path / "alone", 1, "train.steps=12", constant)
+    train(tmp_path / "changed", 2, "train.steps=6", constant)
+    changed = train(tmp_path / "changed", 1, "train.steps=12", constant)
+    expected, losses = ([row["loss"] for row in rows if "loss" in row] for rows in (alone, changed))
+    assert len(expected) == 12
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+
+
+def children(process: int) -> Iterator[int]:
+    """All processes below a process that run `danet`."""
+    for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+        yield int(child)
+        yield from children(int(child))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_that_dies_ends_the_others_and_a_restart_goes_on(
+    restarts: int, tmp_path: Path
+) -> None:
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    settings = ("train.steps=40", "train.checkpoint_every=5")
+    command = torchrun(tmp_path, 2, *training(out, *settings), restarts=restarts)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (
+        metrics.exists() and len(metrics.read_text().splitlines()) > 12
+    ):
+        time.sleep(0.01)
+    workers = [pid for pid in children(process.pid) if b"train" in command_line(pid)]
+    os.kill(max(workers), signal.SIGKILL)
+    since = time.monotonic()
+    _, said = process.communicate(timeout=300)
+    if restarts == 0:
+        assert time.monotonic() - since < 60
+        assert process.returncode == 1
+        assert "Signal 9 (SIGKILL)" in said
+        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        return
+    assert process.returncode == 0, said
+    assert "going on after step" in said
+    train(alone, 2, *settings)
+    same, expected = (load_file(path / "model/model.safetensors") for path in (out, alone))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(same[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

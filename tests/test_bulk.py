@@ -17,10 +17,11 @@ from typer.testing import CliRunner, Result
 
 import danet
 import danet.bulk
-from danet.bulk import DECODED_AHEAD, Share, list_pictures, segment_pictures
+from danet.bulk import DECODED_AHEAD, list_pictures, segment_pictures
 from danet.cli import app
 from danet.errors import UserError
 from danet.predict import find_inputs
+from danet.processes import Share
 
 SIZES = ((40, 30), (33, 50), (40, 30), (64, 20))
 
@@ -234,6 +235,50 @@ def test_memory_holds_a_few_pictures(
 
 
 @pytest.mark.slow
+def test_pictures_that_do_not_fit_the_memory_are_reported_and_passed_over(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = danet.Predictor.segment_batch
+
+    def little_memory(self: danet.Predictor, images: np.ndarray) -> list[danet.Segmentation]:
+        if len(images) > 1 or images.shape[1:3] == (50, 33):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        return real(self, images)
+
+    monkeypatch.setattr(danet.Predictor, "segment_batch", little_memory)
+    done = predict(model, photos, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert len(masks(tmp_path / "out")) == 10
+    errors = [line["error"] for line in manifest(tmp_path / "out") if line["status"] == "error"]
+    assert len(errors) == 3
+    assert all("out of memory at 33x50; make it smaller" in error for error in errors)
+
+
+def test_a_manifest_that_is_a_link_is_not_followed(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    for name in ("manifest.jsonl", ".00.tmp.png", "00.png"):
+        (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
+    refused = predict(model, photos, "--out", tmp_path / "out")
+    assert isinstance(refused.exception, UserError)
+    assert "manifest.jsonl: cannot be written" in str(refused.exception)
+    (tmp_path / "out" / "manifest.jsonl").unlink()
+    assert predict(model, photos, "--out", tmp_path / "out").exit_code == 0
+    assert not (tmp_path / "out" / "00.png").is_symlink()
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_file_names_cannot_steer_the_terminal(model: Path, tmp_path: Path) -> None:
+    evil = tmp_path / "\x1b[31m\x1b]0;title\x07.png"
+    evil.write_text("no picture")
+    done = predict(model, evil, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "\\x1b[31m" in done.output
+    assert "\x1b" not in done.output
+
+
 def test_killed_at_several_moments_nothing_is_half_written(
     model: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from danet.data.images import IMAGE_SUFFIXES, open_image
+from danet.devices import is_out_of_memory
 from danet.errors import UserError
 from danet.jsonl import read_whole_lines
 from danet.model import DANet
@@ -223,7 +224,20 @@ def _segment_batch(
     overlay: bool,
     pool: ThreadPoolExecutor,
 ) -> list[Outcome]:
-    found = predictor.segment_batch(np.stack([np.asarray(image) for _, image in batch]))
+    try:
+        found = predictor.segment_batch(np.stack([np.asarray(image) for _, image in batch]))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            picture, image = batch[0]
+            problem = f"out of memory at {image.width}x{image.height}; make it smaller"
+            return [Outcome(picture, f"{picture.name}: {problem}")]
+        # Not in here, where the error keeps the batch's tensors alive.
+        found = None
+    if found is None:
+        alone = [_segment_batch(predictor, [one], folder, overlay, pool) for one in batch]
+        return [outcome for outcomes in alone for outcome in outcomes]
     written = [
         pool.submit(write_segmentation, one, image if overlay else None, folder, picture.stem)
         for one, (picture, image) in zip(found, batch, strict=True)

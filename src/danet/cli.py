@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from danet.errors import ExportDiffers, TrainingDiverged, TrainingStopped, UserError, printable
+from danet.errors import (
+    ExportDiffers,
+    OutOfMemory,
+    TrainingDiverged,
+    TrainingStopped,
+    UserError,
+    first_line,
+    printable,
+)
 
 if TYPE_CHECKING:
     from danet.config import TestConfig
@@ -53,8 +61,20 @@ def train(
     from danet.training.loop import train as run_training
 
     folder = Path("runs") / Path(recipe).stem if out is None else out
-    run = run_training(load_recipe(recipe, overrides or ()), folder, resume)
-    print(f"model: {run.model}")
+    config = load_recipe(recipe, overrides or ())
+    try:
+        run = run_training(config, folder, resume)
+    except OutOfMemory as error:
+        problem = str(error)
+    else:
+        print(f"model: {run.model}")
+        return
+    # Only here, where the error no longer keeps the tensors that filled the memory.
+    from danet.bench.cost import advise_after_running_out
+    from danet.processes import Share
+
+    processes = max(config.train.devices, Share.from_environment().processes)
+    raise OutOfMemory(f"{problem}; {advise_after_running_out(config, processes)}")
 
 
 @app.command()
@@ -466,7 +486,7 @@ def bench(
     from danet.bench import report
     from danet.bench.workload import Workload
     from danet.config import load_recipe
-    from danet.devices import choose_device, uses_bfloat16
+    from danet.devices import choose_device, memory_limit, uses_bfloat16
     from danet.evaluation.evaluate import write_json
 
     _check_precision(precision)
@@ -478,7 +498,7 @@ def bench(
         Workload(config, pixels, batch, "training" if train else "prediction") for pixels in sizes
     ]
     if estimate:
-        limit = report.device_memory(str(chosen)) if memory is None else int(memory * 2**30)
+        limit = memory_limit(chosen) if memory is None else int(memory * 2**30)
         limits = report.estimate_limits(workloads, str(chosen), bfloat16=bfloat16, limit=limit)
         report.print_limits(limits, limit)
         found: dict[str, Any] = report.limits_as_json(limits, limit)
@@ -623,8 +643,15 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         _fail(error, 2)
-    except (TrainingDiverged, TrainingStopped, ExportDiffers) as error:
+    except (TrainingDiverged, TrainingStopped, ExportDiffers, OutOfMemory) as error:
         _fail(error, 1)
+    except (RuntimeError, MemoryError) as error:
+        from danet.devices import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        advice = "let this process have more, or use smaller pictures or --precision bf16"
+        _fail(OutOfMemory(f"out of memory ({first_line(error)}); {advice}"), 1)
 
 
 def _fail(error: Exception, status: int) -> None:

@@ -1,7 +1,9 @@
 """Which device to compute on, and in which precision."""
 
 import os
+import resource
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -55,6 +57,43 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
 def _has_bfloat16_instructions() -> bool:
     cpu = torch.cpu
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, the machine or a limit on this process had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        phrase in text
+        for phrase in ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
+    )
+
+
+def memory_limit(device: torch.device) -> int:
+    """The bytes that this process may fill: all of a GPU, or of the machine if nothing limits it.
+
+    Limits are those of a container (cgroup) and of the address space (ulimit -v), of which the
+    part that libraries take without using it is left out.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    container = Path("/sys/fs/cgroup/memory.max")
+    if container.is_file() and (text := container.read_text().strip()).isdecimal():
+        limits.append(int(text))
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        limits.append(address_space - _unused_address_space())
+    return min(limits)
+
+
+def _unused_address_space() -> int:
+    usage = Path("/proc/self/statm")
+    if not usage.is_file():
+        return 0
+    mapped, resident = (int(pages) for pages in usage.read_text().split()[:2])
+    return (mapped - resident) * os.sysconf("SC_PAGE_SIZE")
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

@@ -13,6 +13,10 @@ class TrainingStopped(RuntimeError):
     """Training was asked to stop, or lost a data worker. The message says from where it goes on."""
 
 
+class OutOfMemory(RuntimeError):
+    """The device or the machine has too little memory. The message says what to lower."""
+
+
 class ExportDiffers(RuntimeError):
     """What was exported computes something else than the model; nothing was written."""
 

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import danet
+from danet.bench import cost
+from danet.bench.workload import Workload
 from danet.config import load_recipe
 from danet.data.loader import Batch
-from danet.errors import TrainingDiverged, TrainingStopped, UserError
+from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserError
 from danet.training import loop
 from danet.training.checkpoint import RunFolder, load_checkpoint
 from danet.training.loop import train
@@ -273,6 +276,64 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_kept(
     assert not list(folder.last.parent.glob(".*"))
     monkeypatch.setattr(torch, "save", real)
     run(tmp_path / "run", "train.steps=4", resume=True)
+
+
+def test_memory_that_runs_out_is_told_with_what_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_take_step", runs_out)
+        with pytest.raises(OutOfMemory, match=r"training: out of memory; .* is as last saved"):
+            run(tmp_path / "run")
+    config = load_recipe("demo", [*TINY, "train.batch_size=8", "train.precision=fp32"])
+    sizes = {1: 100, 2: 60, 4: 40, 8: 30}
+
+    def estimate(workload: Workload, device: str, *, bfloat16: bool) -> int:
+        return sizes[8 // workload.batch] * 2**30
+
+    monkeypatch.setattr(cost, "estimate_peak_bytes", estimate)
+    monkeypatch.setattr(cost, "memory_limit", lambda device: 50 * 2**30)
+    assert cost.advise_after_running_out(config, processes=1) == (
+        "8 crops of 48x48 need about 100.0 GiB by estimate, and 50.0 GiB may be filled; "
+        "set train.accumulate=4, which needs about 40.0 GiB"
+    )
+    monkeypatch.setattr(cost, "memory_limit", lambda device: 20 * 2**30)
+    assert "lower data.crop_size" in cost.advise_after_running_out(config, processes=1)
+
+
+@pytest.mark.slow
+def test_a_memory_limit_is_explained_and_the_advice_fits(tmp_path: Path) -> None:
+    """The limit is on the address space, of which libraries take several GiB without using it."""
+    settings = (*TINY, "train.batch_size=32", "train.steps=1", "train.precision=fp32")
+    settings += ("data.crop_size=[384, 384]", "data.train_images=2")
+
+    def limited(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", LIMITED, "train", "demo", "--resume"]
+        command += ["--out", str(tmp_path / "run")]
+        command += [f"--set={item}" for item in (*settings, *more)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    refused = limited()
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    advised = re.search(r"set (train\.accumulate=\d+), which needs about", refused.stderr)
+    assert advised is not None, refused.stderr
+    assert limited(advised[1]).returncode == 0
+
+
+LIMITED = """
+import resource
+import danet.training.loop
+mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**30,) * 2)
+import danet.data.catalog.scenes as scenes
+scenes._LENGTHS = {"train": 8, "val": 1, "test": 2}
+from danet.cli import main
+main()
+"""
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from danet.bench.workload import Workload
+from danet.config import RunConfig
+from danet.devices import choose_device, memory_limit, uses_bfloat16
 
 _MIB = 2**20
 _CPU_HEAP_FACTOR = 1.1
@@ -22,6 +24,9 @@ Fitted, see docs/performance.md."""
 
 _STATE_COPIES = {"sgd": 1, "adamw": 2, "muon": 1}
 """What each optimizer keeps for every parameter."""
+
+_SAFE_SHARE = 0.85
+"""Of the memory that may be filled, which an estimate must not exceed to be recommended."""
 
 _PARTS = ("backbone", "head.position_branch", "head.channel_branch", "head", "auxiliary_head")
 
@@ -112,6 +117,35 @@ def largest_batch(workload: Workload, device: str, *, bfloat16: bool, limit: int
     )
     further = max(second - first, 1)
     return BatchLimit(max(0, (limit - first) // further + 1), first, further)
+
+
+def advise_after_running_out(config: RunConfig, processes: int) -> str:
+    """What to change in a recipe so that its training fits the memory, by the estimate."""
+    settings = config.train
+    device = choose_device(settings.device)
+    bfloat16 = uses_bfloat16(settings.precision, device)
+    limit = memory_limit(device)
+    width, height = config.data.crop_size
+    whole = settings.batch_size // processes
+
+    def needed(accumulate: int, config: RunConfig = config) -> int:
+        workload = Workload(config, config.data.crop_size, whole // accumulate, "training")
+        return estimate_peak_bytes(workload, str(device), bfloat16=bfloat16)
+
+    now = settings.accumulate
+    found = f"{whole // now} crops of {width}x{height} need about {_gib(needed(now))} by estimate"
+    found += f", and {_gib(limit)} may be filled"
+    for accumulate in range(now + 1, whole + 1):
+        if whole % accumulate == 0 and (fits := needed(accumulate)) <= limit * _SAFE_SHARE:
+            return f"{found}; set train.accumulate={accumulate}, which needs about {_gib(fits)}"
+    return (
+        f"{found}; lower data.crop_size, or set train.activation_checkpointing=true; "
+        "danet bench --train --estimate says what fits"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

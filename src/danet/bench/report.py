@@ -151,13 +151,6 @@ def limits_as_json(limits: list[tuple[Workload, BatchLimit]], limit: int) -> dic
     }
 
 
-def device_memory(device: str) -> int:
-    """All the memory of a GPU, or of the machine, in bytes."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def hardware(device: str) -> str:
     """The name of the GPU, or of the processor with its cores."""
     if torch.device(device).type == "cuda":

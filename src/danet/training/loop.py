@@ -26,8 +26,8 @@ from danet.atomic import replacing
 from danet.config import RunConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
-from danet.devices import choose_device, uses_bfloat16
-from danet.errors import TrainingDiverged, TrainingStopped, UserError, first_line
+from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
+from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserError, first_line
 from danet.evaluation.evaluate import evaluate
 from danet.evaluation.metrics import scores
 from danet.model import DANet
@@ -72,7 +72,11 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
         try:
             trainer.fit()
         # Raised by the loader's signal handler, wherever training is at that moment, and by gloo.
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory(
+                    f"training: out of memory; {run.path} is as last saved"
+                ) from error
             problem = _explain(error)
             if problem is None:
                 raise
@@ -80,7 +84,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
     return run
 
 
-def _explain(error: RuntimeError) -> str | None:
+def _explain(error: Exception) -> str | None:
     """What was lost from outside, and what to do; None where the error is another one."""
     text = str(error)
     if "DataLoader worker" in text:

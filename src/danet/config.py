@@ -36,8 +36,8 @@ class ModelConfig(Section):
     backbone_weights: Path | None = None
     """Read the backbone's weights from this file instead of the hub."""
     output_stride: Literal[8, 16, 32] = 8
-    head_channels: int = Field(512, ge=1)
-    key_channels: int = Field(64, ge=1)
+    head_channels: int = Field(512, ge=1, le=65_536)
+    key_channels: int = Field(64, ge=1, le=65_536)
     channel_affinity: Literal["reference", "paper"] = "reference"
     position: bool = True
     """The position attention branch."""
@@ -45,7 +45,7 @@ class ModelConfig(Section):
     """The channel attention branch."""
     auxiliary: bool = True
     """The FCN head on c3."""
-    multi_grid: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    multi_grid: tuple[Annotated[int, Field(ge=1, le=64)], ...] | None = None
     align_corners: bool = False
     init_from: Path | None = None
     """A model folder whose weights training starts from; classifiers only if the classes agree."""

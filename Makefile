@@ -7,7 +7,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup check test-slow parity docs test-all bench serve ablation
+.PHONY: help demo test setup check test-slow parity docs test-all bench serve ablation audit sbom \
+	fuzz faults
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +48,22 @@ serve: $(VENV)/development ## serve the shipped model on http://127.0.0.1:7860
 
 ablation: $(VENV)/runtime ## rerun the paper's ablation, going on where it stopped; CAMVID=DIR (hours)
 	$(BIN)/python benchmarks/ablation.py $(if $(CAMVID),--camvid $(CAMVID))
+
+audit: $(VENV)/development ## look the pinned packages up in the database of known vulnerabilities
+	$(INSTALL) --quiet --editable ".[audit]"
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+sbom: $(VENV)/runtime ## write sbom.json, the packages that danet is installed with (CycloneDX)
+	$(INSTALL) --quiet --editable ".[audit]"
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-file sbom.json $(BIN)/python
+
+fuzz: $(VENV)/development ## try 100,000 damaged inputs on every reader (an hour)
+	$(INSTALL) --quiet --editable ".[fuzz]"
+	$(BIN)/python benchmarks/fuzz.py
+
+faults: $(VENV)/development ## kill training, prediction, evaluation and export again and again (half an hour)
+	$(BIN)/python benchmarks/faults.py
 
 test-all: test test-slow ## run every test
 

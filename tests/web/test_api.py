@@ -5,9 +5,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import schemathesis
 import torch
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 import danet
 from danet.evaluation.inference import predict_classes
@@ -164,6 +167,44 @@ def test_an_upload_that_stands_still_is_ended(
     scope |= {"headers": [*headers, (b"content-length", b"1000")], "http_version": "1.1"}
     asyncio.run(asyncio.wait_for(application(scope, silence, answer), 20))
     assert sent[0]["status"] == 413
+
+
+def test_any_request_is_answered_as_the_description_says(predictor: danet.Predictor) -> None:
+    """But for files, of which the description cannot say what is a picture."""
+    application = build_application(Studio(predictor, LIMITS), ["*"])
+    api = schemathesis.openapi.from_asgi("/openapi.json", application)
+    operations = [found.ok() for found in api.get_all_operations()]
+    assert len(operations) == 6
+    for operation in operations:
+
+        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy())
+        def answers(case: schemathesis.Case) -> None:
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+        answers()
+
+
+def test_pictures_that_do_not_fit_the_memory_are_refused(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*args: object, **options: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("danet.web.studio.Inspection", runs_out)
+        answer = client.post("/api/segment", files={"image": ("a.png", png(picture()))})
+    assert answer.status_code == 413
+    assert "too little memory" in answer.json()["detail"]
+    assert send(client, png(picture()))["width"] == 60
+
+
+def test_large_pictures_are_kept_for_less_long(predictor: danet.Predictor) -> None:
+    studio = Studio(predictor, LIMITS._replace(pictures=9, kept_megapixels=1))
+    names = [studio.keep(studio.inspect(png(picture(900, 600)))) for _ in range(3)]
+    assert studio.find(names[2]).image.width == 900
+    with pytest.raises(KeyError):
+        studio.find(names[1])
 
 
 def test_only_the_latest_pictures_are_kept(client: TestClient) -> None:

@@ -24,7 +24,8 @@ class ModelFacts(BaseModel):
 
     backbone: str
     classes: list[str]
-    palette: list[tuple[int, int, int]]
+    palette: list[list[int]]
+    """RGB colours in 0..255, in the classes' order."""
     branches: list[str]
     trained_on: str | None
 
@@ -70,9 +71,11 @@ _REFUSALS = {
     413: {"model": Problem, "description": "The file or the picture is too large."},
     429: {"model": Problem, "description": "Too many others wait; try again in a moment."},
 }
+# Not by their model, which FastAPI would describe as pictures where the answer is one.
+_PROBLEM = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _OF_PICTURE = {
-    400: {"model": Problem, "description": "A value does not fit the picture or the model."},
-    404: {"model": Problem, "description": "No such picture, or it is no longer kept."},
+    400: {"content": _PROBLEM, "description": "A value does not fit the picture or the model."},
+    404: {"content": _PROBLEM, "description": "No such picture, or it is no longer kept."},
 }
 
 
@@ -87,7 +90,7 @@ def router(studio: Studio) -> APIRouter:
         return ModelFacts(
             backbone=network.config.backbone,
             classes=list(network.metadata.classes),
-            palette=list(network.metadata.palette),
+            palette=[list(color) for color in network.metadata.palette],
             branches=list(available_branches(network)),
             trained_on=network.metadata.dataset,
         )

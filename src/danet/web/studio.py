@@ -15,7 +15,8 @@ from typing import NamedTuple, get_args
 import numpy as np
 from PIL import Image
 
-from danet.data.images import open_image
+from danet.data.images import PictureTooLarge, open_image
+from danet.devices import is_out_of_memory
 from danet.errors import UserError
 from danet.evaluation.inference import Branch
 from danet.figure import DISAGREEMENT_COLOR, attention_overlay
@@ -31,6 +32,7 @@ class Limits(NamedTuple):
         megapixels: of a picture.
         waiting: requests that may wait for the network; more are turned away.
         pictures: segmented pictures that are kept.
+        kept_megapixels: of those together; one is always kept.
         batch: pictures in one batch.
     """
 
@@ -38,6 +40,7 @@ class Limits(NamedTuple):
     megapixels: int = 12
     waiting: int = 16
     pictures: int = 32
+    kept_megapixels: int = 64
     batch: int = 32
 
 
@@ -80,9 +83,16 @@ class Studio:
         name = secrets.token_urlsafe(16)
         with self._keeping:
             self._kept[name] = inspection
-            while len(self._kept) > self.limits.pictures:
+            while len(self._kept) > 1 and self._keeps_too_much():
                 self._kept.popitem(last=False)
         return name
+
+    def _keeps_too_much(self) -> bool:
+        pixels = sum(kept.image.width * kept.image.height for kept in self._kept.values())
+        return (
+            len(self._kept) > self.limits.pictures
+            or pixels > self.limits.kept_megapixels * 1_000_000
+        )
 
     def inspect(self, source: bytes | Path) -> Inspection:
         """Segments a picture.
@@ -92,12 +102,19 @@ class Studio:
             PictureTooLarge: it has too many pixels.
             BusyError: too many others wait.
         """
-        image = open_image(source, self.limits.megapixels * 1_000_000)
         if not self._waiting.acquire(blocking=False):
             raise BusyError("too many pictures are waiting; try again in a moment")
         try:
+            # Decoded pictures take memory too, so no more are decoded than may wait.
+            image = open_image(source, self.limits.megapixels * 1_000_000)
             with self._network:
                 return Inspection(self.predictor, image, keep_channels=False)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise PictureTooLarge(
+                "the server has too little memory for this picture; scale it down first"
+            ) from error
         finally:
             self._waiting.release()
 

@@ -2,6 +2,7 @@ import asyncio
 import io
 import threading
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import pytest
@@ -244,6 +245,37 @@ def test_a_crowd_is_turned_away_not_piled_up(
         thread.join()
     # One in the network and one waiting; the rest were told to come again.
     assert sorted(statuses) == [200, 200, 429, 429, 429, 429]
+
+
+def test_malformed_bodies_are_refused(client: TestClient) -> None:
+    bodies = (b"\xff\xfe", b"{", b"[" * 20_000, b"NaN", b"[1e999, Infinity]")
+    kinds = ("application/json", "multipart/form-data", "text/plain")
+    for path, body, kind in product(("/api/segment", "/gradio_api/run/predict"), bodies, kinds):
+        answer = client.post(path, content=body, headers={"content-type": kind})
+        assert answer.status_code in (400, 422), (path, body[:9], kind)
+        assert answer.json()["detail"]
+
+
+def test_a_refused_visitor_may_finish_sending_and_gets_the_answer(studio: Studio) -> None:
+    """A connection that is closed while something is still coming is reset."""
+    sent: list[dict] = []
+    left = [{"type": "http.request", "body": b"x", "more_body": True}] * 3
+    left += [{"type": "http.request", "body": b"", "more_body": False}]
+    left_when_done = []
+
+    async def receive() -> dict:
+        return left.pop(0)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+        left_when_done.append(len(left))
+
+    headers = [(b"host", b"localhost"), (b"content-length", b"999999999")]
+    scope = {"type": "http", "method": "POST", "path": "/api/segment", "headers": headers}
+    asyncio.run(build_application(studio, [])(scope, receive, send))
+    assert sent[0]["status"] == 413
+    assert [message.get("more_body", False) for message in sent[1:]] == [True, False]
+    assert left_when_done == [4, 4, 0]
 
 
 def test_other_sites_and_hosts_are_refused(client: TestClient) -> None:

@@ -14,6 +14,10 @@ from danet.predict import OVERLAY_OPACITY
 from danet.web import studio as looks
 from danet.web.studio import BusyError, Studio, class_shares
 
+_PREFIX = "/api"
+SEGMENT = f"{_PREFIX}/segment"
+"""Takes a file; nothing else here takes a body."""
+
 _Answer = TypeVar("_Answer")
 Side = Annotated[int, Query(ge=0, le=1_000_000)]
 Opacity = Annotated[float, Query(ge=0, le=1)]
@@ -81,7 +85,7 @@ _OF_PICTURE = {
 
 def router(studio: Studio) -> APIRouter:
     """The routes under /api."""
-    api = APIRouter(prefix="/api", tags=["danet"])
+    api = APIRouter(prefix=_PREFIX, tags=["danet"])
 
     @api.get("/model")
     def model() -> ModelFacts:
@@ -95,7 +99,7 @@ def router(studio: Studio) -> APIRouter:
             trained_on=network.metadata.dataset,
         )
 
-    @api.post("/segment", responses=_REFUSALS)  # type: ignore[arg-type]
+    @api.post(SEGMENT.removeprefix(_PREFIX), responses=_REFUSALS)  # type: ignore[arg-type]
     def segment(image: UploadFile) -> SegmentedPicture:
         """Segments an uploaded picture."""
         inspection = _answered(lambda: studio.inspect(image.file.read()))

@@ -1,6 +1,8 @@
 """The server: the page at /, the HTTP interface under /api, limits around both."""
 
 import asyncio
+import contextlib
+import json
 import os
 import socket
 import threading
@@ -19,12 +21,15 @@ from fastapi import FastAPI
 
 from danet.errors import UserError
 from danet.predict import Predictor
-from danet.web.api import router
+from danet.web.api import SEGMENT, router
 from danet.web.page import CSS, THEME, build_page
 from danet.web.studio import Limits, Studio
 
 _SLOWEST_UPLOAD_SECONDS = 60
+_SECONDS_TO_FINISH = 5
+_LARGEST_JSON = 4 << 20
 _PAGE_UPLOAD = "/gradio_api/upload"
+_FILE_UPLOADS = (_PAGE_UPLOAD, SEGMENT)
 _LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
 
 
@@ -87,6 +92,7 @@ def build_application(studio: Studio, names: Sequence[str]) -> FastAPI:
         ssr_mode=False,
         footer_links=[],
     )
+    application.add_middleware(ReadableJson)
     application.add_middleware(UploadLimit, limits=studio.limits)
     application.add_middleware(SameOrigin)
     application.add_middleware(TrustedHosts, names=[*names, *_LOCAL_HOSTS])
@@ -122,7 +128,7 @@ class TrustedHosts:
             host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
             name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
             if name not in self.names:
-                await _refuse(send, 400, "this host is not served here; see --host-name")
+                await _refuse(receive, send, 400, "this host is not served here; see --host-name")
                 return
         await self.application(scope, receive, send)
 
@@ -138,7 +144,7 @@ class SameOrigin:
         origin = headers.get(b"origin", b"").decode("latin-1")
         host = headers.get(b"host", b"").decode("latin-1")
         if origin and origin.partition("://")[2] != host:
-            await _refuse(send, 403, "requests from other sites are refused")
+            await _refuse(receive, send, 403, "requests from other sites are refused")
             return
         await self.application(scope, receive, send)
 
@@ -163,7 +169,7 @@ class UploadLimit:
         allowed = self._bytes(scope["path"])
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > allowed:
-            await self._refuse(send)
+            await self._refuse(receive, send)
             return
         received = 0
         started = refused = complete = False
@@ -186,7 +192,7 @@ class UploadLimit:
                 complete = not message.get("more_body", False)
             if (received > allowed or late) and not started:
                 refused = True
-                await self._refuse(send)
+                await self._refuse(receive, send)
                 return {"type": "http.disconnect"}
             return message
 
@@ -203,12 +209,75 @@ class UploadLimit:
             if not refused:
                 raise
 
-    async def _refuse(self, send: Send) -> None:
-        await _refuse(send, 413, f"uploads may have {self.limits.megabytes} MB and take a minute")
+    async def _refuse(self, receive: Receive, send: Send) -> None:
+        detail = f"uploads may have {self.limits.megabytes} MB and take a minute"
+        await _refuse(receive, send, 413, detail)
 
 
-async def _refuse(send: Send, status: int, detail: str) -> None:
+class ReadableJson:
+    """Refuses JSON that cannot be read, on which FastAPI's and Gradio's handlers would stumble."""
+
+    def __init__(self, application: ASGIApp) -> None:
+        self.application = application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] != "http"
+            or scope["method"] in ("GET", "HEAD", "OPTIONS")
+            or scope["path"] in _FILE_UPLOADS
+        ):
+            await self.application(scope, receive, send)
+            return
+        body = b""
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > _LARGEST_JSON:
+                await _refuse(
+                    receive if more else None, send, 413, f"JSON may have {_LARGEST_JSON >> 20} MB"
+                )
+                return
+        try:
+            json.loads(body or b"null", parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            await _refuse(None, send, 400, "the body is no JSON that can be read")
+            return
+        whole: Message = {"type": "http.request", "body": body, "more_body": False}
+        pending = [whole]
+
+        async def again() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self.application(scope, again, send)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+async def _refuse(receive: Receive | None, send: Send, status: int, detail: str) -> None:
+    """Answers at once, then lets the visitor finish sending for a moment.
+
+    A connection that is closed while something is still coming is reset, and the answer lost.
+
+    Args:
+        receive: None where all has come.
+    """
     body = f'{{"detail":"{detail}"}}'.encode()
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if receive is not None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SECONDS_TO_FINISH):
+                while (await receive()).get("more_body", False):
+                    pass
+    await send({"type": "http.response.body", "body": b""})

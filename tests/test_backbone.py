@@ -34,6 +34,7 @@ def test_other_families_give_the_output_stride_too(name: str) -> None:
     assert features.c3.shape[1] == backbone.c3_channels
 
 
+@pytest.mark.skipif(not timm.is_model("test_vit_relpos"), reason="this timm has no small one")
 def test_a_network_of_one_size_sees_the_picture_resized() -> None:
     torch.manual_seed(0)
     backbone = Backbone("test_vit_relpos", pretrained=False).eval()

@@ -189,7 +189,7 @@ def _pretrained_options(name: str, pretrained: bool, weights: Path | None) -> di
     if not weights.is_file():
         raise UserError(f"model.backbone_weights: {weights} is not a file")
     try:
-        state = load_state_dict(str(weights))
+        state = load_state_dict(str(weights), weights_only=True)  # not always the default
     # timm and its readers raise many types on a damaged or foreign file.
     except Exception as error:
         raise UserError(

@@ -11,6 +11,22 @@ from danet.errors import UserError
 
 
 @contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Tells what cannot be written.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); choose a folder with space "
+            "that you may write to"
+        ) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; what was written there becomes `path` on success.
 
@@ -21,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: the folder cannot be made or written to, or the disk is full.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
+    with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # it may be a link, which may lead anywhere
         try:
@@ -31,8 +47,6 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
 
 @contextmanager
@@ -45,7 +59,7 @@ def staging(path: Path) -> Iterator[Path]:
         UserError: the folder cannot be made or written to, or the disk is full.
     """
     folder = path.with_name(f".{path.name}.tmp")
-    try:
+    with explaining(path):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
@@ -56,15 +70,6 @@ def staging(path: Path) -> Iterator[Path]:
                 written.replace(path.with_name(written.name))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path}: cannot be written ({error.strerror or error}); choose a folder with space "
-        "that you may write to"
-    )
 
 
 def require_writable(folder: Path) -> None:
@@ -73,9 +78,7 @@ def require_writable(folder: Path) -> None:
     Raises:
         UserError: it cannot be made or written to.
     """
-    try:
+    with explaining(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise _unwritable(folder, error) from error

@@ -4,21 +4,23 @@ Several processes started by torchrun share the work; each writes a manifest of 
 passes over what an earlier one finished with the same model.
 """
 
+import errno
 import hashlib
 import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from danet.atomic import explaining
 from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
@@ -112,7 +114,7 @@ def segment_pictures(
     finished = _finished(folder, model)
     own = islice(pictures, share.rank, None, share.processes)
     with (
-        _appending(folder / f"manifest{suffix}.jsonl") as manifest,
+        _Manifest(folder / f"manifest{suffix}.jsonl") as manifest,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         waiting: dict[tuple[int, int], list[tuple[Picture, Image.Image]]] = {}
@@ -126,32 +128,44 @@ def segment_pictures(
                     continue
                 largest = max(waiting, key=lambda size: len(waiting[size]))
                 outcomes = _segment_batch(predictor, waiting.pop(largest), folder, overlay, pool)
-            yield from _noted(outcomes, manifest.write, model)
+            yield from _noted(outcomes, manifest, model)
         for batch in waiting.values():
             for first in range(0, len(batch), BATCH):
                 part = batch[first : first + BATCH]
                 outcomes = _segment_batch(predictor, part, folder, overlay, pool)
-                yield from _noted(outcomes, manifest.write, model)
+                yield from _noted(outcomes, manifest, model)
 
 
-def _appending(path: Path) -> TextIO:
-    """Opens a file to write whole lines at its end.
+class _Manifest:
+    """A file to whose end whole lines are written at once; use as a context manager.
 
     Raises:
         UserError: it cannot be written, or is a link, which may lead anywhere.
     """
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); choose another folder with --out"
-        ) from error
-    return os.fdopen(handle, "a", encoding="utf-8", buffering=1)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explaining(path):
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666)
+        size = os.fstat(self._file).st_size
+        # A process that was killed, or a full disk, may have left a line unfinished.
+        self._separator = b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""
+
+    def __enter__(self) -> "_Manifest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def write(self, entry: dict[str, str]) -> None:
+        line = self._separator + json.dumps(entry).encode() + b"\n"
+        with explaining(self.path):
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._separator = b""
 
 
-def _noted(
-    outcomes: Sequence[Outcome], write: Callable[[str], object], model: str
-) -> Iterator[Outcome]:
+def _noted(outcomes: Sequence[Outcome], manifest: _Manifest, model: str) -> Iterator[Outcome]:
     for outcome in outcomes:
         if not outcome.done_before:
             line = {"input": outcome.picture.name, "model": model}
@@ -160,7 +174,7 @@ def _noted(
                 if outcome.error is None
                 else {"status": "error", "error": outcome.error}
             )
-            write(json.dumps(line) + "\n")
+            manifest.write(line)
         yield outcome
 
 

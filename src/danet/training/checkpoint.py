@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from danet.atomic import replacing
+from danet.atomic import explaining, replacing
 from danet.errors import UserError, first_line
 from danet.jsonl import read_whole_lines
 from danet.model_folder import METRICS_FILE, MODEL_FOLDER, RECIPE_FILE
@@ -37,10 +37,11 @@ class RunFolder:
         Raises:
             UserError: another process has it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", blocking=False)
         try:
-            lock.acquire()
+            with explaining(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
         except Timeout as error:
             raise UserError(
                 f"{self.path}: another process is training in this folder; wait for it, or choose "
@@ -70,7 +71,7 @@ class RunFolder:
         save_checkpoint(self.last, checkpoint, former=self.before_last)
 
     def append_metrics(self, row: dict[str, float]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with explaining(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, float]]:

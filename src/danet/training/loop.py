@@ -22,7 +22,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from danet.atomic import replacing
+from danet.atomic import explaining, replacing
 from danet.config import RunConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
@@ -67,7 +67,8 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
         raise UserError(
             f"{out} already holds a run; go on with --resume, or choose another folder with --out"
         )
-    with StopSignal() as stop, ExitStack() as at_end:
+    # TensorBoard's writer is the last to write without saying what to do when it cannot.
+    with explaining(out), StopSignal() as stop, ExitStack() as at_end:
         trainer = _Trainer(config, run, stop, at_end)
         try:
             trainer.fit()

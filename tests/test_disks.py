@@ -1,0 +1,128 @@
+"""Real file systems that are full or read-only, in a mount namespace of their own."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import danet
+
+pytestmark = pytest.mark.slow
+
+TINY = (
+    "model.backbone=test_resnet",
+    "model.head_channels=16",
+    "model.key_channels=4",
+    "data.crop_size=[48, 48]",
+    "data.train_images=6",
+    "data.workers=0",
+    "train.steps=400",
+    "train.batch_size=2",
+    "train.checkpoint_every=10",
+    "train.log_every=1",
+    "train.validate_images=1",
+)
+CHECK = """
+import sys, json
+from pathlib import Path
+from PIL import Image
+from danet.training.checkpoint import load_checkpoint
+for path in sorted(Path(sys.argv[1]).rglob("*")):
+    if path.suffix == ".png":
+        Image.open(path).load()
+    elif path.suffix == ".ckpt":
+        print("step", load_checkpoint(path)["step"])
+    print("left:", path.name)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("model")
+    danet.DANet(
+        11, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(30):
+        pixels = np.random.default_rng(index).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02}.png")
+    return folder
+
+
+def on_disk(folder: Path, options: str, *arguments: object) -> tuple[int, str, str]:
+    """Exit status and errors of `danet` writing to a file system of its own, and what is left."""
+    folder.mkdir(exist_ok=True)
+    command = shlex.join([sys.executable, "-m", "danet", *map(str, arguments)])
+    check = shlex.join([sys.executable, "-c", CHECK, str(folder)])
+    script = f"mount -t tmpfs -o {options} none {shlex.quote(str(folder))} && "
+    script += f"{{ {command}; echo status $?; {check}; }}"
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    status, _, left = done.stdout.partition("status ")[2].partition("\n")
+    return int(status), done.stderr, left
+
+
+@pytest.mark.parametrize("size", ["7m", "12m"])
+def test_a_full_disk_ends_training_and_leaves_a_whole_checkpoint(size: str, tmp_path: Path) -> None:
+    settings = [f"--set={item}" for item in TINY]
+    arguments = ("train", "demo", "--out", tmp_path / "disk" / "run", *settings)
+    status, said, left = on_disk(tmp_path / "disk", f"size={size}", *arguments)
+    assert status == 2
+    assert "Traceback" not in said
+    assert "cannot be written" in said
+    assert "step" in left
+    assert ".tmp" not in left
+
+
+def test_a_full_disk_ends_prediction_and_leaves_whole_masks(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    arguments = ("predict", model, photos, "--out", tmp_path / "disk", "--precision", "fp32")
+    status, said, left = on_disk(tmp_path / "disk", "size=64k", *arguments)
+    assert status == 2
+    assert "Traceback" not in said
+    assert "cannot be written (No space left on device)" in said
+    assert 5 < left.count(".png") < 20
+    assert ".tmp" not in left
+
+
+def test_a_full_disk_leaves_no_half_report(model: Path, tmp_path: Path) -> None:
+    report = tmp_path / "disk" / "report.html"
+    arguments = ("evaluate", model, "--data", "scenes", "--split", "test", "--report", report)
+    status, said, left = on_disk(tmp_path / "disk", "size=100k", *arguments)
+    assert status == 2
+    assert "Traceback" not in said
+    assert "report.html: cannot be written (No space left on device)" in said
+    assert left == ""
+
+
+def test_a_read_only_folder_is_named_before_any_work(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = [f"--set={item}" for item in TINY]
+    for arguments in (
+        ("train", "demo", "--out", tmp_path / "disk" / "run", *settings),
+        ("predict", model, photos, "--out", tmp_path / "disk" / "out"),
+        ("export", model, "--format", "torch", "--out", tmp_path / "disk" / "m.pt2"),
+    ):
+        status, said, left = on_disk(tmp_path / "disk", "ro", *arguments)
+        assert status == 2
+        assert "Traceback" not in said
+        assert "cannot be written (Read-only file system)" in said
+        assert left == ""

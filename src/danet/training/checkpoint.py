@@ -38,15 +38,15 @@ class RunFolder:
             UserError: another process has it.
         """
         lock = FileLock(self.path / ".lock", blocking=False)
-        try:
-            with explaining(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
+        with explaining(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
                 lock.acquire()
-        except Timeout as error:
-            raise UserError(
-                f"{self.path}: another process is training in this folder; wait for it, or choose "
-                "another folder with --out"
-            ) from error
+            except Timeout as error:
+                raise UserError(
+                    f"{self.path}: another process is training in this folder; wait for it, or "
+                    "choose another folder with --out"
+                ) from error
         return lock
 
     def last_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:

@@ -97,6 +97,21 @@ def test_checkpointed_activations_in_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sharded_weights_are_the_same_run_and_resume_unsharded(tmp_path: Path) -> None:
+    settings = ("train.optimizer=adamw", "train.lr_power=1e-9", "train.ema_decay=null")
+    sharded = "train.strategy=fsdp"
+    alone = train(tmp_path / "alone", 1, *settings, "train.steps=12")
+    train(tmp_path / "changed", 2, *settings, sharded, "train.steps=4")
+    train(tmp_path / "changed", 1, *settings, "train.steps=8")
+    changed = train(tmp_path / "changed", 2, *settings, sharded, "train.steps=12")
+    expected, losses = ([row["loss"] for row in rows if "loss" in row] for rows in (alone, changed))
+    np.testing.assert_allclose(losses, expected, rtol=2e-3)
+    scores = [rows[-1]["val/aAcc"] for rows in (alone, changed)]
+    assert scores[1] == pytest.approx(scores[0], abs=0.01)
+    DANet.from_pretrained(tmp_path / "changed" / "model")
+
+
+@pytest.mark.slow
 def test_evaluation_counts_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     options = {"head_channels": 8, "key_channels": 4, "auxiliary": False}

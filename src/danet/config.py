@@ -149,6 +149,9 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(1, ge=1)
     """Processes on this machine, one per device."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes. ddp: each has all weights and the optimizer's whole state; fsdp
+    (FSDP2): a share of them, for networks that are too large otherwise."""
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
@@ -159,6 +162,15 @@ class TrainConfig(Section):
     """Pictures of the validation split that are scored while training; none: all."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the run's model: the last, or those that validated best."""
+
+    @model_validator(mode="after")
+    def _sharded(self) -> "TrainConfig":
+        if self.strategy == "fsdp" and (self.optimizer == "muon" or self.ema_decay is not None):
+            raise ValueError(
+                "strategy fsdp goes with optimizer sgd or adamw and without ema_decay; change "
+                "these, or leave strategy=ddp"
+            )
+        return self
 
     @model_validator(mode="after")
     def _compiled_or_checkpointed(self) -> "TrainConfig":

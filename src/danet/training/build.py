@@ -158,4 +158,5 @@ def build_optimizer(model: DANet, config: TrainConfig) -> torch.optim.Optimizer:
         return Muon(groups, lr=lr, weight_decay=decay, momentum=config.momentum)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
-    return torch.optim.SGD(groups, lr=lr, weight_decay=decay, momentum=config.momentum, fused=True)
+    fused = config.strategy != "fsdp"  # which torch's fused SGD does not know
+    return torch.optim.SGD(groups, lr=lr, weight_decay=decay, momentum=config.momentum, fused=fused)

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.strategy import Strategy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from danet.atomic import explaining, replacing
-from danet.config import RunConfig, load_recipe
+from danet.config import RunConfig, TrainConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
@@ -43,6 +44,7 @@ from danet.training.checkpoint import (
 from danet.training.global_batch import see_global_batch
 from danet.training.loss import loss_divisor, segmentation_losses
 from danet.training.schedule import learning_rate
+from danet.training.sharding import load_optimizer, sharding_strategy, whole
 
 _DROPOUT = 2
 
@@ -83,6 +85,12 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
                 raise
             raise TrainingStopped(f"training: {problem}, and go on with --resume") from error
     return run
+
+
+def _strategy(settings: TrainConfig, processes: int) -> str | Strategy:
+    if processes == 1:
+        return "auto"
+    return sharding_strategy(processes) if settings.strategy == "fsdp" else "ddp"
 
 
 def _explain(error: Exception) -> str | None:
@@ -140,7 +148,7 @@ class _Trainer:
             accelerator=device.type,
             devices=devices,
             num_nodes=machines,
-            strategy="ddp" if devices * machines > 1 else "auto",
+            strategy=_strategy(config.train, devices * machines),
             precision="bf16-mixed" if bfloat16 else "32-true",
         )
         if torch.distributed.is_torchelastic_launched() and devices * machines > 1:
@@ -165,9 +173,10 @@ class _Trainer:
             self.dropout = see_global_batch(
                 self.model, device, self.fabric.global_rank, self.fabric.world_size
             )
-        self.network, self.optimizer = self.fabric.setup(
-            self.model, build_optimizer(self.model, config.train)
-        )
+        self.network = self.fabric.setup_module(self.model)
+        optimizer = self.fabric.setup_optimizers(build_optimizer(self.model, config.train))
+        assert not isinstance(optimizer, tuple)
+        self.optimizer = optimizer
         self.average = self._start_average()
         prepare_for_training(self.model, config.train)
         self.best: dict[str, float] | None = None
@@ -176,7 +185,7 @@ class _Trainer:
             at_end.callback(run.lock().release)
         if checkpoint is not None:
             self._restore(checkpoint)
-        elif self.fabric.is_global_zero:
+        else:
             self._start_folder()
         self.events: SummaryWriter | None = None
         if self.fabric.is_global_zero:
@@ -199,13 +208,14 @@ class _Trainer:
         return None if decay is None else ModelEmaV3(self.model, decay=decay, use_warmup=True)
 
     def _start_folder(self) -> None:
-        with replacing(self.run.recipe) as path:
-            path.write_text(self.config.to_yaml(), encoding="utf-8")
-        self.run.forget_metrics_after(-1)
+        if self.fabric.is_global_zero:
+            with replacing(self.run.recipe) as path:
+                path.write_text(self.config.to_yaml(), encoding="utf-8")
+            self.run.forget_metrics_after(-1)
         self._save_last(step=0)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(self.optimizer.optimizer, checkpoint["optimizer"])
         if self.average is not None and checkpoint["average"] is not None:
             self.average.module.load_state_dict(checkpoint["average"])
         self.best = checkpoint["best"]
@@ -347,7 +357,7 @@ class _Trainer:
         head = self.model.head
         branches = {"position": head.position_branch, "channel": head.channel_branch}
         return {
-            f"residual_{name}": branch.get_parameter("attention.residual_weight").item()
+            f"residual_{name}": whole(branch.get_parameter("attention.residual_weight")).item()
             for name, branch in branches.items()
             if branch is not None
         }
@@ -385,8 +395,9 @@ class _Trainer:
         )
         if self.best is None or result.mean_iou > self.best["mIoU"]:
             self.best = {"step": done, "mIoU": result.mean_iou}
+            checkpoint = self._checkpoint(done)
             if self.fabric.is_global_zero:
-                save_checkpoint(self.run.best, self._checkpoint(done))
+                save_checkpoint(self.run.best, checkpoint)
 
     def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
         """Over all processes."""
@@ -395,9 +406,15 @@ class _Trainer:
         return reduced
 
     def _kept_model(self) -> DANet:
-        """The network that will become the run's model."""
-        if self.average is None:
+        """The network that will become the run's model, whole in every process."""
+        if self.average is None and self.config.train.strategy == "ddp":
             return self.model
+        if self.average is None:
+            config = self.model.config.model_copy(update={"pretrained_backbone": False})
+            with self.fabric.device:
+                model = DANet.from_config(config, self.model.metadata)
+            model.load_state_dict(whole(self.model.state_dict()))
+            return model
         averaged = self.average.module
         assert isinstance(averaged, DANet)
         return averaged
@@ -413,22 +430,23 @@ class _Trainer:
     # Saving
 
     def _save_last(self, step: int) -> None:
+        checkpoint = self._checkpoint(step)
         if self.fabric.is_global_zero:
-            self.run.save_last(self._checkpoint(step))
+            self.run.save_last(checkpoint)
 
     def _checkpoint(self, step: int) -> dict[str, Any]:
         return {
             "step": step,
-            "model": self.model.state_dict(),
+            "model": whole(self.model.state_dict()),
             "average": None if self.average is None else self.average.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "best": self.best,
         }
 
     def _export(self) -> None:
+        model = self._kept_model()
         if not self.fabric.is_global_zero:
             return
-        model = self._kept_model()
         if self.config.train.keep == "best":
             model.load_state_dict(model_weights(load_checkpoint(self.run.best)))
         model.save_pretrained(self.run.model)

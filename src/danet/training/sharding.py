@@ -1,0 +1,56 @@
+"""FSDP2: every process keeps a share of the weights, their gradients and the optimizer's state."""
+
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from danet.model import DANet
+
+T = TypeVar("T")
+
+
+def sharding_strategy(processes: int) -> ModelParallelStrategy:
+    """Shards over all processes, one backbone block at a time."""
+    return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
+
+
+def _shard(model: DANet, mesh: DeviceMesh) -> DANet:
+    processes = mesh["data_parallel"]
+    model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
+    for block in model.backbone.blocks():
+        fully_shard(block, mesh=processes)
+    fully_shard(model, mesh=processes)
+    return model
+
+
+def whole(tree: T) -> T:
+    """The same with whole tensors on the CPU in place of shares; every process must ask for it."""
+    gathered: T = tree_map_only(DTensor, lambda share: share.full_tensor().cpu(), tree)
+    return gathered
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads a state of whole tensors, of which sharded parameters get their shares."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def share_of(index: int, value: Any) -> Any:
+        parameter = parameters[index]
+        if not (isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()):
+            return value
+        if isinstance(parameter, DTensor):
+            moved = value.to(parameter.device)
+            return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
+        # In the parameter's memory format, which torch's fused kernels take for granted.
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    shares = {
+        index: {name: share_of(index, value) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": shares})

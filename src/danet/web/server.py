@@ -119,8 +119,8 @@ class TrustedHosts:
     Starlette's own middleware does not know IPv6 addresses.
     """
 
-    def __init__(self, application: ASGIApp, names: Sequence[str]) -> None:
-        self.application = application
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.application = app
         self.names = {name.lower() for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,8 +136,8 @@ class TrustedHosts:
 class SameOrigin:
     """Refuses what another site's page asks for in a visitor's browser."""
 
-    def __init__(self, application: ASGIApp) -> None:
-        self.application = application
+    def __init__(self, app: ASGIApp) -> None:
+        self.application = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope.get("headers", ()))
@@ -152,8 +152,8 @@ class SameOrigin:
 class UploadLimit:
     """Refuses bodies that are too large, by their announced or their real size, or too slow."""
 
-    def __init__(self, application: ASGIApp, limits: Limits) -> None:
-        self.application = application
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.application = app
         self.limits = limits
 
     def _bytes(self, path: str) -> int:
@@ -217,8 +217,8 @@ class UploadLimit:
 class ReadableJson:
     """Refuses JSON that cannot be read, on which FastAPI's and Gradio's handlers would stumble."""
 
-    def __init__(self, application: ASGIApp) -> None:
-        self.application = application
+    def __init__(self, app: ASGIApp) -> None:
+        self.application = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import danet
+from namespaces import ISOLATED, needs_namespaces
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_namespaces]
 
 TINY = (
     "model.backbone=test_resnet",
@@ -68,7 +69,7 @@ def on_disk(folder: Path, options: str, *arguments: object) -> tuple[int, str, s
     script = f"mount -t tmpfs -o {options} none {shlex.quote(str(folder))} && "
     script += f"{{ {command}; echo status $?; {check}; }}"
     done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script],
+        [*ISOLATED, "bash", "-c", script],
         capture_output=True,
         text=True,
         check=False,

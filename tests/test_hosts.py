@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from namespaces import ISOLATED, needs_namespaces
 from test_processes import SETTINGS, SMALL_SCENES, train
 
 HOSTS = r"""
 set -e
+command=("$@")
 mkdir -p /run/netns
 mount -t tmpfs none /run/netns
 ip link set lo up
@@ -30,10 +32,11 @@ done
 export GLOO_SOCKET_IFNAME=eth0 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 run_on() {
     ip netns exec host$1 $TORCHRUN --nnodes 2 --nproc-per-node 1 --max-restarts 2 \
-        --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29400 --local-addr 10.77.0.$1 $COMMAND
+        --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29400 --rdzv-conf is_host=$2 \
+        --local-addr 10.77.0.$1 "${command[@]}"
 }
-run_on 1 & first=$!
-run_on 2 & second=$!
+run_on 1 1 & first=$!
+run_on 2 0 & second=$!
 if [ "$KILL_AFTER" != 0 ]; then
     until [ "$(wc -l < "$METRICS" 2> /dev/null || echo 0)" -ge "$KILL_AFTER" ]; do sleep 0.05; done
     # Of the second machine, not torchrun but the process that it started.
@@ -51,14 +54,13 @@ def train_on_two_hosts(out: Path, kill_after: int, *settings: str) -> list[dict[
     command = [str(script), "train", "demo", "--resume", "--out", str(out), *changes]
     environment = {
         "TORCHRUN": shlex.join([sys.executable, "-m", "torch.distributed.run"]),
-        "COMMAND": " ".join(command),
         "METRICS": str(out / "metrics.jsonl"),
         "KILL_AFTER": str(kill_after),
         "OMP_NUM_THREADS": "1",
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     }
     done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--net", "--mount", "bash", "-c", HOSTS],
+        [*ISOLATED, "bash", "-c", HOSTS, "hosts", *command],
         env=environment,
         capture_output=True,
         text=True,
@@ -70,6 +72,7 @@ def train_on_two_hosts(out: Path, kill_after: int, *settings: str) -> list[dict[
 
 
 @pytest.mark.slow
+@needs_namespaces
 @pytest.mark.parametrize("kill_after", [0, 8])
 def test_two_hosts_take_the_steps_of_one_and_outlive_a_lost_process(
     kill_after: int, tmp_path: Path

@@ -1,11 +1,11 @@
 """Layers that see the batch of all processes, so that how many there are does not change a run."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -90,6 +90,24 @@ def _normalize(norm: _BatchNorm, features: Tensor) -> Tensor:
     return result
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The gradient of what all processes see is the sum of what each makes of it."""
+
+    @staticmethod
+    def forward(_: Any, sums: Tensor) -> Tensor:
+        return _all_reduced(sums)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _all_reduced(gradient)
+
+
+def _all_reduced(values: Tensor) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
 def _sum_over_processes(sums: Tensor) -> Tensor:
     """Differentiable."""
-    return cast(Tensor, all_reduce(sums))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _SumOverProcesses.apply(sums))

@@ -31,18 +31,19 @@ with atheris.instrument_imports(include=["danet", "PIL", "yaml", "tarfile", "zip
     from scipy.io import savemat
 
     import danet
-    from danet import bulk, data, jsonl
+    from danet import bulk, data, jsonl, video
     from danet.config import load_recipe, recipe_names
     from danet.data import images, mat
     from danet.interop import convert, foreign
     from danet.model_folder import read_folder
     from danet.training import checkpoint
 
-from results_file import RESULTS, commit, write_rows
+from results_file import RESULTS, commit, read_rows, write_rows
 
 from danet.data.scenes import render
 from danet.errors import UserError
 
+RESULT = RESULTS / "fuzz.csv"
 SECONDS, MEBIBYTES = 20, 8192
 
 
@@ -177,9 +178,7 @@ def read_zip(path: Path) -> None:
 
 
 def read_film(path: Path) -> None:
-    from danet.video import _Reader
-
-    with _Reader(path) as reader:
+    with video._Reader(path) as reader:
         for _ in reader.frames():
             pass
 
@@ -281,11 +280,11 @@ def main() -> None:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False
         )
-        counts = re.findall(r"^#(\d+)\s+\w+.*? cov: (\d+)", done.stderr, re.MULTILINE)
+        counts = re.findall(r"^#(\d+)\s+\w+(?:.*? cov: (\d+))?", done.stderr, re.MULTILINE)
         row = {
             "reader": name,
             "executions": int(counts[-1][0]) if counts else 0,
-            "branches": int(counts[-1][1]) if counts else 0,
+            "branches": int(counts[-1][1] or 0) if counts else 0,
             "seconds": round(time.monotonic() - start),
             "faults": int(done.returncode != 0),
             "commit": commit(),
@@ -302,8 +301,8 @@ def main() -> None:
         else:
             subprocess.run(["rm", "-r", place], check=True)
         rows.append(row)
-    if args.readers == list(READERS):
-        write_rows(RESULTS / "fuzz.csv", rows)
+    before = [row for row in read_rows(RESULT) if row["reader"] not in args.readers]
+    write_rows(RESULT, [*before, *rows])
     sys.exit(any(row["faults"] for row in rows))
 
 

@@ -180,6 +180,35 @@ def film() -> str:
     return markdown(columns, ([row[column] for column in columns] for row in rows_of("film")))
 
 
+def _all_columns(name: str, *without: str) -> str:
+    rows = rows_of(name)
+    columns = [column for column in rows[0] if column not in (*without, "commit")]
+    headings = (column.replace("_", " ") for column in columns)
+    return markdown(headings, ([row[column] for column in columns] for row in rows))
+
+
+def faults() -> str:
+    """Kills, and what they did."""
+    return _all_columns("faults")
+
+
+def fuzz() -> str:
+    """Damaged inputs, and what they did."""
+    return _all_columns("fuzz")
+
+
+def page_abuse() -> str:
+    """The page under attack, one row a figure."""
+    row = rows_of("page_abuse")[-1]
+    figures = [(name.replace("_", " "), value) for name, value in row.items() if name != "commit"]
+    return markdown(("figure", "value"), figures)
+
+
+def soak() -> str:
+    """Memory over half an hour of training."""
+    return _all_columns("soak")
+
+
 def _ratios(ours: dict[str, str], theirs: dict[str, str], memory: str) -> str:
     """How many times as fast, and the share of the memory."""
     speed = float(theirs["seconds"]) / float(ours["seconds"])
@@ -201,6 +230,10 @@ MAKERS = {
         page,
         export,
         film,
+        faults,
+        fuzz,
+        page_abuse,
+        soak,
     )
 }
 

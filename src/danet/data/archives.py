@@ -4,7 +4,6 @@ import functools
 import io
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -64,13 +63,14 @@ class ZipPath:
         file = _opened(self.archive).file
         try:
             member = file.getinfo(str(self.inner))
-            if member.file_size > MAX_FILE_BYTES:
-                raise UserError(f"{self}: unpacks to over {MAX_FILE_BYTES >> 20} MiB; refused")
-            return file.read(member)
         except KeyError as error:
             raise UserError(f"{self}: no such file in the archive") from error
-        # Damage, encryption and unknown compression, in this order.
-        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        if member.file_size > MAX_FILE_BYTES:
+            raise UserError(f"{self}: unpacks to over {MAX_FILE_BYTES >> 20} MiB; refused")
+        try:
+            return file.read(member)
+        # zipfile raises many types on damage, encryption and unknown compression.
+        except Exception as error:
             raise UserError(f"{self}: cannot be unpacked ({error})") from error
 
     def read_text(self, encoding: str) -> str:
@@ -95,7 +95,7 @@ class _Archive:
 def _opened(archive: Path) -> _Archive:
     try:
         file = zipfile.ZipFile(archive)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:
         raise UserError(f"{archive}: cannot be read as a .zip archive ({error})") from error
     folders: dict[PurePosixPath, dict[str, None]] = {_TOP: {}}
     for member in file.namelist():

@@ -22,16 +22,14 @@ from danet.cli import app
 from danet.errors import UserError
 from danet.predict import find_inputs
 from danet.processes import Share
+from networks import tiny_danet
 
 SIZES = ((40, 30), (33, 50), (40, 30), (64, 20))
 
 
 @pytest.fixture(scope="module")
 def network() -> danet.DANet:
-    torch.manual_seed(1)
-    return danet.DANet(
-        5, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
-    ).eval()
+    return tiny_danet()
 
 
 @pytest.fixture(scope="module")

@@ -7,32 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import danet
 from namespaces import ISOLATED, needs_namespaces
+from networks import TINY_RUN, tiny_danet
 
 pytestmark = [pytest.mark.slow, needs_namespaces]
 
-TINY = (
-    "model.backbone=test_resnet",
-    "model.head_channels=16",
-    "model.key_channels=4",
-    "data.crop_size=[48, 48]",
-    "data.train_images=6",
-    "data.workers=0",
-    "train.steps=400",
-    "train.batch_size=2",
-    "train.checkpoint_every=10",
-    "train.log_every=1",
-    "train.validate_images=1",
-)
+TINY = (*TINY_RUN, "train.steps=400", "train.checkpoint_every=10")
 CHECK = """
 import sys, json
 from pathlib import Path
 from PIL import Image
 from danet.training.checkpoint import load_checkpoint
+from networks import tiny_danet
 for path in sorted(Path(sys.argv[1]).rglob("*")):
     if path.suffix == ".png":
         Image.open(path).load()
@@ -44,11 +32,8 @@ for path in sorted(Path(sys.argv[1]).rglob("*")):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("model")
-    danet.DANet(
-        11, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
-    ).save_pretrained(folder)
+    tiny_danet(11).save_pretrained(folder)
     return folder
 
 

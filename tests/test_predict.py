@@ -10,14 +10,12 @@ from danet.errors import UserError
 from danet.model_folder import Metadata
 from danet.palette import default_palette
 from danet.predict import find_inputs, output_stems, write_segmentation
+from networks import tiny_danet
 
 
 @pytest.fixture(scope="module")
 def predictor() -> danet.Predictor:
-    torch.manual_seed(0)
-    model = danet.DANet(
-        5, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
-    )
+    model = tiny_danet()
     return danet.Predictor(model, device="cpu")
 
 

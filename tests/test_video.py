@@ -4,7 +4,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -13,16 +12,14 @@ from danet.cli import app
 from danet.data.scenes import render
 from danet.errors import UserError
 from danet.video import segment_video
+from networks import tiny_danet
 
 RATE = Fraction(30000, 1001)
 
 
 @pytest.fixture(scope="module")
 def model() -> danet.DANet:
-    torch.manual_seed(1)
-    return danet.DANet(
-        5, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
-    ).eval()
+    return tiny_danet()
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,14 @@ from danet.evaluation.evaluate import (
     scores_as_json,
     write_json,
 )
+from networks import tiny_danet
 
 TEST = TestConfig(scale=(96, 72))
 
 
 @pytest.fixture(scope="module")
 def model() -> danet.DANet:
-    torch.manual_seed(0)
-    return danet.DANet(
-        11, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
-    ).eval()
+    return tiny_danet(11)
 
 
 def test_counts_every_labelled_pixel_once(model: danet.DANet) -> None:

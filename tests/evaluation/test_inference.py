@@ -7,14 +7,12 @@ from torch import Tensor
 import danet
 from danet.config import TestConfig
 from danet.evaluation.inference import predict_classes, predict_probabilities, view_sizes
+from networks import tiny_danet
 
 
 @pytest.fixture(scope="module")
 def model() -> danet.DANet:
-    torch.manual_seed(0)
-    network = danet.DANet(
-        4, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
-    ).eval()
+    network = tiny_danet(4)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if "residual_weight" in name:

@@ -19,22 +19,9 @@ from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserErr
 from danet.training import loop
 from danet.training.checkpoint import RunFolder, load_checkpoint
 from danet.training.loop import train
+from networks import TINY_RUN
 
-TINY = (
-    "model.backbone=test_resnet",
-    "model.head_channels=16",
-    "model.key_channels=4",
-    "data.crop_size=[48, 48]",
-    "data.train_images=6",
-    "data.workers=0",
-    "data.cache=true",
-    "train.steps=6",
-    "train.batch_size=2",
-    "train.checkpoint_every=2",
-    "train.log_every=1",
-    "train.validate_images=1",
-    "test.scale=[96, 72]",
-)
+TINY = (*TINY_RUN, "train.steps=6", "train.checkpoint_every=2")
 
 
 @pytest.fixture(autouse=True)

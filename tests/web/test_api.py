@@ -18,16 +18,14 @@ from danet.evaluation.inference import predict_classes
 from danet.inspection import Inspection
 from danet.web.server import build_application
 from danet.web.studio import Limits, Studio
+from networks import tiny_danet
 
 LIMITS = Limits(megabytes=1, megapixels=1, waiting=1, pictures=2)
 
 
 @pytest.fixture(scope="module")
 def predictor() -> danet.Predictor:
-    torch.manual_seed(1)
-    model = danet.DANet(
-        4, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
-    )
+    model = tiny_danet(4)
     return danet.Predictor(model, device="cpu", precision="fp32")
 
 

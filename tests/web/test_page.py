@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import danet
 from danet.data.scenes import render
+from networks import tiny_danet
 
 pytestmark = pytest.mark.slow
 expect.set_options(timeout=30_000)
@@ -26,10 +26,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> danet.DANet:
-    torch.manual_seed(1)
-    return danet.DANet(
-        5, "test_resnet", pretrained_backbone=False, head_channels=16, key_channels=4
-    ).eval()
+    return tiny_danet()
 
 
 @pytest.fixture(scope="module")

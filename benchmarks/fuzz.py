@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -45,6 +46,7 @@ from danet.errors import UserError
 
 RESULT = RESULTS / "fuzz.csv"
 SECONDS, MEBIBYTES = 20, 8192
+RUNS_OF_A_PROCESS = 20_000  # the fuzzer's own memory grows
 
 
 class Reader(NamedTuple):
@@ -239,13 +241,13 @@ READERS = {
 }
 
 
-def fuzz(reader: Reader, runs: int, seconds: int, folder: Path) -> None:
+def fuzz(reader: Reader, runs: int, seed: int, folder: Path) -> None:
     """Runs in this process and leaves it."""
     corpus, inputs = folder / "corpus", folder / "inputs"
     for path in (corpus, inputs):
-        path.mkdir()
-    for index, seed in enumerate(reader.seeds()):
-        (corpus / str(index)).write_bytes(seed)
+        path.mkdir(exist_ok=True)
+    for index, content in enumerate(reader.seeds()):
+        (corpus / str(index)).write_bytes(content)
     path = inputs / reader.name
 
     def one(content: bytes) -> None:
@@ -254,8 +256,7 @@ def fuzz(reader: Reader, runs: int, seconds: int, folder: Path) -> None:
             reader.read(path)
 
     options = [f"-runs={runs}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEBIBYTES}"]
-    options += ["-max_len=20000", "-len_control=0", f"-artifact_prefix={folder}/", "-seed=1"]
-    options += [f"-max_total_time={seconds}"] if seconds else []
+    options += ["-max_len=20000", "-len_control=0", f"-artifact_prefix={folder}/", f"-seed={seed}"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
 
@@ -263,43 +264,38 @@ def fuzz(reader: Reader, runs: int, seconds: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=100_000, help="of each reader")
-    parser.add_argument("--seconds", type=int, default=0, help="for each reader at most; 0: no end")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside is not None:
         torch.set_num_threads(1)
-        fuzz(READERS[args.readers[0]], args.runs, args.seconds, args.inside)
+        fuzz(READERS[args.readers[0]], args.runs, args.seed, args.inside)
     rows = []
     for name in args.readers:
         shared = Path("/dev/shm")
-        place = tempfile.mkdtemp(dir=shared if shared.is_dir() else None)
-        command = [sys.executable, __file__, "--readers", name, "--inside", place]
-        command += ["--runs", str(args.runs), "--seconds", str(args.seconds)]
+        place = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
+        row = {"reader": name, "executions": 0, "branches": 0, "seconds": 0, "faults": 0}
         start = time.monotonic()
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False
-        )
-        counts = re.findall(r"^#(\d+)\s+\w+(?:.*? cov: (\d+))?", done.stderr, re.MULTILINE)
-        row = {
-            "reader": name,
-            "executions": int(counts[-1][0]) if counts else 0,
-            "branches": int(counts[-1][1] or 0) if counts else 0,
-            "seconds": round(time.monotonic() - start),
-            "faults": int(done.returncode != 0),
-            "commit": commit(),
-        }
-        print(row, flush=True)
-        if done.returncode:
-            print(
-                done.stdout[-2000:],
-                done.stderr[-1000:],
-                f"the input is in {place}",
-                sep="\n",
-                flush=True,
+        seed = 0
+        while row["executions"] < args.runs and not row["faults"]:
+            seed += 1
+            command = [sys.executable, __file__, "--readers", name, "--inside", str(place)]
+            command += ["--runs", str(min(args.runs, RUNS_OF_A_PROCESS)), "--seed", str(seed)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", check=False
             )
+            counts = re.findall(r"^#(\d+)\s+\w+(?:.*? cov: (\d+))?", done.stderr, re.MULTILINE)
+            row["executions"] += int(counts[-1][0]) if counts else 0
+            row["branches"] = max(row["branches"], int(counts[-1][1] or 0) if counts else 0)
+            row["faults"] = int(done.returncode != 0)
+        row["seconds"] = round(time.monotonic() - start)
+        row["commit"] = commit()
+        print(row, flush=True)
+        if row["faults"]:
+            print(done.stdout[-2000:], done.stderr[-1000:], f"the input is in {place}", sep="\n")
         else:
-            subprocess.run(["rm", "-r", place], check=True)
+            shutil.rmtree(place)
         rows.append(row)
     before = [row for row in read_rows(RESULT) if row["reader"] not in args.readers]
     write_rows(RESULT, [*before, *rows])

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
@@ -242,7 +243,7 @@ class ReadableJson:
                 )
                 return
         try:
-            json.loads(body or b"null", parse_constant=_no_number)
+            json.loads(body or b"null", parse_constant=_finite, parse_float=_finite)
         except (ValueError, RecursionError):
             await _refuse(None, send, 400, "the body is no JSON that can be read")
             return
@@ -255,8 +256,11 @@ class ReadableJson:
         await self.application(scope, again, send)
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
 
 
 async def _refuse(receive: Receive | None, send: Send, status: int, detail: str) -> None:

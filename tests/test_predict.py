@@ -3,6 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import danet
@@ -160,6 +162,11 @@ class TestInputs:
         stems = output_stems(paths)
         assert len(set(stems.values())) == 4
         assert stems[paths[2]] == "b"
+
+    @given(st.lists(st.text("ab_./", min_size=1, max_size=6), unique=True, max_size=12))
+    def test_stems_of_any_paths_are_unique(self, names: list[str]) -> None:
+        paths = list({Path(f"{name}.png") for name in names})
+        assert len(set(output_stems(paths).values())) == len(paths)
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -1,6 +1,7 @@
 """Segmenting photos."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -230,15 +231,21 @@ def _unlisted(inputs: Sequence[str], problems: list[str]) -> Iterator[str]:
 
 def output_stems(paths: Sequence[Path]) -> dict[Path, str]:
     """A file stem for each input's results: its own, or where two inputs share it, its path's."""
-    counts: dict[str, int] = {}
+    counts = Counter(path.stem for path in paths)
+    stems: dict[Path, str] = {}
+    taken: set[str] = set()
     for path in paths:
-        counts[path.stem] = counts.get(path.stem, 0) + 1
-    stems = {}
-    for path in paths:
-        parts = [part for part in path.parts if part not in (path.anchor, "..", ".")]
-        unique = "_".join(parts).replace(".", "_")
-        stems[path] = path.stem if counts[path.stem] == 1 else unique
+        stem = path.stem if counts[path.stem] == 1 else _path_in_one_word(path)
+        while stem in taken:
+            stem += "_"
+        taken.add(stem)
+        stems[path] = stem
     return stems
+
+
+def _path_in_one_word(path: Path) -> str:
+    parts = [part for part in path.parts if part not in (path.anchor, "..", ".")]
+    return "_".join(parts).replace(".", "_")
 
 
 def write_segmentation(

@@ -268,6 +268,19 @@ def test_a_manifest_that_is_a_link_is_not_followed(
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+def test_a_manifest_goes_on_after_an_unfinished_line(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert predict(model, photos / "00.png", "--out", out).exit_code == 0
+    path = out / "manifest.jsonl"
+    path.write_text(path.read_text() + '{"input": "half')
+    assert predict(model, photos, "--out", out).exit_code == 0
+    lines = path.read_text().splitlines()
+    assert lines[1] == '{"input": "half'
+    assert [json.loads(line)["status"] for line in lines[:1] + lines[2:]] == ["ok"] * 13
+
+
 def test_file_names_cannot_steer_the_terminal(model: Path, tmp_path: Path) -> None:
     evil = tmp_path / "\x1b[31m\x1b]0;title\x07.png"
     evil.write_text("no picture")

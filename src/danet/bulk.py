@@ -147,9 +147,12 @@ class _Manifest:
         self.path = path
         with explaining(path):
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666)
-        size = os.fstat(self._file).st_size
+            last = b"\n"
+            if os.lseek(self._file, 0, os.SEEK_END) > 0:
+                os.lseek(self._file, -1, os.SEEK_END)
+                last = os.read(self._file, 1)
         # A process that was killed, or a full disk, may have left a line unfinished.
-        self._separator = b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""
+        self._separator = b"" if last == b"\n" else b"\n"
 
     def __enter__(self) -> "_Manifest":
         return self

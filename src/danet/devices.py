@@ -1,7 +1,6 @@
 """Which device to compute on, and in which precision."""
 
 import os
-import resource
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
@@ -9,6 +8,11 @@ from typing import Literal
 import torch
 
 from danet.errors import UserError
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows, which has no such limits
+    resource = None  # type: ignore[assignment]
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -74,10 +78,12 @@ def memory_limit(device: torch.device) -> int:
     """The bytes that this process may fill: all of a GPU, or of the machine if nothing limits it.
 
     Limits are those of a container (cgroup) and of the address space (ulimit -v), of which the
-    part that libraries take without using it is left out.
+    part that libraries take without using it is left out. On Windows none is known.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if resource is None:
+        return 2**63 - 1
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     container = Path("/sys/fs/cgroup/memory.max")
     if container.is_file() and (text := container.read_text().strip()).isdecimal():

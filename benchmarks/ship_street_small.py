@@ -1,6 +1,6 @@
-"""Makes models/street-small from a finished run of recipe street_small.
+"""Makes models/street-small from a finished run of recipe street_small_mixed.
 
-python benchmarks/ship_street_small.py runs/street_small
+python benchmarks/ship_street_small.py runs/street_small_mixed
 """
 
 import argparse
@@ -15,8 +15,8 @@ FOLDER = Path(__file__).parent.parent / "models" / NAME
 NOTE = """\
 Street scenes in the 11 classes of CamVid, small enough for a CPU. Trained from nothing:
 generated street scenes first, then the 367 training pictures of CamVid (Brostow et al.,
-University of Cambridge) in the split of the SegNet tutorial, at 480x360. No other pictures and
-no other weights went in.
+University of Cambridge) in the split of the SegNet tutorial, at 480x360, then both together.
+No other pictures and no other weights went in.
 
 **Licence.** CamVid is for research; use this model for research too. The code is under the
 project's own licence.

@@ -20,7 +20,7 @@ import danet.bulk
 from danet.bulk import DECODED_AHEAD, list_pictures, segment_pictures
 from danet.cli import app
 from danet.errors import UserError
-from danet.predict import find_inputs
+from danet.inputs import find_inputs
 from danet.processes import Share
 from networks import tiny_danet
 
@@ -125,7 +125,7 @@ def test_a_file_that_vanishes_is_an_error_line(
     real = danet.bulk.output_stems
 
     def vanishing(paths: list[Path]) -> dict[Path, str]:
-        (photos / "03.png").unlink()
+        (photos / "03.png").unlink(missing_ok=True)
         return real(paths)
 
     monkeypatch.setattr("danet.bulk.output_stems", vanishing)

@@ -1,4 +1,4 @@
-"""Segmenting many pictures: decoded ahead, batched by size, one line of a manifest each.
+"""Segmenting all that was given: pictures decoded ahead, batched by size, a manifest's line each.
 
 Several processes started by torchrun share the work; each writes a manifest of its own. A rerun
 passes over what an earlier one finished with the same model.
@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -24,9 +24,10 @@ from danet.atomic import explaining
 from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
+from danet.inputs import VIDEO_SUFFIXES, output_stems
 from danet.jsonl import read_whole_lines
 from danet.model import DANet
-from danet.predict import Predictor, output_stems, write_segmentation
+from danet.predict import Predictor, write_segmentation
 from danet.processes import Share
 
 TAR_SUFFIX = ".tar"
@@ -40,7 +41,7 @@ _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
 class Picture(NamedTuple):
-    """A picture to segment.
+    """A picture, or a film, to segment.
 
     Attributes:
         name: what it is called in the manifest.
@@ -56,11 +57,73 @@ class Picture(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a picture: an error, or None if it was segmented now or before."""
+    """What became of a picture or film.
+
+    Attributes:
+        error: why it, or the rest of a film, could not be segmented; None if it was.
+        written: whether anything was, this time.
+    """
 
     picture: Picture
     error: str | None
-    done_before: bool = False
+    written: bool
+
+
+def segment_inputs(
+    predictor: Predictor,
+    paths: Sequence[Path],
+    folder: Path,
+    *,
+    overlay: bool,
+    frame_masks: bool,
+    share: Share,
+    on_frame: Callable[[Path, int], None],
+) -> Iterator[Outcome]:
+    """Segments this process's share of pictures, tar archives and films.
+
+    Args:
+        frame_masks: write the masks of films' frames too where `overlay` makes films.
+        on_frame: called after each frame of a film with how many frames the film announces.
+    """
+    films = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+    files = [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
+    yield from segment_pictures(
+        predictor, list_pictures(files), folder, overlay=overlay, share=share
+    )
+    stems = output_stems(films)
+    for path in films[share.rank :: share.processes]:
+        film = Picture(str(path), stems[path], path, modified=0)
+        masks = frame_masks or not overlay
+        try:
+            problem = _segment_film(predictor, film, folder, overlay, masks, on_frame)
+            yield Outcome(film, problem, written=True)
+        except UserError as error:
+            yield Outcome(film, str(error), written=False)
+
+
+def _segment_film(
+    predictor: Predictor,
+    film: Picture,
+    folder: Path,
+    overlay: bool,
+    masks: bool,
+    on_frame: Callable[[Path, int], None],
+) -> str | None:
+    """Returns what could not be read of it."""
+    path = Path(film.name)
+    try:
+        from danet.video import segment_video  # noqa: PLC0415 - few have what it needs
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: films need {error.name}: pip install 'danet[video]'") from error
+    return segment_video(
+        predictor,
+        path,
+        folder,
+        film.stem,
+        overlay=overlay,
+        masks=masks,
+        on_frame=lambda announced: on_frame(path, announced),
+    ).problem
 
 
 def list_pictures(paths: Sequence[Path]) -> Iterator[Picture]:
@@ -120,7 +183,7 @@ def segment_pictures(
         waiting: dict[tuple[int, int], list[tuple[Picture, Image.Image]]] = {}
         for picture, image in _decoded(own, folder, finished, overlay, pool):
             if image is None or isinstance(image, str):
-                outcomes = [Outcome(picture, image, done_before=image is None)]
+                outcomes = [Outcome(picture, image, written=False)]
             else:
                 same_size = waiting.setdefault(image.size, [])
                 same_size.append((picture, image))
@@ -170,7 +233,7 @@ class _Manifest:
 
 def _noted(outcomes: Sequence[Outcome], manifest: _Manifest, model: str) -> Iterator[Outcome]:
     for outcome in outcomes:
-        if not outcome.done_before:
+        if outcome.written or outcome.error is not None:
             line = {"input": outcome.picture.name, "model": model}
             line |= (
                 {"status": "ok", "mask": f"{outcome.picture.stem}.png"}
@@ -249,7 +312,7 @@ def _segment_batch(
         if len(batch) == 1:
             picture, image = batch[0]
             problem = f"out of memory at {image.width}x{image.height}; make it smaller"
-            return [Outcome(picture, f"{picture.name}: {problem}")]
+            return [Outcome(picture, f"{picture.name}: {problem}", written=False)]
         # Not in here, where the error keeps the batch's tensors alive.
         found = None
     if found is None:
@@ -261,4 +324,4 @@ def _segment_batch(
     ]
     for future in written:
         future.result()
-    return [Outcome(picture, None) for picture, _ in batch]
+    return [Outcome(picture, None, written=True) for picture, _ in batch]

@@ -1,8 +1,8 @@
 """The command: parses, calls one function, prints."""
 
-import itertools
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from danet.config import TestConfig
     from danet.data.check import SplitCheck
     from danet.evaluation.evaluate import Evaluation
-    from danet.predict import Predictor
     from danet.processes import Share
-    from danet.progress import ProgressReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -196,8 +194,9 @@ def predict(
     gets a line in manifest.jsonl, and a rerun passes over what is done. torchrun shares the work.
     """
     from danet.atomic import require_writable
-    from danet.bulk import list_pictures, segment_pictures
-    from danet.predict import VIDEO_SUFFIXES, Predictor, find_inputs, output_stems
+    from danet.bulk import segment_inputs
+    from danet.inputs import find_inputs
+    from danet.predict import Predictor
     from danet.processes import Share
     from danet.progress import ProgressReport
 
@@ -207,49 +206,37 @@ def predict(
         raise UserError(problems[0])
     require_writable(out)
     share = Share.from_environment()
-    films = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
-    files = [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
-    predictor = None
-    if paths:
-        predictor = Predictor(
-            model, _own_device(device, share), precision, compile_graph=compile_graph
-        )
+    frames: Counter[Path] = Counter()
     written = before = seen = 0
-    with ProgressReport("predict", -(-len(files) // share.processes) + len(films)) as progress:
+    with ProgressReport("predict", len(share.positions(len(paths)))) as progress:
 
-        def complain(problem: str) -> None:
-            problems.append(problem)
-            progress.say(f"error: {problem}")
-            if strict:
-                raise UserError(problem)
+        def show_frame(film: Path, announced: int) -> None:
+            frames[film] += 1
+            progress.advance(f"{film.name}: frame {frames[film]}/{announced}", steps=0)
 
         for problem in problems:
             progress.say(f"error: {problem}")
-        if predictor is not None:
-            outcomes = segment_pictures(
-                predictor, list_pictures(files), out, overlay=overlay, share=share
+        if paths:
+            model_device = _own_device(device, share)
+            outcomes = segment_inputs(
+                Predictor(model, model_device, precision, compile_graph=compile_graph),
+                paths,
+                out,
+                overlay=overlay,
+                frame_masks=frame_masks,
+                share=share,
+                on_frame=show_frame,
             )
             for outcome in outcomes:
                 seen += 1
-                before += outcome.done_before
-                written += outcome.error is None and not outcome.done_before
+                written += outcome.written
+                before += not outcome.written and outcome.error is None
                 progress.advance()
                 if outcome.error is not None:
-                    complain(outcome.error)
-            stems = output_stems(films)
-            for path in films[share.rank :: share.processes]:
-                seen += 1
-                masks = frame_masks or not overlay
-                try:
-                    left_out = _predict_video(
-                        predictor, path, out, stems[path], progress, overlay=overlay, masks=masks
-                    )
-                    written += 1
-                except UserError as error:
-                    left_out = str(error)
-                progress.advance()
-                if left_out is not None:
-                    complain(left_out)
+                    problems.append(outcome.error)
+                    progress.say(f"error: {outcome.error}")
+                    if strict:
+                        raise UserError(outcome.error)
     earlier = f", {before} were before" if before else ""
     print(f"{written} of {seen} pictures and films segmented in {out}{earlier}")
     if problems:
@@ -260,35 +247,6 @@ def _own_device(device: str, share: "Share") -> str:
     from danet.devices import local_device
 
     return local_device() if device == "auto" and share.processes > 1 else device
-
-
-def _predict_video(
-    predictor: "Predictor",
-    path: Path,
-    out: Path,
-    stem: str,
-    progress: "ProgressReport",
-    *,
-    overlay: bool,
-    masks: bool,
-) -> str | None:
-    """Segments a film; returns what could not be read of it."""
-    try:
-        from danet.video import segment_video
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: films need {error.name}: pip install 'danet[video]'") from error
-    done = itertools.count(1)
-    return segment_video(
-        predictor,
-        path,
-        out,
-        stem,
-        overlay=overlay,
-        masks=masks,
-        on_frame=lambda all_of_it: progress.advance(
-            f"{path.name}: frame {next(done)}/{all_of_it}", steps=0
-        ),
-    ).problem
 
 
 @app.command()

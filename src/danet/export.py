@@ -27,10 +27,10 @@ from danet.atomic import staging
 from danet.attention import PositionAttention
 from danet.data.images import open_image
 from danet.errors import ExportDiffers, UserError, first_line
+from danet.inputs import find_inputs
 from danet.kernels.fused import attend_spread
 from danet.model import DANet
 from danet.optimize import fold_batch_norms
-from danet.predict import find_inputs
 
 Format = Literal["onnx", "torch", "openvino"]
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}

@@ -13,8 +13,9 @@ from PIL import Image
 from danet.data.scenes import render
 from danet.errors import UserError
 from danet.evaluation.evaluate import available_branches
+from danet.inputs import output_stems
 from danet.inspection import Inspection, Point
-from danet.predict import OVERLAY_OPACITY, output_stems
+from danet.predict import OVERLAY_OPACITY
 from danet.web import studio as looks
 from danet.web.studio import Studio, class_shares
 

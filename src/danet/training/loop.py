@@ -5,11 +5,7 @@ that was killed and resumed takes the same steps, to the bit on a CPU, as one le
 """
 
 import itertools
-import logging
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,22 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies.strategy import Strategy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from danet.atomic import explaining, replacing
-from danet.config import RunConfig, TrainConfig, load_recipe
+from danet.config import RunConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
-from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserError, first_line
+from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserError
 from danet.evaluation.evaluate import evaluate
 from danet.evaluation.metrics import scores
 from danet.model import DANet
-from danet.processes import join_process_group
 from danet.progress import ProgressReport
 from danet.training.build import build_model, build_optimizer, prepare_for_training
 from danet.training.checkpoint import (
@@ -42,14 +35,12 @@ from danet.training.checkpoint import (
     save_checkpoint,
 )
 from danet.training.global_batch import see_global_batch
+from danet.training.launch import StopSignal, explain_lost_process, launch
 from danet.training.loss import loss_divisor, segmentation_losses
 from danet.training.schedule import learning_rate
-from danet.training.sharding import load_optimizer, sharding_strategy, whole
+from danet.training.sharding import load_optimizer, whole
 
 _DROPOUT = 2
-
-# Fabric sets its own level when it is imported, and tells what the progress report already says.
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
@@ -69,8 +60,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
         raise UserError(
             f"{out} already holds a run; go on with --resume, or choose another folder with --out"
         )
-    # TensorBoard's writer is the last to write without saying what to do when it cannot.
-    with explaining(out), StopSignal() as stop, ExitStack() as at_end:
+    with StopSignal() as stop, ExitStack() as at_end:
         trainer = _Trainer(config, run, stop, at_end)
         try:
             trainer.fit()
@@ -80,58 +70,11 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
                 raise OutOfMemory(
                     f"training: out of memory; {run.path} is as last saved"
                 ) from error
-            problem = _explain(error)
+            problem = explain_lost_process(error)
             if problem is None:
                 raise
             raise TrainingStopped(f"training: {problem}, and go on with --resume") from error
     return run
-
-
-def _strategy(settings: TrainConfig, processes: int) -> str | Strategy:
-    if processes == 1:
-        return "auto"
-    return sharding_strategy(processes) if settings.strategy == "fsdp" else "ddp"
-
-
-def _explain(error: Exception) -> str | None:
-    """What was lost from outside, and what to do; None where the error is another one."""
-    text = str(error)
-    if "DataLoader worker" in text:
-        return (
-            "a data worker died, as when memory runs out; set data.workers=0 or data.cache=false "
-            "if it does so again"
-        )
-    if isinstance(error, torch.distributed.DistError) or "gloo" in text:
-        return f"another process of this run was lost ({first_line(error)}); see its own error"
-    return None
-
-
-def _processes(config: RunConfig) -> tuple[int, int]:
-    """Processes on each machine, and machines: as torchrun started them, or else the recipe's."""
-    if not torch.distributed.is_torchelastic_launched():
-        return config.train.devices, 1
-    on_each = int(os.environ["LOCAL_WORLD_SIZE"])
-    return on_each, int(os.environ["WORLD_SIZE"]) // on_each
-
-
-class StopSignal:
-    """Notes SIGTERM, with which schedulers announce that a machine is wanted back."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __enter__(self) -> "StopSignal":
-        # Only the main thread may; elsewhere the signal keeps its effect.
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, *_: object) -> None:
-        self.received = True
 
 
 class _Trainer:
@@ -143,17 +86,7 @@ class _Trainer:
         self.stop = stop
         device = choose_device(config.train.device)
         bfloat16 = uses_bfloat16(config.train.precision, device)
-        devices, machines = _processes(config)
-        self.fabric = Fabric(
-            accelerator=device.type,
-            devices=devices,
-            num_nodes=machines,
-            strategy=_strategy(config.train, devices * machines),
-            precision="bf16-mixed" if bfloat16 else "32-true",
-        )
-        if torch.distributed.is_torchelastic_launched() and devices * machines > 1:
-            join_process_group("nccl" if device.type == "cuda" else "gloo")
-        self.fabric.launch()
+        self.fabric = launch(config.train, device, bfloat16=bfloat16)
         self._check_batch_size()
         notes: list[str] = []
         checkpoint = run.last_checkpoint(notes.append)
@@ -190,7 +123,7 @@ class _Trainer:
         self.events: SummaryWriter | None = None
         if self.fabric.is_global_zero:
             self.events = SummaryWriter(run.path, purge_step=self.first_step + 1)
-            at_end.callback(self.events.close)
+            at_end.callback(self._close_events)
 
     # Setting up
 
@@ -423,9 +356,15 @@ class _Trainer:
         if self.events is None:
             return
         self.run.append_metrics(row)
-        for name, value in row.items():
-            if name != "step":
-                self.events.add_scalar(name.replace("loss_", "loss/"), value, int(row["step"]))
+        with explaining(self.run.path):
+            for name, value in row.items():
+                if name != "step":
+                    self.events.add_scalar(name.replace("loss_", "loss/"), value, int(row["step"]))
+
+    def _close_events(self) -> None:
+        if self.events is not None:
+            with explaining(self.run.path):
+                self.events.close()
 
     # Saving
 

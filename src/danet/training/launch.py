@@ -1,0 +1,72 @@
+"""The processes of a run: how they start, how they are told to stop, what it means to lose one."""
+
+import logging
+import os
+import signal
+import threading
+
+import torch
+from lightning_fabric import Fabric
+
+from danet.config import TrainConfig
+from danet.errors import first_line
+from danet.processes import join_process_group
+from danet.training.sharding import sharding_strategy
+
+# Fabric sets its own level when it is imported, and tells what the progress report already says.
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+
+
+def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fabric:
+    """Fabric over the processes that torchrun started, or else over as many as the recipe says."""
+    on_each, machines = settings.devices, 1
+    by_torchrun = torch.distributed.is_torchelastic_launched()
+    if by_torchrun:
+        on_each = int(os.environ["LOCAL_WORLD_SIZE"])
+        machines = int(os.environ["WORLD_SIZE"]) // on_each
+    processes = on_each * machines
+    sharded = sharding_strategy(processes) if settings.strategy == "fsdp" else "ddp"
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=on_each,
+        num_nodes=machines,
+        strategy=sharded if processes > 1 else "auto",
+        precision="bf16-mixed" if bfloat16 else "32-true",
+    )
+    if by_torchrun and processes > 1:
+        join_process_group("nccl" if device.type == "cuda" else "gloo")
+    fabric.launch()
+    return fabric
+
+
+def explain_lost_process(error: Exception) -> str | None:
+    """Which process was lost, and what to do; None where the error is another one."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return (
+            "a data worker died, as when memory runs out; set data.workers=0 or data.cache=false "
+            "if it does so again"
+        )
+    if isinstance(error, torch.distributed.DistError) or "gloo" in text:
+        return f"another process of this run was lost ({first_line(error)}); see its own error"
+    return None
+
+
+class StopSignal:
+    """Notes SIGTERM, with which schedulers announce that a machine is wanted back."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        # Only the main thread may; elsewhere the signal keeps its effect.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.received = True

@@ -20,7 +20,6 @@ import sys, json
 from pathlib import Path
 from PIL import Image
 from danet.training.checkpoint import load_checkpoint
-from networks import tiny_danet
 for path in sorted(Path(sys.argv[1]).rglob("*")):
     if path.suffix == ".png":
         Image.open(path).load()

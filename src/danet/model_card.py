@@ -86,7 +86,7 @@ def _protocol(test: TestConfig) -> str:
 def _usage(name: str) -> str:
     return (
         "## Use\n\n"
-        f"```python\nimport danet\n\nsegmentation = danet.Predictor({name!r})('photo.jpg')\n"
+        f'```python\nimport danet\n\nsegmentation = danet.Predictor("{name}")("photo.jpg")\n'
         "segmentation.classes  # H W uint8\n```\n\n"
         f"```\ndanet predict {name} photo.jpg --out out --overlay\ndanet serve {name}\n```"
     )

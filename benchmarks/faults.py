@@ -26,7 +26,6 @@ from results_file import RESULTS, commit, write_rows
 
 import danet
 from danet.data.scenes import render
-from danet.model_folder import read_folder
 from danet.training.checkpoint import load_checkpoint
 
 PICTURES = 400
@@ -247,7 +246,6 @@ def main() -> None:
             render(2, index)[0].save(photos / f"{index:03}.png")
         options = {"head_channels": 64, "key_channels": 8, "auxiliary": False}
         danet.DANet(11, "test_resnet", pretrained_backbone=False, **options).save_pretrained(model)
-        read_folder(model)
         works = {
             "training": Work(train, logged_lines, 2.0, check_run, run_results),
             "prediction": Work(

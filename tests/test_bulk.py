@@ -232,7 +232,6 @@ def test_memory_holds_a_few_pictures(
     assert largest <= DECODED_AHEAD + 10
 
 
-@pytest.mark.slow
 def test_pictures_that_do_not_fit_the_memory_are_reported_and_passed_over(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +289,7 @@ def test_file_names_cannot_steer_the_terminal(model: Path, tmp_path: Path) -> No
     assert "\x1b" not in done.output
 
 
+@pytest.mark.slow
 def test_killed_at_several_moments_nothing_is_half_written(
     model: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, needs_namespaces]
 
 TINY = (*TINY_RUN, "train.steps=400", "train.checkpoint_every=10")
 CHECK = """
-import sys, json
+import sys
 from pathlib import Path
 from PIL import Image
 from danet.training.checkpoint import load_checkpoint

@@ -16,24 +16,18 @@ from safetensors.torch import load_file
 
 from danet import DANet
 from danet.processes import Share
+from networks import TINY_RUN
 
 SETTINGS = (
-    "model.backbone=test_resnet",
-    "model.head_channels=16",
-    "model.key_channels=4",
-    "data.crop_size=[48, 48]",
+    *TINY_RUN,
     "data.train_images=16",
-    "data.workers=0",
-    "data.cache=true",
     "train.batch_size=8",
     "train.steps=50",
     "train.optimizer=sgd",
     "train.precision=fp32",
-    "train.log_every=1",
     "train.lr=0.002",
     "train.validate_images=5",
     "train.device=cpu",
-    "test.scale=[96, 72]",
 )
 SMALL_SCENES = """
 import danet.data.catalog.scenes as scenes

@@ -53,7 +53,8 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
     Raises:
         UserError: the data, the folder or a setting is wrong.
         TrainingDiverged: a loss was not finite.
-        TrainingStopped: SIGTERM arrived, or a data worker died.
+        TrainingStopped: SIGTERM arrived, or a data worker or another process died.
+        OutOfMemory: the device, the machine or a limit had no memory left.
     """
     run = RunFolder(out)
     if run.exists() and not resume:
@@ -340,17 +341,17 @@ class _Trainer:
 
     def _kept_model(self) -> DANet:
         """The network that will become the run's model, whole in every process."""
-        if self.average is None and self.config.train.strategy == "ddp":
+        if self.average is not None:
+            averaged = self.average.module
+            assert isinstance(averaged, DANet)
+            return averaged
+        if self.config.train.strategy == "ddp":
             return self.model
-        if self.average is None:
-            config = self.model.config.model_copy(update={"pretrained_backbone": False})
-            with self.fabric.device:
-                model = DANet.from_config(config, self.model.metadata)
-            model.load_state_dict(whole(self.model.state_dict()))
-            return model
-        averaged = self.average.module
-        assert isinstance(averaged, DANet)
-        return averaged
+        config = self.model.config.model_copy(update={"pretrained_backbone": False})
+        with self.fabric.device:
+            model = DANet.from_config(config, self.model.metadata)
+        model.load_state_dict(whole(self.model.state_dict()))
+        return model
 
     def _write_metrics(self, row: dict[str, float]) -> None:
         if self.events is None:

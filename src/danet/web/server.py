@@ -114,6 +114,10 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
+def _has_body(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS")
+
+
 class TrustedHosts:
     """Refuses requests that name another host, as a page would whose name was bent to this machine.
 
@@ -164,7 +168,7 @@ class UploadLimit:
         return files * ((self.limits.megabytes << 20) + (64 << 10))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if not _has_body(scope):
             await self.application(scope, receive, send)
             return
         allowed = self._bytes(scope["path"])
@@ -222,11 +226,7 @@ class ReadableJson:
         self.application = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] != "http"
-            or scope["method"] in ("GET", "HEAD", "OPTIONS")
-            or scope["path"] in _FILE_UPLOADS
-        ):
+        if not _has_body(scope) or scope["path"] in _FILE_UPLOADS:
             await self.application(scope, receive, send)
             return
         body = b""

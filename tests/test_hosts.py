@@ -39,8 +39,8 @@ run_on 1 1 & first=$!
 run_on 2 0 & second=$!
 if [ "$KILL_AFTER" != 0 ]; then
     until [ "$(wc -l < "$METRICS" 2> /dev/null || echo 0)" -ge "$KILL_AFTER" ]; do sleep 0.05; done
-    # Of the second machine, not torchrun but the process that it started.
-    kill -9 "$(pgrep --newest --full "small_scenes.py train")"
+    # Not torchrun but the process that it started last; the script's path is this test's alone.
+    kill -9 "$(pgrep --newest --full "${command[0]} train")"
 fi
 wait $first
 wait $second

@@ -68,6 +68,26 @@ def test_published_dilations() -> None:
         assert all(block.conv2.stride == (1, 1) for block in stage)
 
 
+def test_strided_pointwise_convolutions_of_the_picture_read_only_what_they_need() -> None:
+    """Where torch strides them itself, oneDNN's gradient of their weight overwrites memory."""
+    backbone = build("mobileone_s0", output_stride=32)
+    convolutions = [m for m in backbone.modules() if isinstance(m, torch.nn.Conv2d)]
+    narrow = [c for c in convolutions if c.kernel_size == (1, 1) and c.in_channels == 3]
+    assert [c.stride for c in narrow] == [(1, 1)]
+    torch.manual_seed(0)
+    untouched = timm.create_model("mobileone_s0", features_only=True).eval()
+    images = torch.randn(1, 3, 64, 97)
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone(images).c4, untouched(images)[-1])
+    images = images.to(memory_format=torch.channels_last)
+    upstream = torch.randn(1, 48, 32, 49)
+    (narrow[0](images) * upstream).sum().backward()
+    expected = torch.einsum("bohw,bihw->oi", upstream.double(), images[..., ::2, ::2].double())
+    torch.testing.assert_close(
+        narrow[0].weight.grad[..., 0, 0], expected.float(), rtol=1e-3, atol=1e-3
+    )
+
+
 def test_multi_grid_sets_absolute_dilations() -> None:
     body = build("resnet50", multi_grid=(4, 8, 16)).body
     assert [block.conv2.dilation[0] for block in body.layer4] == [4, 8, 16]

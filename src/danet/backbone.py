@@ -5,6 +5,7 @@ Shapes: B batch, H W the image, h w = ceil(H / output stride), ceil(W / output s
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ _ANY_SIZE_OPTIONS: tuple[Mapping[str, Any], ...] = (
     {"strict_img_size": False},
     {},
 )
+
+_ONEDNN_CHANNEL_BLOCK = 16
 
 _PROBE_SIZE = (75, 97)
 """Sides that no stride divides, and that the deepest family's last convolution still fits into."""
@@ -77,6 +80,7 @@ class Backbone(nn.Module):
         self.output_stride = output_stride
         options = _pretrained_options(name, pretrained, weights)
         self.body, dilated, info = _build(name, output_stride, options)
+        _subsample_before_narrow_pointwise(self.body)
         if len(info.channels()) < 2:
             raise UserError(f"model.backbone: {name} gives fewer than two feature maps")
         self.c3_channels, self.c4_channels = info.channels()[-2:]
@@ -141,6 +145,30 @@ class Backbone(nn.Module):
             features = F.interpolate(features, size=padded, mode="bilinear", align_corners=False)
             features = features[..., : size[0], : size[1]]
         return features
+
+
+def _subsample_before_narrow_pointwise(body: nn.Module) -> None:
+    """Has strided 1x1 convolutions of few channels see only the pixels that they read.
+
+    RepVGG, MobileOne and FastViT have one on the RGB picture. In channels-last memory on a CPU its
+    weight's gradient overwrites foreign memory (oneDNN's issue 6035): wrong, or the process dies.
+    """
+    for module in body.modules():
+        if (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (1, 1)
+            and module.stride != (1, 1)
+            and module.in_channels < _ONEDNN_CHANNEL_BLOCK
+        ):
+            module.register_forward_pre_hook(partial(_subsample, module.stride))
+            module.stride = (1, 1)
+
+
+def _subsample(
+    stride: tuple[int, ...], _: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    rows, columns = stride
+    return (inputs[0][..., ::rows, ::columns],)
 
 
 def _fixed_size(body: nn.Module, name: str) -> tuple[int, int]:

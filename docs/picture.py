@@ -4,15 +4,25 @@ python docs/picture.py runs/demo
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 import danet
-from danet.palette import palette_bytes
+from danet.palette import Color, palette_bytes
 
 SCENES = (3, 8, 21, 40)
 WIDTH, HEIGHT, GAP = 300, 225, 6
+
+
+def colored(labels: npt.NDArray[np.uint8], palette: Sequence[Color]) -> Image.Image:
+    """H W train ids in their classes' colours, ignored ones in black."""
+    picture = Image.fromarray(labels)
+    picture.putpalette(palette_bytes(palette))
+    return picture.convert("RGB")
 
 
 def main() -> None:
@@ -26,8 +36,7 @@ def main() -> None:
     sheet = Image.new("RGB", size, "white")
     for column, index in enumerate(SCENES):
         scene = dataset[index]
-        truth = Image.fromarray(scene.label)
-        truth.putpalette(palette_bytes(dataset.spec.palette))
+        truth = colored(scene.label, dataset.spec.palette)
         for row, picture in enumerate((scene.image, truth, predictor(scene.image).mask())):
             small = picture.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BOX)
             sheet.paste(small, (column * (WIDTH + GAP), row * (HEIGHT + GAP)))

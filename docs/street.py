@@ -7,6 +7,7 @@ explained.png from the model itself.
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from picture import colored
 from tables import DOCS, rows_of
 
 import danet
@@ -52,7 +53,6 @@ def draw_calibration() -> None:
 def draw_best_and_worst(predictor: danet.Predictor) -> None:
     """The generated scenes that go best and worst: picture, labels, prediction."""
     scenes = danet.data.open_dataset("scenes", split="test")
-    palette = np.array(scenes.spec.palette, dtype=np.uint8)
     ranked = []
     for scene in scenes:
         found = predictor(scene.image).classes
@@ -61,11 +61,9 @@ def draw_best_and_worst(predictor: danet.Predictor) -> None:
     chosen = [*ranked[-SHOWN:][::-1], *ranked[:SHOWN]]
     figure, grid = plt.subplots(len(chosen), 3, figsize=(9, 2.35 * len(chosen)))
     for (accuracy, scene, found), axes in zip(chosen, grid, strict=True):
-        labels = np.where(scene.label == 255, 0, scene.label)
-        truth = palette[labels]
-        truth[scene.label == 255] = 0
-        for panel, picture in zip(axes, (scene.image, truth, palette[found]), strict=True):
-            panel.imshow(picture)
+        maps = (colored(labels, scenes.spec.palette) for labels in (scene.label, found))
+        for panel, shown in zip(axes, (scene.image, *maps), strict=True):
+            panel.imshow(shown)
             panel.axis("off")
         axes[0].set_title(f"{scene.name}: {100 * accuracy:.1f} % of pixels right", fontsize="small")
     figure.tight_layout()

@@ -1,0 +1,54 @@
+"""The command `danet`: parses, calls one function, prints. A module for each of its commands."""
+
+import logging
+import sys
+
+import typer
+
+from danet.cli import bench, data, evaluate, explain, export, predict, recipes, serve, train
+from danet.errors import (
+    ExportDiffers,
+    OutOfMemory,
+    TrainingDiverged,
+    TrainingStopped,
+    UserError,
+    first_line,
+    printable,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Scene segmentation with dual attention networks.",
+)
+for command in (
+    *(train.train, evaluate.evaluate, predict.predict, explain.explain, serve.serve),
+    *(export.export, export.convert, recipes.recipes, recipes.config, bench.bench),
+):
+    app.command()(command)
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _fail(error, 2)
+    except (TrainingDiverged, TrainingStopped, ExportDiffers, OutOfMemory) as error:
+        _fail(error, 1)
+    except (RuntimeError, MemoryError) as error:
+        from danet.devices import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        advice = "let this process have more, or use smaller pictures or --precision bf16"
+        _fail(OutOfMemory(f"out of memory ({first_line(error)}); {advice}"), 1)
+
+
+def _fail(error: Exception, status: int) -> None:
+    print(f"error: {printable(str(error))}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(status)

@@ -1,0 +1,81 @@
+"""danet bench."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from danet.cli.options import Compile, Device, Overrides, Precision, Recipe, check_precision
+from danet.errors import UserError
+
+
+def bench(
+    recipe: Recipe = "cityscapes_r50_512x1024_40k",
+    overrides: Overrides = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT", help="Of the pictures; the recipe's crop unless given."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 1,
+    train: Annotated[
+        bool, typer.Option("--train", help="Measure training steps instead of prediction.")
+    ] = False,
+    peer: Annotated[
+        bool, typer.Option("--peer", help="Also measure the eager form that holds N x N.")
+    ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Only say what batch fits the memory, without running."),
+    ] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB that --estimate may fill; the device's unless given.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes for each form.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs in each process.")] = 3,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures.")
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    compile_graph: Compile = False,
+) -> None:
+    """Measure parameters, operations, memory and speed of a recipe's network."""
+    from danet.bench import report
+    from danet.bench.workload import Workload
+    from danet.config import load_recipe
+    from danet.devices import choose_device, memory_limit, uses_bfloat16
+    from danet.evaluation.evaluate import write_json
+
+    check_precision(precision)
+    chosen = choose_device(device)
+    bfloat16 = uses_bfloat16(precision, chosen)
+    config = load_recipe(recipe, overrides or ())
+    sizes = [_parse_size(text) for text in size or ()] or [config.data.crop_size]
+    workloads = [
+        Workload(config, pixels, batch, "training" if train else "prediction") for pixels in sizes
+    ]
+    if estimate:
+        limit = memory_limit(chosen) if memory is None else int(memory * 2**30)
+        limits = report.estimate_limits(workloads, str(chosen), bfloat16=bfloat16, limit=limit)
+        report.print_limits(limits, limit)
+        found: dict[str, Any] = report.limits_as_json(limits, limit)
+    else:
+        forms = report.forms_to_measure(bfloat16=bfloat16, compile_graph=compile_graph, peer=peer)
+        results = []
+        for workload in workloads:
+            results.append(
+                report.benchmark(workload, forms, str(chosen), rounds=rounds, repeats=repeats)
+            )
+            report.print_benchmark(results[-1])
+        found = {"results": results}
+    if json_file is not None:
+        write_json(json_file, {"recipe": recipe, **found})
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and 0 < int(side) <= 65_536 for side in sides):
+        raise UserError(f"--size {text}: write WIDTHxHEIGHT in pixels, such as 1024x512")
+    return int(sides[0]), int(sides[1])

@@ -1,0 +1,67 @@
+"""danet data list and danet data check."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from danet.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from danet.data.check import SplitCheck
+
+app = typer.Typer(no_args_is_help=True, help="Datasets.")
+
+
+@app.command("list")
+def data_list() -> None:
+    """List the datasets."""
+    from danet.data import dataset_names
+
+    print("\n".join(dataset_names()))
+
+
+@app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="A dataset; danet data list names them.")],
+    root: Annotated[Path, typer.Argument(help="Its folder.")],
+) -> None:
+    """Read every image and label, and say what training would fail on."""
+    from danet.data import dataset_spec, open_dataset, splits_of
+    from danet.data.check import check_pictures, summarize
+    from danet.progress import ProgressReport
+
+    spec = dataset_spec(name, root)
+    checks: dict[str, SplitCheck] = {}
+    fails = False
+    for split, official in splits_of(name, root).items():
+        try:
+            dataset = open_dataset(name, root, split)
+        except UserError as error:
+            needed = split in ("train", "val")
+            fails |= needed
+            kind = "error" if needed else "note"
+            print(printable(f"{kind}: {split}: {error}"), file=sys.stderr)
+            continue
+        with ProgressReport(f"check {name} {split}", len(dataset)) as progress:
+            checks[split] = check_pictures(dataset, progress.advance)
+        expected = "" if official in (None, len(dataset)) else f", officially {official}"
+        print(f"{split}: {len(dataset)} pictures{expected}")
+        for line in summarize(checks[split].findings):
+            fails = True
+            print(printable(f"error: {split}: {line}"), file=sys.stderr)
+    _print_frequencies(spec.classes, checks)
+    if fails:
+        raise typer.Exit(2)
+
+
+def _print_frequencies(classes: tuple[str, ...], checks: "dict[str, SplitCheck]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("share of pixels", *checks, box=None)
+    for index, label in enumerate((*classes, "ignored")):
+        shares = (check.pixels[index] / max(check.pixels.sum(), 1) for check in checks.values())
+        table.add_row(label, *(f"{share:.4f}" for share in shares))
+    Console().print(table)

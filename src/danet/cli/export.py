@@ -1,0 +1,58 @@
+"""danet export and danet convert: models into files of other programs, and out of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from danet.cli.options import Model, note_protocol
+from danet.errors import UserError
+
+
+def export(
+    model: Model,
+    file_format: Annotated[str, typer.Option("--format", help="onnx, torch or openvino.")],
+    out: Annotated[Path, typer.Option(help="The file: .onnx, .pt2 or .xml.")],
+    int8: Annotated[
+        bool, typer.Option("--int8", help="8-bit convolutions; onnx and openvino only.")
+    ] = False,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INPUT", help="Typical pictures for --int8: files, folders, globs."),
+    ] = None,
+) -> None:
+    """Write the network as one file for other programs, checked against the model."""
+    from danet.export import CHECKED_SIZES, calibration_pictures, check_format
+    from danet.export import export as export_model
+    from danet.model import DANet
+
+    chosen = check_format(file_format, out)
+    if int8 != bool(calibration):
+        raise UserError("--int8 goes with --calibration INPUT: some typical pictures, 20 or more")
+    pictures = calibration_pictures(calibration) if calibration else None
+    network = DANet.from_pretrained(model)
+    note_protocol(network.metadata.test)
+    agreement = export_model(network, out, chosen, pictures)
+    on = f"{len(CHECKED_SIZES)} sizes" if pictures is None else f"{len(pictures)} pictures"
+    print(
+        f"{out}: on {on} the same class as the model on {agreement.same_class:.2%} of pixels, "
+        f"logits within {agreement.difference:.2g} of the largest"
+    )
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Of mmsegmentation or of the authors.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    data: Annotated[
+        str | None, typer.Option(help="The dataset whose classes it has, if it names none.")
+    ] = None,
+) -> None:
+    """Turn another code base's checkpoint into a model folder."""
+    from danet.atomic import require_writable
+    from danet.data import dataset_spec
+    from danet.interop.convert import convert as convert_checkpoint
+
+    model = convert_checkpoint(checkpoint, None if data is None else dataset_spec(data))
+    require_writable(out)
+    model.save_pretrained(out)
+    print(f"model: {out} ({model.config.backbone}, {len(model.metadata.classes)} classes)")

@@ -1,0 +1,46 @@
+"""What several commands share: their options, and what is said of them."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from danet.errors import UserError
+
+if TYPE_CHECKING:
+    from danet.config import TestConfig
+    from danet.processes import Share
+
+Model = Annotated[str, typer.Argument(help="A model folder, a run folder, or a hub id.")]
+Recipe = Annotated[str, typer.Argument(help="A built-in recipe (danet recipes) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's key.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")
+]
+
+
+def check_precision(precision: str) -> None:
+    """Raises a UserError unless it is a precision."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--precision {precision}: use auto, fp32 or bf16")
+
+
+def own_device(device: str, share: "Share") -> str:
+    """The device to compute on: of several processes on one machine, each its own."""
+    from danet.devices import local_device
+
+    return local_device() if device == "auto" and share.processes > 1 else device
+
+
+def note_protocol(test: "TestConfig") -> None:
+    """Says where a picture is looked at in another way than `danet predict` segments it."""
+    if test.mode == "slide" or test.flip or len(test.ratios) > 1:
+        print(
+            "note: the model is tested with sliding windows, several scales or mirrored; here "
+            "pictures are taken whole, at one scale",
+            file=sys.stderr,
+        )

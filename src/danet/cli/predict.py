@@ -1,0 +1,87 @@
+"""danet predict."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from danet.cli.options import Compile, Device, Model, Precision, check_precision, own_device
+from danet.errors import UserError
+
+
+def predict(
+    model: Model,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Pictures, films, folders, globs, tars, @LIST."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder for the results.")],
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write the picture with the classes over it.")
+    ] = False,
+    frame_masks: Annotated[
+        bool,
+        typer.Option("--frame-masks", help="Of films with --overlay, write each frame's mask too."),
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first broken file.")
+    ] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    compile_graph: Compile = False,
+) -> None:
+    """Segment photos and films: a palette PNG of class ids for each picture, at its own size.
+
+    Of a film, --overlay writes a film with the classes over it instead of its frames' masks. Tar
+    archives are read as they are; @LIST is a file that names inputs, a line each. Every picture
+    gets a line in manifest.jsonl, and a rerun passes over what is done. torchrun shares the work.
+    """
+    from danet.atomic import require_writable
+    from danet.bulk import segment_inputs
+    from danet.inputs import find_inputs
+    from danet.predict import Predictor
+    from danet.processes import Share
+    from danet.progress import ProgressReport
+
+    check_precision(precision)
+    paths, problems = find_inputs(inputs, out)
+    if strict and problems:
+        raise UserError(problems[0])
+    require_writable(out)
+    share = Share.from_environment()
+    frames: Counter[Path] = Counter()
+    written = before = seen = 0
+    with ProgressReport("predict", len(share.positions(len(paths)))) as progress:
+
+        def show_frame(film: Path, announced: int) -> None:
+            frames[film] += 1
+            progress.advance(f"{film.name}: frame {frames[film]}/{announced}", steps=0)
+
+        for problem in problems:
+            progress.say(f"error: {problem}")
+        if paths:
+            model_device = own_device(device, share)
+            outcomes = segment_inputs(
+                Predictor(model, model_device, precision, compile_graph=compile_graph),
+                paths,
+                out,
+                overlay=overlay,
+                frame_masks=frame_masks,
+                share=share,
+                on_frame=show_frame,
+            )
+            for outcome in outcomes:
+                seen += 1
+                written += outcome.written
+                before += not outcome.written and outcome.error is None
+                progress.advance()
+                if outcome.error is not None:
+                    problems.append(outcome.error)
+                    progress.say(f"error: {outcome.error}")
+                    if strict:
+                        raise UserError(outcome.error)
+    earlier = f", {before} were before" if before else ""
+    print(f"{written} of {seen} pictures and films segmented in {out}{earlier}")
+    if problems:
+        raise typer.Exit(2)

@@ -1,0 +1,24 @@
+"""danet recipes and danet config."""
+
+from danet.cli.options import Overrides, Recipe
+
+
+def recipes() -> None:
+    """List the built-in recipes with their published and measured scores."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from danet.config import recipe_header, recipe_names
+
+    table = Table("recipe", "what it is", "published", "measured", box=None)
+    table.columns[0].no_wrap = True
+    for name in recipe_names():
+        table.add_row(name, *recipe_header(name))
+    Console().print(table)
+
+
+def config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print a recipe with everything it extends resolved, as YAML."""
+    from danet.config import load_recipe
+
+    print(load_recipe(recipe, overrides or ()).to_yaml(), end="")

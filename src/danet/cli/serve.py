@@ -1,0 +1,40 @@
+"""danet serve."""
+
+from typing import Annotated
+
+import typer
+
+from danet.cli.options import Device, Model, Precision, check_precision, note_protocol
+from danet.errors import UserError
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 7860,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name that visitors use, as behind a proxy."),
+    ] = None,
+    megabytes: Annotated[int, typer.Option(min=1, help="Of one file, at most.")] = 20,
+    megapixels: Annotated[int, typer.Option(min=1, help="Of one picture, at most.")] = 12,
+    open_browser: Annotated[
+        bool, typer.Option("--open", help="Open the page in the browser.")
+    ] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Serve a web page that segments pictures and shows attention, and an HTTP interface."""
+    from danet.predict import Predictor
+
+    check_precision(precision)
+    try:
+        from danet.web.server import serve as serve_forever
+    except ModuleNotFoundError as error:
+        raise UserError(f"danet serve needs {error.name}: pip install 'danet[web]'") from error
+    from danet.web.studio import Limits
+
+    limits = Limits(megabytes=megabytes, megapixels=megapixels)
+    predictor = Predictor(model, device, precision)
+    note_protocol(predictor.test)
+    serve_forever(predictor, host, port, limits, names=host_name or (), open_browser=open_browser)

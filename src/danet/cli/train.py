@@ -1,0 +1,38 @@
+"""danet train."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from danet.cli.options import Overrides, Recipe
+from danet.errors import OutOfMemory
+
+
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; runs/RECIPE unless given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in it.")] = False,
+) -> None:
+    """Train a network by a recipe."""
+    from danet.config import load_recipe
+    from danet.training.loop import train as run_training
+
+    folder = Path("runs") / Path(recipe).stem if out is None else out
+    config = load_recipe(recipe, overrides or ())
+    try:
+        run = run_training(config, folder, resume)
+    except OutOfMemory as error:
+        problem = str(error)
+    else:
+        print(f"model: {run.model}")
+        return
+    # Only here, where the error no longer keeps the tensors that filled the memory.
+    from danet.bench.cost import advise_after_running_out
+    from danet.processes import Share
+
+    processes = max(config.train.devices, Share.from_environment().processes)
+    raise OutOfMemory(f"{problem}; {advise_after_running_out(config, processes)}")

@@ -14,13 +14,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import danet
-from danet import export as exporting
 from danet.cli import app
 from danet.config import TestConfig
 from danet.data.scenes import render
 from danet.data.transforms import fitted_size
 from danet.errors import ExportDiffers, UserError
-from danet.export import SUFFIXES, attend_by_equal_widths, export, load
+from danet.export import SUFFIXES, export, load
+from danet.export.graph import WholePicture, attend_by_equal_widths
 from danet.model_folder import Metadata
 from danet.palette import default_palette
 
@@ -133,13 +133,13 @@ def test_attention_by_equal_widths_is_exact(keys: int, channels: int) -> None:
 def test_a_file_that_computes_something_else_is_not_kept(
     file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = exporting.WholePicture.forward
+    real = WholePicture.forward
 
-    def off_while_traced(self: exporting.WholePicture, images: Tensor) -> Tensor:
+    def off_while_traced(self: WholePicture, images: Tensor) -> Tensor:
         logits = real(self, images)
         return logits + 1 if torch.compiler.is_exporting() else logits
 
-    monkeypatch.setattr(exporting.WholePicture, "forward", off_while_traced)
+    monkeypatch.setattr(WholePicture, "forward", off_while_traced)
     with pytest.raises(ExportDiffers, match="nothing was written"):
         export(network(), tmp_path / f"m{SUFFIXES[file_format]}", file_format)
     assert list(tmp_path.iterdir()) == []

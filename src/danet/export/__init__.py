@@ -1,0 +1,162 @@
+"""One file that other programs run: ONNX, a torch program, or OpenVINO.
+
+The graph takes pictures of any size and does everything that prediction does at one scale: it
+normalises, resizes to the recipe's scale, segments, and brings the logits to the picture's size.
+Position attention stays in bounded memory: in ONNX as a loop over blocks of queries, in a torch
+program as torch's fused attention.
+
+`graph` is what is exported, `files` writes and runs it, and here it is checked.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from danet.atomic import staging
+from danet.data.images import open_image
+from danet.errors import ExportDiffers, UserError, first_line
+from danet.export.files import SMALLEST_SIDE, Format, Runner, load, write
+from danet.export.graph import WholePicture
+from danet.inputs import find_inputs
+from danet.model import DANet
+
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
+CHECKED_SIZES = ((1, 96, 128), (2, 65, 97), (1, 160, 72))
+"""Batch, height and width of the pictures that a file is checked on."""
+TOLERANCE = 1e-3
+"""Largest difference of logits, as a share of the largest logit, that a file may show."""
+CALIBRATION_PICTURES = 64
+"""More are not needed to find ranges."""
+CALIBRATION_SIDE = 1024
+"""Larger pictures are shrunk: all of them are in memory."""
+
+
+class Agreement(NamedTuple):
+    """How a file compares with the model.
+
+    Attributes:
+        difference: the largest of the logits, as a share of the largest logit.
+        same_class: share of the pixels whose most likely class is the same, 0..1.
+    """
+
+    difference: float
+    same_class: float
+
+
+def export(
+    model: DANet, path: Path, file_format: Format, calibration: Sequence[Tensor] | None = None
+) -> Agreement:
+    """Writes the file, runs it, and keeps it only if it agrees with the model.
+
+    Args:
+        model: left as it is.
+        calibration: float32 3 H W pictures in 0..1 to find the ranges of 8-bit convolutions on;
+            the file is in float32 where None. Not for the torch format.
+
+    Returns:
+        How the file compares with the model: on noise of `CHECKED_SIZES`, or in 8 bit on the
+        calibration pictures.
+
+    Raises:
+        UserError: a package is missing, the path does not fit the format or cannot be written.
+        ExportDiffers: the file computes something else; nothing was written.
+    """
+    check_format(file_format, path)
+    if calibration is not None and file_format == "torch":
+        raise UserError("--int8 is for onnx and openvino; a torch program stays in float32")
+    network = WholePicture(model)
+    with _explained(file_format, model.config.backbone), staging(path) as temporary:
+        write(network, temporary, file_format, calibration)
+        run = load(temporary, file_format)
+        if calibration is None:
+            agreement = compare(network, run, _noise())
+            if agreement.difference > TOLERANCE:
+                raise ExportDiffers(
+                    f"{path}: the exported graph differs from the model by "
+                    f"{agreement.difference:.2g} of its largest logit; nothing was written"
+                )
+        else:
+            agreement = compare(network, run, [picture.unsqueeze(0) for picture in calibration])
+    return agreement
+
+
+@contextmanager
+def _explained(file_format: str, backbone: str) -> Iterator[None]:
+    try:
+        yield
+    except (torch._dynamo.exc.TorchDynamoException, torch.onnx.OnnxExporterError) as error:
+        raise UserError(
+            f"--format {file_format}: {backbone} cannot be traced for any picture size "
+            f"({first_line(error)}); try another format or backbone"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--format {file_format} needs {error.name}: pip install 'danet[export]'"
+        ) from error
+
+
+def check_format(name: str, path: Path) -> Format:
+    """The format of this name.
+
+    Raises:
+        UserError: there is none, or the path has not its suffix.
+    """
+    for file_format in get_args(Format):
+        if file_format == name:
+            if path.suffix != SUFFIXES[name]:
+                raise UserError(f"--out {path}: {name} files end in {SUFFIXES[name]}")
+            found: Format = file_format
+            return found
+    raise UserError(f"--format {name}: use {', '.join(get_args(Format))}")
+
+
+def calibration_pictures(inputs: Sequence[str]) -> list[Tensor]:
+    """The first `CALIBRATION_PICTURES` pictures that paths, folders and globs name, for `export`.
+
+    Raises:
+        UserError: there is none, or one cannot be read.
+    """
+    paths, problems = find_inputs(inputs)
+    if problems:
+        raise UserError(problems[0])
+    pictures = []
+    for path in paths[:CALIBRATION_PICTURES]:
+        image = open_image(path)
+        image.thumbnail((CALIBRATION_SIDE, CALIBRATION_SIDE))
+        if min(image.size) >= SMALLEST_SIDE:
+            pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
+    if not pictures:
+        raise UserError(f"--calibration: no picture of at least {SMALLEST_SIDE} pixels a side")
+    return pictures
+
+
+@torch.inference_mode()
+def compare(network: nn.Module, run: Runner, pictures: Sequence[Tensor]) -> Agreement:
+    """Compares on pictures B 3 H W."""
+    largest = difference = 0.0
+    same = pixels = 0
+    for images in pictures:
+        expected = network(images)
+        found = torch.from_numpy(run(images.numpy()))
+        if found.shape != expected.shape:
+            raise ExportDiffers(
+                f"the exported graph gives logits {tuple(found.shape)} for {tuple(images.shape)}; "
+                "nothing was written"
+            )
+        if not found.isfinite().all():
+            raise ExportDiffers("the exported graph's logits are not finite; nothing was written")
+        largest = max(largest, expected.abs().max().item())
+        difference = max(difference, (found - expected).abs().max().item())
+        same += int((found.argmax(1) == expected.argmax(1)).sum())
+        pixels += found[:, 0].numel()
+    return Agreement(difference / max(largest, 1e-30), same / pixels)
+
+
+def _noise() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(b, 3, h, w, generator=generator) for b, h, w in CHECKED_SIZES]

@@ -1,0 +1,100 @@
+"""What is exported: the network as a graph from pictures of any size to their logits.
+
+Shapes: B batch, K classes, H W the picture; D key width, C value width, N queries, M keys.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from timm.layers import padding
+from torch import Tensor, nn
+
+from danet.attention import PositionAttention
+from danet.kernels.fused import attend_spread
+from danet.model import DANet
+from danet.optimize import fold_batch_norms
+
+
+class WholePicture(nn.Module):
+    """What is exported: pictures float32 B 3 H W, RGB in 0..1 -> logits B K H W at their size."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: DANet) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
+        fold_batch_norms(self.model)
+        self.register_buffer("mean", torch.tensor(model.metadata.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(model.metadata.std).view(3, 1, 1))
+        self.scale = model.metadata.test.scale
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        own_size = images.shape[-2:]
+        pixels = (images * 255 - self.mean) / self.std
+        if self.scale is not None:
+            pixels = F.interpolate(pixels, size=_fitted(own_size, self.scale), mode="bilinear")
+        logits = self.model.predict_logits(pixels)
+        if self.scale is not None:
+            logits = self.model.upsample(logits, own_size)
+        return logits
+
+
+def _fitted(size: Sequence[int], bounds: tuple[int, int]) -> tuple[int, int]:
+    """Height and width by `danet.data.transforms.fitted_size`.
+
+    In whole numbers, for a graph computes this itself, from symbols; where exactly half a pixel is
+    rounded, floats may have it otherwise.
+    """
+    height, width = size
+    low, high = sorted(bounds)
+    long, short = torch.sym_max(height, width), torch.sym_min(height, width)
+
+    def fit(side: int) -> Any:
+        by_long = (2 * side * high + long) // (2 * long)
+        by_short = (2 * side * low + short) // (2 * short)
+        return torch.sym_max(torch.sym_min(by_long, by_short), 1)
+
+    return fit(height), fit(width)
+
+
+def _same_padding(side: int, kernel: int, stride: int, dilation: int) -> Any:
+    """timm's `get_same_padding` in whole numbers: a graph with its division cannot be saved."""
+    steps = (side + stride - 1) // stride
+    return torch.sym_max((steps - 1) * stride + (kernel - 1) * dilation + 1 - side, 0)
+
+
+@contextmanager
+def traceable_attention(network: nn.Module, attend: Callable[..., Tensor]) -> Iterator[None]:
+    """Has the network attend in this way, which a graph can hold, and timm pad likewise."""
+    modules = [module for module in network.modules() if isinstance(module, PositionAttention)]
+    with ExitStack() as replaced:
+        for module in modules:
+            replaced.enter_context(patch.object(module, "attend", attend))
+        replaced.enter_context(patch.object(padding, "get_same_padding", _same_padding))
+        yield
+
+
+def attend_by_equal_widths(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
+    """Position attention by torch's fused attention alone: B C N.
+
+    On every device that takes O(N) memory where all widths are equal.
+    """
+    return attend_spread(query_BDN, key_BDM, value_BCM, width=query_BDN.shape[1])
+
+
+@torch.library.custom_op("danet::attend_in_onnx", mutates_args=())
+def attend_in_onnx(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
+    """Position attention, B C N; `danet.export.onnx_attention` is what it becomes."""
+    raise NotImplementedError("only exported, never run")
+
+
+@attend_in_onnx.register_fake
+def _(query_BDN: Tensor, _key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
+    return value_BCM.new_empty(*value_BCM.shape[:2], query_BDN.shape[2])

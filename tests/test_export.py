@@ -83,7 +83,7 @@ def test_any_batch_and_size_gives_the_models_logits(
     path = tmp_path / f"model{SUFFIXES[file_format]}"
     agreement = export(model, path, file_format)
     assert agreement.difference < 1e-4
-    run = load(path, file_format)
+    run = load(path, file_format).run
     for batch, height, width in [(1, 33, 200), (3, 120, 64), (2, 71, 45)]:
         images = torch.rand(batch, 3, height, width)
         expected = expected_logits(model, images)
@@ -102,7 +102,7 @@ def test_other_backbones_as_onnx(backbone: str, tmp_path: Path) -> None:
     export(model, tmp_path / "model.onnx", "onnx")
     images = torch.rand(1, 3, 70, 90)
     expected = expected_logits(model, images)
-    found = load(tmp_path / "model.onnx", "onnx")(images.numpy())
+    found = load(tmp_path / "model.onnx", "onnx").run(images.numpy())
     np.testing.assert_allclose(
         found, expected.numpy(), atol=1e-3 * float(expected.abs().max()), rtol=0
     )
@@ -113,7 +113,7 @@ def test_a_photo_gets_the_predictors_classes(tmp_path: Path) -> None:
     image = render(2, 7)[0]
     export(model, tmp_path / "m.onnx", "onnx")
     pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)[None] / 255
-    found = load(tmp_path / "m.onnx", "onnx")(pixels).argmax(1)[0]
+    found = load(tmp_path / "m.onnx", "onnx").run(pixels).argmax(1)[0]
     expected = danet.Predictor(model, device="cpu", precision="fp32")(image).classes
     assert (found == expected).mean() > 0.9999
 
@@ -209,7 +209,7 @@ def test_a_large_picture_stays_in_bounded_memory(
         import numpy as np
         from danet.bench.measure import resident_bytes
         from danet.export import load
-        run = load(Path({str(path)!r}), {file_format!r})
+        run = load(Path({str(path)!r}), {file_format!r}).run
         assert run(np.zeros((1, 3, 1024, 2048), np.float32)).shape == (1, 4, 1024, 2048)
         print(resident_bytes("VmHWM") / 2**30)
     """

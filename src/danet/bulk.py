@@ -5,7 +5,6 @@ passes over what an earlier one finished with the same model.
 """
 
 import errno
-import hashlib
 import json
 import os
 import tarfile
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from danet.atomic import explaining
@@ -26,8 +24,7 @@ from danet.devices import is_out_of_memory
 from danet.errors import UserError
 from danet.inputs import VIDEO_SUFFIXES, output_stems
 from danet.jsonl import read_whole_lines
-from danet.model import DANet
-from danet.predict import Predictor, write_segmentation
+from danet.predict import Segmenter, write_segmentation
 from danet.processes import Share
 
 TAR_SUFFIX = ".tar"
@@ -70,7 +67,7 @@ class Outcome(NamedTuple):
 
 
 def segment_inputs(
-    predictor: Predictor,
+    predictor: Segmenter,
     paths: Sequence[Path],
     folder: Path,
     *,
@@ -102,7 +99,7 @@ def segment_inputs(
 
 
 def _segment_film(
-    predictor: Predictor,
+    predictor: Segmenter,
     film: Picture,
     folder: Path,
     overlay: bool,
@@ -161,7 +158,7 @@ def _pictures_of_tar(path: Path, stem: str, modified: float) -> Iterator[Picture
 
 
 def segment_pictures(
-    predictor: Predictor,
+    predictor: Segmenter,
     pictures: Iterator[Picture],
     folder: Path,
     *,
@@ -172,7 +169,7 @@ def segment_pictures(
 
     The manifest names the model by its weights, so that results of others are made anew.
     """
-    model = _fingerprint(predictor.model)
+    model = predictor.fingerprint()
     suffix = f"-{share.rank}-of-{share.processes}" if share.processes > 1 else ""
     finished = _finished(folder, model)
     own = islice(pictures, share.rank, None, share.processes)
@@ -244,14 +241,6 @@ def _noted(outcomes: Sequence[Outcome], manifest: _Manifest, model: str) -> Iter
         yield outcome
 
 
-def _fingerprint(model: DANet) -> str:
-    """Of the weights' bits as they are computed with, and of the test protocol."""
-    digest = hashlib.sha256(model.metadata.test.model_dump_json().encode())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def _finished(folder: Path, model: str) -> set[str]:
     """What earlier runs' manifests say this model segmented."""
     return {
@@ -298,24 +287,26 @@ def _is_newer(result: Path, picture: Picture) -> bool:
 
 
 def _segment_batch(
-    predictor: Predictor,
+    predictor: Segmenter,
     batch: Sequence[tuple[Picture, Image.Image]],
     folder: Path,
     overlay: bool,
     pool: ThreadPoolExecutor,
 ) -> list[Outcome]:
+    found = None
     try:
         found = predictor.segment_batch(np.stack([np.asarray(image) for _, image in batch]))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError, UserError) as error:
+        if not (isinstance(error, UserError) or is_out_of_memory(error)):
             raise
         if len(batch) == 1:
             picture, image = batch[0]
-            problem = f"out of memory at {image.width}x{image.height}; make it smaller"
+            problem = str(error)
+            if not isinstance(error, UserError):
+                problem = f"out of memory at {image.width}x{image.height}; make it smaller"
             return [Outcome(picture, f"{picture.name}: {problem}", written=False)]
-        # Not in here, where the error keeps the batch's tensors alive.
-        found = None
     if found is None:
+        # Not in the handler, where the error keeps the batch's tensors alive.
         alone = [_segment_batch(predictor, [one], folder, overlay, pool) for one in batch]
         return [outcome for outcomes in alone for outcome in outcomes]
     written = [

@@ -1,8 +1,9 @@
 """Segmenting photos."""
 
 import copy
+import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from danet.optimize import optimize_for_inference
 from danet.palette import Color, palette_bytes
 
 OVERLAY_OPACITY = 0.55
+FINGERPRINT_DIGITS = 16
 
 
 class Segmentation(NamedTuple):
@@ -59,6 +61,18 @@ class Segmentation(NamedTuple):
                 f"{colors.width}x{colors.height}; give the picture that was segmented"
             )
         return Image.blend(upright, colors, opacity)
+
+
+class Segmenter(Protocol):
+    """What segments pictures: `Predictor`, or `danet.export.predictor.ExportedPredictor`."""
+
+    def segment_batch(self, images: npt.NDArray[np.uint8]) -> list[Segmentation]:
+        """Segments pictures of one size together, uint8 RGB P H W 3."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hex digits that differ where the results may."""
+        ...
 
 
 class Predictor:
@@ -139,6 +153,13 @@ class Predictor:
             Segmentation(classes.cpu().numpy(), metadata.classes, metadata.palette)
             for classes in found
         ]
+
+    def fingerprint(self) -> str:
+        """Of the weights' bits as they are computed with, and of the model's test protocol."""
+        digest = hashlib.sha256(self.model.metadata.test.model_dump_json().encode())
+        for tensor in self.model.state_dict().values():
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Image:

@@ -18,7 +18,7 @@ from PIL import Image
 from danet.atomic import replacing
 from danet.data.images import MAX_PIXELS
 from danet.errors import UserError, first_line
-from danet.predict import Predictor, write_segmentation
+from danet.predict import Segmenter, write_segmentation
 
 FRAMES_TOGETHER = 4
 """Frames that go through the network at once, and that are in memory."""
@@ -39,7 +39,7 @@ class SegmentedVideo(NamedTuple):
 
 
 def segment_video(
-    predictor: Predictor,
+    predictor: Segmenter,
     path: Path,
     folder: Path,
     stem: str,

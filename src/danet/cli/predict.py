@@ -2,16 +2,22 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from danet.cli.options import Compile, Device, Model, Precision, check_precision, own_device
+from danet.cli.options import Compile, Device, Precision, check_precision, own_device
 from danet.errors import UserError
+
+if TYPE_CHECKING:
+    from danet.predict import Segmenter
+    from danet.processes import Share
 
 
 def predict(
-    model: Model,
+    model: Annotated[
+        str, typer.Argument(help="A model or run folder, a hub id, or an exported .onnx or .xml.")
+    ],
     inputs: Annotated[
         list[str],
         typer.Argument(metavar="INPUT...", help="Pictures, films, folders, globs, tars, @LIST."),
@@ -40,7 +46,6 @@ def predict(
     from danet.atomic import require_writable
     from danet.bulk import segment_inputs
     from danet.inputs import find_inputs
-    from danet.predict import Predictor
     from danet.processes import Share
     from danet.progress import ProgressReport
 
@@ -61,9 +66,8 @@ def predict(
         for problem in problems:
             progress.say(f"error: {problem}")
         if paths:
-            model_device = own_device(device, share)
             outcomes = segment_inputs(
-                Predictor(model, model_device, precision, compile_graph=compile_graph),
+                _open(model, device, precision, share, compile_graph=compile_graph),
                 paths,
                 out,
                 overlay=overlay,
@@ -85,3 +89,18 @@ def predict(
     print(f"{written} of {seen} pictures and films segmented in {out}{earlier}")
     if problems:
         raise typer.Exit(2)
+
+
+def _open(
+    model: str, device: str, precision: str, share: "Share", *, compile_graph: bool
+) -> "Segmenter":
+    from danet.export.predictor import ExportedPredictor, is_exported
+    from danet.predict import Predictor
+
+    if not is_exported(model):
+        return Predictor(model, own_device(device, share), precision, compile_graph=compile_graph)
+    if device not in ("auto", "cpu") or precision != "auto" or compile_graph:
+        raise UserError(
+            f"{model} runs on the CPU as it was exported; leave --device, --precision and --compile"
+        )
+    return ExportedPredictor(model)

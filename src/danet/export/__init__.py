@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from danet.atomic import staging
 from danet.data.images import open_image
 from danet.errors import ExportDiffers, UserError, first_line
-from danet.export.files import SMALLEST_SIDE, Format, Runner, load, write
+from danet.export.files import SMALLEST_SIDE, Engine, Format, load, write
 from danet.export.graph import WholePicture
 from danet.inputs import find_inputs
 from danet.model import DANet
@@ -72,16 +72,16 @@ def export(
     network = WholePicture(model)
     with _explained(file_format, model.config.backbone), staging(path) as temporary:
         write(network, temporary, file_format, calibration)
-        run = load(temporary, file_format)
+        engine = load(temporary, file_format)
         if calibration is None:
-            agreement = compare(network, run, _noise())
+            agreement = compare(network, engine, _noise())
             if agreement.difference > TOLERANCE:
                 raise ExportDiffers(
                     f"{path}: the exported graph differs from the model by "
                     f"{agreement.difference:.2g} of its largest logit; nothing was written"
                 )
         else:
-            agreement = compare(network, run, [picture.unsqueeze(0) for picture in calibration])
+            agreement = compare(network, engine, [picture.unsqueeze(0) for picture in calibration])
     return agreement
 
 
@@ -136,13 +136,13 @@ def calibration_pictures(inputs: Sequence[str]) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def compare(network: nn.Module, run: Runner, pictures: Sequence[Tensor]) -> Agreement:
+def compare(network: nn.Module, engine: Engine, pictures: Sequence[Tensor]) -> Agreement:
     """Compares on pictures B 3 H W."""
     largest = difference = 0.0
     same = pixels = 0
     for images in pictures:
         expected = network(images)
-        found = torch.from_numpy(run(images.numpy()))
+        found = torch.from_numpy(engine.run(images.numpy()))
         if found.shape != expected.shape:
             raise ExportDiffers(
                 f"the exported graph gives logits {tuple(found.shape)} for {tuple(images.shape)}; "

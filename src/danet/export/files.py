@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,7 @@ Format = Literal["onnx", "torch", "openvino"]
 SMALLEST_SIDE = 32
 """Pixels; an exported graph may refuse smaller pictures."""
 OPSET = 18
-
-Runner = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
-"""Pictures B 3 H W -> logits B K H W."""
+METADATA_KEY = "danet"
 
 
 def write(
@@ -83,7 +81,7 @@ def _write_onnx(network: WholePicture, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props["danet"] = _metadata(network)
+    program.model.metadata_props[METADATA_KEY] = _metadata(network)
     program.save(path, external_data=False)
 
 
@@ -91,7 +89,7 @@ def _write_openvino(onnx_path: Path, path: Path, network: WholePicture) -> None:
     import openvino
 
     converted = openvino.convert_model(onnx_path)
-    converted.set_rt_info(_metadata(network), ["danet"])
+    converted.set_rt_info(_metadata(network), [METADATA_KEY])
     openvino.save_model(converted, path, compress_to_fp16=False)
 
 
@@ -138,18 +136,53 @@ def _metadata(network: WholePicture) -> str:
     return json.dumps({"classes": metadata.classes, "palette": metadata.palette})
 
 
-def load(path: Path, file_format: Format) -> Runner:
-    """A function from pictures to logits that runs an exported file in its own engine."""
-    if file_format == "torch":
-        module = torch.export.load(path).module()
-        return lambda images: np.asarray(module(torch.from_numpy(images)).detach())
-    if file_format == "onnx":
-        import onnxruntime
+class Engine(NamedTuple):
+    """What runs an exported file.
 
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
+    Attributes:
+        run: pictures float32 B 3 H W in 0..1 -> logits B K H W.
+        metadata: what `danet export` wrote about the classes, as JSON; None in foreign files.
+    """
+
+    run: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+    metadata: str | None
+
+
+def load(path: Path, file_format: Format) -> Engine:
+    """Opens an exported file in its own engine, on the CPU."""
+    if file_format == "torch":
+        return _open_torch(path)
+    if file_format == "onnx":
+        return _open_onnx(path)
+    return _open_openvino(path)
+
+
+def _open_torch(path: Path) -> Engine:
+    extra = {"metadata.json": ""}
+    module = torch.export.load(path, extra_files=extra).module()
+    return Engine(
+        lambda images: np.asarray(module(torch.from_numpy(images)).detach()),
+        extra["metadata.json"] or None,
+    )
+
+
+def _open_onnx(path: Path) -> Engine:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return Engine(
+        lambda images: np.asarray(session.run(["logits"], {"images": images})[0]),
+        session.get_modelmeta().custom_metadata_map.get(METADATA_KEY),
+    )
+
+
+def _open_openvino(path: Path) -> Engine:
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
-    return lambda images: np.asarray(compiled({"images": images})["logits"])
+    model = openvino.Core().read_model(path)
+    compiled = openvino.compile_model(model, "CPU", settings)
+    return Engine(
+        lambda images: np.asarray(compiled({"images": images})["logits"]),
+        model.get_rt_info(METADATA_KEY).astype(str) if model.has_rt_info(METADATA_KEY) else None,
+    )

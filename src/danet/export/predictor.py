@@ -1,0 +1,117 @@
+"""Segmenting with an exported file, in its own engine."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from danet.devices import is_out_of_memory
+from danet.errors import UserError, first_line
+from danet.export.files import SMALLEST_SIDE, Engine, Format, load
+from danet.model_folder import Metadata
+from danet.predict import FINGERPRINT_DIGITS, Segmentation, as_rgb
+
+_HEADER_BYTES = 1024
+_FORMATS: dict[str, Format] = {".onnx": "onnx", ".xml": "openvino"}
+
+
+def is_exported(model: str) -> bool:
+    """Whether a model is named by a file rather than by a folder or a hub id."""
+    path = Path(model)
+    return path.suffix.lower() in (*_FORMATS, ".pt2") and not path.is_dir()
+
+
+class ExportedPredictor:
+    """Segments pictures with a file that `danet export` wrote, on the CPU.
+
+    A picture is taken whole, at the one scale of the model's recipe. Sides under `SMALLEST_SIDE`
+    pixels are filled up with the picture's edge.
+
+    Args:
+        path: a .onnx file, or an OpenVINO .xml file beside its .bin. Not a torch program, whose
+            format may hold pickled code.
+
+    Raises:
+        UserError: it is no such file, or its engine is not installed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such file")
+        file_format = _FORMATS.get(self.path.suffix.lower())
+        if file_format is None:
+            raise UserError(f"{path}: takes .onnx and .xml files; else give the model folder")
+        # OpenVINO would try its readers of other formats on anything else.
+        if file_format == "openvino" and b"<net" not in self._first_bytes():
+            raise UserError(f"{path}: no OpenVINO model")
+        self._engine = self._open(file_format)
+        if self._engine.metadata is None:
+            raise UserError(f"{path}: does not say its classes; write it with danet export")
+        try:
+            self.metadata = Metadata.model_validate_json(self._engine.metadata)
+        except ValidationError as error:
+            raise UserError(f"{path}: its classes are damaged ({first_line(error)})") from error
+
+    def _first_bytes(self) -> bytes:
+        with self.path.open("rb") as file:
+            return file.read(_HEADER_BYTES)
+
+    def _open(self, file_format: Format) -> Engine:
+        try:
+            return load(self.path, file_format)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{self.path} needs {error.name}: pip install 'danet[export]'"
+            ) from error
+        # The engines raise many types on damaged and foreign files.
+        except Exception as error:
+            raise UserError(
+                f"{self.path}: cannot be opened as {file_format} ({first_line(error)})"
+            ) from error
+
+    def __call__(self, image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Segmentation:
+        """Segments one picture, as `danet.Predictor` does."""
+        return self.segment_batch(np.array(as_rgb(image))[None])[0]
+
+    def segment_batch(self, images: npt.NDArray[np.uint8]) -> list[Segmentation]:
+        """Segments pictures of one size together, uint8 RGB P H W 3.
+
+        Raises:
+            UserError: the graph does not take them, or gives other classes than it says.
+        """
+        height, width = images.shape[1:3]
+        missing = [max(0, SMALLEST_SIDE - side) for side in (height, width)]
+        filled = np.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+        pixels = filled.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+        logits = self._logits(pixels)
+        names, palette = self.metadata.classes, self.metadata.palette
+        expected = (len(images), len(names), *pixels.shape[2:])
+        if logits.shape != expected:
+            raise UserError(f"{self.path}: gives {logits.shape} where {expected} is expected")
+        classes = torch.from_numpy(logits).argmax(1).to(torch.uint8).numpy()
+        return [Segmentation(one[:height, :width], names, palette) for one in classes]
+
+    def _logits(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        try:
+            return self._engine.run(pixels)
+        # Each engine has its own types.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{self.path}: does not take pictures as danet export's do ({first_line(error)})"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """Of the file's bytes, and of the .bin file beside it."""
+        digest = hashlib.sha256()
+        for path in (self.path, self.path.with_suffix(".bin")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:FINGERPRINT_DIGITS]

@@ -1,0 +1,141 @@
+"""Segmenting with exported files."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import danet
+from danet.cli import app
+from danet.data.scenes import render
+from danet.errors import UserError
+from danet.export import export
+from danet.export.predictor import ExportedPredictor
+from networks import tiny_danet
+
+
+@pytest.fixture(scope="module")
+def model() -> danet.DANet:
+    return tiny_danet()
+
+
+@pytest.fixture(scope="module")
+def files(model: danet.DANet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    export(model, folder / "m.onnx", "onnx")
+    export(model, folder / "m.xml", "openvino")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.xml"])
+@pytest.mark.parametrize("size", [(96, 64), (51, 77), (20, 40)])
+def test_classes_are_the_models(
+    name: str, size: tuple[int, int], model: danet.DANet, files: Path
+) -> None:
+    picture = render(2, 5)[0].resize(size)
+    found = ExportedPredictor(files / name)(picture)
+    # What is smaller than a graph takes is filled up by its edge.
+    width, height = (max(32, side) for side in size)
+    rows, columns = (np.arange(n).clip(max=m - 1) for n, m in ((height, size[1]), (width, size[0])))
+    filled = np.asarray(picture)[rows][:, columns]
+    expected = danet.Predictor(model, device="cpu", precision="fp32")(filled)
+    assert found.classes.shape == (size[1], size[0])
+    assert (found.classes == expected.classes[: size[1], : size[0]]).mean() > 0.999
+    assert found.class_names == expected.class_names
+    assert found.palette == expected.palette
+
+
+def test_predict_takes_a_file_for_the_model(files: Path, tmp_path: Path) -> None:
+    for index in range(3):
+        render(2, index)[0].resize((64, 48)).save(tmp_path / f"{index}.png")
+    runner = CliRunner()
+    command = ["predict", str(files / "m.onnx"), str(tmp_path), "--out", str(tmp_path / "out")]
+    first = runner.invoke(app, command, catch_exceptions=False)
+    assert "3 of 3" in first.stdout
+    again = runner.invoke(app, command, catch_exceptions=False)
+    assert "3 were before" in again.stdout
+    other = [command[0], str(files / "m.xml"), *command[2:]]
+    assert "3 of 3" in runner.invoke(app, other, catch_exceptions=False).stdout
+    with Image.open(tmp_path / "out" / "0.png") as mask:
+        expected = ExportedPredictor(files / "m.xml")(tmp_path / "0.png").classes
+        np.testing.assert_array_equal(np.asarray(mask), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("none.onnx", None, "no such file"),
+        ("none.xml", None, "no such file"),
+        ("damaged.onnx", b"ONNX", "cannot be opened"),
+        ("damaged.xml", b"<html>", "no OpenVINO model"),
+        (
+            "cut.xml",
+            b'<?xml version="1.0"?><net name="m" version="11"><layers>',
+            "cannot be opened",
+        ),
+        ("program.pt2", b"PK", "give the model folder"),
+    ],
+)
+def test_other_files_are_refused(
+    name: str, content: bytes | None, problem: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=problem) as error:
+        ExportedPredictor(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        (None, "does not say its classes"),
+        ("{", "damaged"),
+        ('{"classes": ["a"], "palette": []}', "damaged"),
+        ('{"classes": ["a"], "palette": [[1, 2, 3]]}', "is expected"),
+    ],
+)
+def test_a_graph_must_have_the_classes_that_it_says(
+    metadata: str | None, problem: str, files: Path, tmp_path: Path
+) -> None:
+    foreign = onnx.load(files / "m.onnx")
+    del foreign.metadata_props[:]
+    if metadata is not None:
+        onnx.helper.set_model_props(foreign, {"danet": metadata})
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(UserError, match=problem):
+        ExportedPredictor(tmp_path / "foreign.onnx")(render(2, 0)[0])
+
+
+def test_a_foreign_graph_that_takes_something_else_is_an_error_per_picture(tmp_path: Path) -> None:
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["images"], ["logits"])],
+        "other",
+        [onnx.helper.make_tensor_value_info("images", kind, [1, 3])],
+        [onnx.helper.make_tensor_value_info("logits", kind, [1, 3])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    model.ir_version = 9
+    onnx.helper.set_model_props(model, {"danet": '{"classes": ["a"], "palette": [[1, 2, 3]]}'})
+    onnx.save(model, tmp_path / "other.onnx")
+    render(2, 0)[0].save(tmp_path / "photo.png")
+    command = ["predict", str(tmp_path / "other.onnx"), str(tmp_path / "photo.png")]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "photo.png" in result.stderr
+    assert "does not take pictures as" in result.stderr
+
+
+@pytest.mark.parametrize("option", [["--precision", "bf16"], ["--device", "cuda"], ["--compile"]])
+def test_options_of_the_network_do_not_go_with_a_file(
+    option: list[str], files: Path, tmp_path: Path
+) -> None:
+    render(2, 0)[0].save(tmp_path / "photo.png")
+    command = ["predict", str(files / "m.onnx"), str(tmp_path / "photo.png"), *option]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, UserError)
+    assert "as it was exported" in str(result.exception)

@@ -74,9 +74,9 @@ bench: $(VENV)/development $(PEER)/ready ## measure against the public implement
 		$(BIN)/python benchmarks/position_attention.py --dtype $$dtype --positions 32768 \
 			--direction forward --rounds 1 --repeats 1; \
 	done
-	$(BIN)/python benchmarks/mmsegmentation.py prediction --size 512 512 --compiled
+	$(BIN)/python benchmarks/mmsegmentation.py prediction --size 512 512 --compiled --int8
 	$(BIN)/python benchmarks/mmsegmentation.py prediction --size 2048 1024 --rounds 1 --repeats 1
-	$(BIN)/python benchmarks/mmsegmentation.py training --size 512 512 --batch 2 --rounds 1
+	$(BIN)/python benchmarks/mmsegmentation.py training --size 512 512 --batch 2 --rounds 1 --compiled
 	$(BIN)/python benchmarks/mmsegmentation.py evaluation --size 512 256 --rounds 1
 	$(BIN)/python benchmarks/mmsegmentation.py augmentation --size 2048 1024 --threads 1 --repeats 50
 	$(BIN)/python benchmarks/logits_to_labels.py

@@ -21,6 +21,7 @@ from results_file import RESULTS, append_rows, commit
 
 ROOT = Path(__file__).parent.parent
 PEER = [str(ROOT / ".parity-venv/bin/python"), str(ROOT / "tests/parity/peer"), "time"]
+INT8 = "danet int8 (OpenVINO)"
 RECIPE = "cityscapes_r50_512x1024_40k"
 
 
@@ -36,6 +37,37 @@ def our_network(args: argparse.Namespace) -> Callable[[], None]:
     return job.prepare(
         torch.device("cpu"), bfloat16="bf16" in args.measure, compile_graph=compile_graph
     ).run
+
+
+def our_exported_network(args: argparse.Namespace) -> Callable[[], None]:
+    """A picture to its label map, by an exported file."""
+    import numpy as np
+
+    from danet.export.predictor import ExportedPredictor
+
+    predictor = ExportedPredictor(args.file)
+    width, height = args.size
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (args.batch, height, width, 3), dtype=np.uint8)
+    return lambda: predictor.segment_batch(pictures) and None
+
+
+def write_int8(path: Path) -> None:
+    """The network with random weights as an OpenVINO file whose convolutions are in 8 bit."""
+    import numpy as np
+    import torch
+
+    import danet
+    from danet.data.scenes import render
+    from danet.export import export
+
+    torch.manual_seed(0)
+    model = danet.DANet(19, "resnet50c", pretrained_backbone=False).eval()
+    pictures = [
+        torch.from_numpy(np.array(render(2, index)[0])).permute(2, 0, 1).float() / 255
+        for index in range(8)
+    ]
+    export(model, path, "openvino", pictures)
 
 
 def our_evaluation(args: argparse.Namespace) -> Callable[[], None]:
@@ -94,7 +126,8 @@ def measure(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     tasks = {"evaluation": our_evaluation, "augmentation": our_augmentation}
     before = resident_bytes("VmRSS")
-    run = tasks.get(args.task, our_network)(args)
+    task = tasks.get(args.task, our_exported_network if args.file else our_network)
+    run = task(args)
     run()
     seconds = []
     for _ in range(args.repeats):
@@ -110,8 +143,10 @@ def forms_of(args: argparse.Namespace) -> list[str]:
     if args.task == "augmentation":
         return ["mmsegmentation", "danet"]
     ours = ["danet fp32", "danet bf16"]
-    if args.task == "prediction" and args.compiled:
+    if args.task in ("prediction", "training") and args.compiled:
         ours.append("danet bf16 compiled")
+    if args.task == "prediction" and args.int8:
+        ours.append(INT8)
     return ["mmsegmentation fp32", "mmsegmentation autocast", *ours]
 
 
@@ -125,6 +160,7 @@ def in_fresh_process(form: str, args: argparse.Namespace) -> tuple[float, float]
         command = [*PEER, args.task, *options]
         command += ["--autocast"] if form.endswith("autocast") else []
     else:
+        options += ["--file", str(args.file)] if form == INT8 else []
         command = [sys.executable, __file__, args.task, *options, "--measure", form]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result = json.loads(output.splitlines()[-1])
@@ -152,6 +188,9 @@ def compare(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.task == "evaluation":
             write_picture(Path(folder), args)
+        if INT8 in forms_of(args):
+            args.file = Path(folder) / "int8.xml"
+            write_int8(args.file)
         runs: dict[str, list[tuple[float, float]]] = {form: [] for form in forms_of(args)}
         for _ in range(args.rounds):
             for form, results in runs.items():
@@ -178,6 +217,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs timed in each process")
     parser.add_argument("--threads", type=int, help="torch's default unless given")
     parser.add_argument("--compiled", action="store_true", help="also measure ours compiled")
+    parser.add_argument("--int8", action="store_true", help="also measure an exported 8-bit file")
     parser.add_argument(
         "--out",
         type=Path,
@@ -186,6 +226,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--image", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--label", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
 

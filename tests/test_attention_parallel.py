@@ -47,6 +47,7 @@ def run_process(rank: int, wrapper: str, rendezvous: str, out: str) -> None:
     found = gradients(wrapped, features()[rank : rank + 1])
     if rank == 0:
         torch.save(found, out)
+    dist.barrier()  # or one may leave while the other still talks to it
     dist.destroy_process_group()
 
 

@@ -26,6 +26,8 @@ import atheris
 
 with atheris.instrument_imports(include=["danet", "PIL", "yaml", "tarfile", "zipfile"]):
     import numpy as np
+    import onnx
+    import openvino
     import torch
     import yaml
     from PIL import Image
@@ -35,6 +37,7 @@ with atheris.instrument_imports(include=["danet", "PIL", "yaml", "tarfile", "zip
     from danet import bulk, data, jsonl, video
     from danet.config import load_recipe, recipe_names
     from danet.data import images, mat
+    from danet.export.predictor import ExportedPredictor
     from danet.interop import convert, foreign
     from danet.model_folder import read_folder
     from danet.training import checkpoint
@@ -165,6 +168,45 @@ def archives(kind: str) -> Iterable[bytes]:
     yield buffer.getvalue()
 
 
+def exported_graph() -> bytes:
+    """One convolution of a picture, with what `danet export` says about the classes."""
+    kind = onnx.TensorProto.FLOAT
+    weight = np.ones((2, 3, 1, 1), np.float32)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["images", "weight"], ["logits"])],
+        "m",
+        [onnx.helper.make_tensor_value_info("images", kind, ["b", 3, "h", "w"])],
+        [onnx.helper.make_tensor_value_info("logits", kind, ["b", 2, "h", "w"])],
+        [onnx.numpy_helper.from_array(weight, "weight")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    model.ir_version = 9
+    metadata = {"classes": ["a", "b"], "palette": [[0, 0, 0], [9, 9, 9]]}
+    onnx.helper.set_model_props(model, {"danet": json.dumps(metadata)})
+    return model.SerializeToString()
+
+
+def openvino_graph() -> tuple[bytes, bytes]:
+    """The same graph's .xml and .bin."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, path = Path(folder) / "m.onnx", Path(folder) / "m.xml"
+        source.write_bytes(exported_graph())
+        model = openvino.convert_model(source)
+        model.set_rt_info('{"classes": ["a", "b"], "palette": [[0, 0, 0], [9, 9, 9]]}', ["danet"])
+        openvino.save_model(model, path)
+        return path.read_bytes(), path.with_suffix(".bin").read_bytes()
+
+
+def read_exported(path: Path) -> None:
+    ExportedPredictor(path).segment_batch(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def read_openvino(path: Path) -> None:
+    if not path.with_suffix(".bin").exists():
+        path.with_suffix(".bin").write_bytes(openvino_graph()[1])
+    read_exported(path)
+
+
 def read_tar(path: Path) -> None:
     for picture in bulk.list_pictures([path]):
         bulk._decode(picture)
@@ -236,6 +278,8 @@ READERS = {
     "metrics": Reader("metrics.jsonl", lambda p: list(jsonl.read_whole_lines(p)), manifests),
     "tar archive": Reader("x.tar", read_tar, lambda: archives("tar")),
     "zip archive": Reader("x.zip", read_zip, lambda: archives("zip")),
+    "exported onnx": Reader("x.onnx", read_exported, lambda: [exported_graph()]),
+    "exported openvino": Reader("x.xml", read_openvino, lambda: [openvino_graph()[0]]),
     "class list": Reader("classes.txt", read_class_list, lambda: [b"road 1 2 3\nsky\n"]),
     "split list": Reader("val.txt", read_split_list, lambda: [b"a\nb\n"]),
 }

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import danet
 from danet.cli import app
 from danet.data.scenes import render
+from danet.devices import uses_bfloat16
 from danet.errors import UserError
 from danet.export import export
 from danet.export.predictor import ExportedPredictor
@@ -36,7 +38,7 @@ def test_classes_are_the_models(
     name: str, size: tuple[int, int], model: danet.DANet, files: Path
 ) -> None:
     picture = render(2, 5)[0].resize(size)
-    found = ExportedPredictor(files / name)(picture)
+    found = ExportedPredictor(files / name, precision="fp32")(picture)
     # What is smaller than a graph takes is filled up by its edge.
     width, height = (max(32, side) for side in size)
     rows, columns = (np.arange(n).clip(max=m - 1) for n, m in ((height, size[1]), (width, size[0])))
@@ -46,6 +48,22 @@ def test_classes_are_the_models(
     assert (found.classes == expected.classes[: size[1], : size[0]]).mean() > 0.999
     assert found.class_names == expected.class_names
     assert found.palette == expected.palette
+
+
+def test_openvino_computes_in_bfloat16_where_asked_to(model: danet.DANet, files: Path) -> None:
+    picture = render(2, 5)[0].resize((96, 64))
+    exact, rounded = (
+        ExportedPredictor(files / "m.xml", precision)._logits(
+            np.asarray(picture, np.float32).transpose(2, 0, 1)[None] / 255
+        )
+        for precision in ("fp32", "bf16")
+    )
+    difference = np.abs(exact - rounded).max() / np.abs(exact).max()
+    assert difference < 0.05
+    if uses_bfloat16("auto", torch.device("cpu")):
+        assert difference > 1e-5
+    with pytest.raises(UserError, match="ONNX Runtime has no bf16"):
+        ExportedPredictor(files / "m.onnx", "bf16")
 
 
 def test_predict_takes_a_file_for_the_model(files: Path, tmp_path: Path) -> None:
@@ -130,7 +148,7 @@ def test_a_foreign_graph_that_takes_something_else_is_an_error_per_picture(tmp_p
     assert "does not take pictures as" in result.stderr
 
 
-@pytest.mark.parametrize("option", [["--precision", "bf16"], ["--device", "cuda"], ["--compile"]])
+@pytest.mark.parametrize("option", [["--device", "cuda"], ["--compile"]])
 def test_options_of_the_network_do_not_go_with_a_file(
     option: list[str], files: Path, tmp_path: Path
 ) -> None:

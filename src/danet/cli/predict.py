@@ -99,8 +99,6 @@ def _open(
 
     if not is_exported(model):
         return Predictor(model, own_device(device, share), precision, compile_graph=compile_graph)
-    if device not in ("auto", "cpu") or precision != "auto" or compile_graph:
-        raise UserError(
-            f"{model} runs on the CPU as it was exported; leave --device, --precision and --compile"
-        )
-    return ExportedPredictor(model)
+    if device not in ("auto", "cpu") or compile_graph:
+        raise UserError(f"{model} runs on the CPU as it was exported; leave --device and --compile")
+    return ExportedPredictor(model, precision)

@@ -148,13 +148,17 @@ class Engine(NamedTuple):
     metadata: str | None
 
 
-def load(path: Path, file_format: Format) -> Engine:
-    """Opens an exported file in its own engine, on the CPU."""
+def load(path: Path, file_format: Format, *, bfloat16: bool = False) -> Engine:
+    """Opens an exported file in its own engine, on the CPU.
+
+    Args:
+        bfloat16: round to it what the file has in float32; OpenVINO only.
+    """
     if file_format == "torch":
         return _open_torch(path)
     if file_format == "onnx":
         return _open_onnx(path)
-    return _open_openvino(path)
+    return _open_openvino(path, bfloat16=bfloat16)
 
 
 def _open_torch(path: Path) -> Engine:
@@ -176,10 +180,10 @@ def _open_onnx(path: Path) -> Engine:
     )
 
 
-def _open_openvino(path: Path) -> Engine:
+def _open_openvino(path: Path, *, bfloat16: bool) -> Engine:
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32"}
     model = openvino.Core().read_model(path)
     compiled = openvino.compile_model(model, "CPU", settings)
     return Engine(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from danet.devices import is_out_of_memory
+from danet.devices import is_out_of_memory, uses_bfloat16
 from danet.errors import UserError, first_line
 from danet.export.files import SMALLEST_SIDE, Engine, Format, load
 from danet.model_folder import Metadata
@@ -34,12 +34,14 @@ class ExportedPredictor:
     Args:
         path: a .onnx file, or an OpenVINO .xml file beside its .bin. Not a torch program, whose
             format may hold pickled code.
+        precision: "auto" lets OpenVINO compute in bfloat16 where the CPU does so in hardware;
+            "fp32", "bf16". ONNX Runtime knows fp32 only.
 
     Raises:
-        UserError: it is no such file, or its engine is not installed.
+        UserError: it is no such file, its engine is not installed or has not this precision.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, precision: str = "auto") -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{path}: no such file")
@@ -49,7 +51,12 @@ class ExportedPredictor:
         # OpenVINO would try its readers of other formats on anything else.
         if file_format == "openvino" and b"<net" not in self._first_bytes():
             raise UserError(f"{path}: no OpenVINO model")
-        self._engine = self._open(file_format)
+        if file_format == "onnx" and precision == "bf16":
+            raise UserError(
+                f"{path}: ONNX Runtime has no bf16 here; use --precision fp32 or an .xml"
+            )
+        bfloat16 = file_format == "openvino" and uses_bfloat16(precision, torch.device("cpu"))
+        self._engine = self._open(file_format, bfloat16=bfloat16)
         if self._engine.metadata is None:
             raise UserError(f"{path}: does not say its classes; write it with danet export")
         try:
@@ -61,9 +68,9 @@ class ExportedPredictor:
         with self.path.open("rb") as file:
             return file.read(_HEADER_BYTES)
 
-    def _open(self, file_format: Format) -> Engine:
+    def _open(self, file_format: Format, *, bfloat16: bool) -> Engine:
         try:
-            return load(self.path, file_format)
+            return load(self.path, file_format, bfloat16=bfloat16)
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{self.path} needs {error.name}: pip install 'danet[export]'"

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from danet.atomic import explaining, replacing
+from danet.atomic import replacing
 from danet.config import RunConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
@@ -34,6 +33,7 @@ from danet.training.checkpoint import (
     model_weights,
     save_checkpoint,
 )
+from danet.training.events import Events
 from danet.training.global_batch import see_global_batch
 from danet.training.launch import StopSignal, explain_lost_process, launch
 from danet.training.loss import loss_divisor, segmentation_losses
@@ -121,10 +121,9 @@ class _Trainer:
             self._restore(checkpoint)
         else:
             self._start_folder()
-        self.events: SummaryWriter | None = None
+        self.events: Events | None = None
         if self.fabric.is_global_zero:
-            self.events = SummaryWriter(run.path, purge_step=self.first_step + 1)
-            at_end.callback(self._close_events)
+            self.events = at_end.enter_context(Events(run.path, self.first_step))
 
     # Setting up
 
@@ -354,18 +353,9 @@ class _Trainer:
         return model
 
     def _write_metrics(self, row: dict[str, float]) -> None:
-        if self.events is None:
-            return
-        self.run.append_metrics(row)
-        with explaining(self.run.path):
-            for name, value in row.items():
-                if name != "step":
-                    self.events.add_scalar(name.replace("loss_", "loss/"), value, int(row["step"]))
-
-    def _close_events(self) -> None:
         if self.events is not None:
-            with explaining(self.run.path):
-                self.events.close()
+            self.run.append_metrics(row)
+            self.events.write(row)
 
     # Saving
 

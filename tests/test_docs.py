@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from danet.cli import app
 from danet.data.scenes import render
+from test_video import film
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if "```" in path.read_text())
@@ -22,19 +23,6 @@ def snippets(page: str) -> Iterator[tuple[str, str]]:
         yield match[1], match[2]
 
 
-def film(path: Path) -> None:
-    import av
-    import numpy as np
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        for index in range(3):
-            picture = np.asarray(render(2, index)[0].resize((96, 64)))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the pages' readers have: some photos and a film."""
@@ -43,7 +31,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / folder).mkdir()
     for index, path in enumerate(("photo.jpg", "folder/a.jpg", "more/b.png", "photos/c.jpg")):
         render(2, index)[0].save(tmp_path / path)
-    film(tmp_path / "drive.mp4")
+    film(tmp_path / "drive.mp4", frames=3)
     return tmp_path
 
 

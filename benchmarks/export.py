@@ -12,8 +12,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from results_file import RESULTS, append_rows, commit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from danet import DANet
 
 FORMS = {
     "torch": ("torch", False),
@@ -66,25 +72,38 @@ def measure(path: Path, engine: str, width: int, height: int, repeats: int) -> N
     print(json.dumps([statistics.median(seconds), peak / 1024]))
 
 
-def main(args: argparse.Namespace) -> None:
-    """Exports in every form and measures each."""
-    import numpy as np
+def random_r50() -> "DANet":
+    """ResNet-50 with random weights and Cityscapes' number of classes."""
     import torch
 
     import danet
-    from danet.bench.report import hardware
+
+    torch.manual_seed(0)
+    return danet.DANet(19, "resnet50c", pretrained_backbone=False).eval()
+
+
+def generated_pictures(count: int) -> list["Tensor"]:
+    """Scenes to calibrate 8-bit convolutions on, float32 3 H W in 0..1."""
+    import numpy as np
+    import torch
+
     from danet.data.scenes import render
+
+    return [
+        torch.from_numpy(np.array(render(2, index)[0])).permute(2, 0, 1).float() / 255
+        for index in range(count)
+    ]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Exports in every form and measures each."""
+    import danet
+    from danet.bench.report import hardware
     from danet.export import export
 
-    if args.model == "random R50":
-        torch.manual_seed(0)
-        model = danet.DANet(19, "resnet50c", pretrained_backbone=False).eval()
-    else:
-        model = danet.DANet.from_pretrained(args.model)
-    pictures = [
-        torch.from_numpy(np.array(render(2, index)[0])).permute(2, 0, 1).float() / 255
-        for index in range(16)
-    ]
+    random = args.model == "random R50"
+    model = random_r50() if random else danet.DANet.from_pretrained(args.model)
+    pictures = generated_pictures(16)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for form in args.forms:

@@ -54,20 +54,11 @@ def our_exported_network(args: argparse.Namespace) -> Callable[[], None]:
 
 def write_int8(path: Path) -> None:
     """The network with random weights as an OpenVINO file whose convolutions are in 8 bit."""
-    import numpy as np
-    import torch
+    from export import generated_pictures, random_r50
 
-    import danet
-    from danet.data.scenes import render
     from danet.export import export
 
-    torch.manual_seed(0)
-    model = danet.DANet(19, "resnet50c", pretrained_backbone=False).eval()
-    pictures = [
-        torch.from_numpy(np.array(render(2, index)[0])).permute(2, 0, 1).float() / 255
-        for index in range(8)
-    ]
-    export(model, path, "openvino", pictures)
+    export(random_r50(), path, "openvino", generated_pictures(8))
 
 
 def our_evaluation(args: argparse.Namespace) -> Callable[[], None]:

@@ -58,6 +58,8 @@ def test_openvino_computes_in_bfloat16_where_asked_to(model: danet.DANet, files:
         )
         for precision in ("fp32", "bf16")
     )
+    fingerprints = {ExportedPredictor(files / "m.xml", p).fingerprint() for p in ("fp32", "bf16")}
+    assert len(fingerprints) == 2
     difference = np.abs(exact - rounded).max() / np.abs(exact).max()
     assert difference < 0.05
     if uses_bfloat16("auto", torch.device("cpu")):

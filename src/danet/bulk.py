@@ -297,13 +297,13 @@ def _segment_batch(
     try:
         found = predictor.segment_batch(np.stack([np.asarray(image) for _, image in batch]))
     except (RuntimeError, MemoryError, UserError) as error:
-        if not (isinstance(error, UserError) or is_out_of_memory(error)):
+        too_large = is_out_of_memory(error)
+        if not (too_large or isinstance(error, UserError)):
             raise
         if len(batch) == 1:
             picture, image = batch[0]
-            problem = str(error)
-            if not isinstance(error, UserError):
-                problem = f"out of memory at {image.width}x{image.height}; make it smaller"
+            advice = f"out of memory at {image.width}x{image.height}; make it smaller"
+            problem = advice if too_large else str(error)
             return [Outcome(picture, f"{picture.name}: {problem}", written=False)]
     if found is None:
         # Not in the handler, where the error keeps the batch's tensors alive.

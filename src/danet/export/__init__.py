@@ -11,7 +11,7 @@ program as torch's fused attention.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from danet.atomic import staging
 from danet.data.images import open_image
 from danet.errors import ExportDiffers, UserError, first_line
-from danet.export.files import SMALLEST_SIDE, Engine, Format, load, write
+from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, Format, load, write
 from danet.export.graph import WholePicture
 from danet.inputs import find_inputs
 from danet.model import DANet
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
 CHECKED_SIZES = ((1, 96, 128), (2, 65, 97), (1, 160, 72))
 """Batch, height and width of the pictures that a file is checked on."""
 TOLERANCE = 1e-3
@@ -106,13 +105,12 @@ def check_format(name: str, path: Path) -> Format:
     Raises:
         UserError: there is none, or the path has not its suffix.
     """
-    for file_format in get_args(Format):
+    for file_format, suffix in SUFFIXES.items():
         if file_format == name:
-            if path.suffix != SUFFIXES[name]:
-                raise UserError(f"--out {path}: {name} files end in {SUFFIXES[name]}")
-            found: Format = file_format
-            return found
-    raise UserError(f"--format {name}: use {', '.join(get_args(Format))}")
+            if path.suffix != suffix:
+                raise UserError(f"--out {path}: {name} files end in {suffix}")
+            return file_format
+    raise UserError(f"--format {name}: use {', '.join(SUFFIXES)}")
 
 
 def calibration_pictures(inputs: Sequence[str]) -> list[Tensor]:

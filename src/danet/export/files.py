@@ -18,6 +18,7 @@ from danet.export.graph import (
 )
 
 Format = Literal["onnx", "torch", "openvino"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
 SMALLEST_SIDE = 32
 """Pixels; an exported graph may refuse smaller pictures."""
 OPSET = 18

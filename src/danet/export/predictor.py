@@ -11,18 +11,18 @@ from pydantic import ValidationError
 
 from danet.devices import is_out_of_memory, uses_bfloat16
 from danet.errors import UserError, first_line
-from danet.export.files import SMALLEST_SIDE, Engine, Format, load
+from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, Format, load
 from danet.model_folder import Metadata
 from danet.predict import FINGERPRINT_DIGITS, Segmentation, as_rgb
 
 _HEADER_BYTES = 1024
-_FORMATS: dict[str, Format] = {".onnx": "onnx", ".xml": "openvino"}
+_FORMATS = {suffix: name for name, suffix in SUFFIXES.items() if name != "torch"}
 
 
 def is_exported(model: str) -> bool:
     """Whether a model is named by a file rather than by a folder or a hub id."""
     path = Path(model)
-    return path.suffix.lower() in (*_FORMATS, ".pt2") and not path.is_dir()
+    return path.suffix.lower() in SUFFIXES.values() and not path.is_dir()
 
 
 class ExportedPredictor:
@@ -55,8 +55,8 @@ class ExportedPredictor:
             raise UserError(
                 f"{path}: ONNX Runtime has no bf16 here; use --precision fp32 or an .xml"
             )
-        bfloat16 = file_format == "openvino" and uses_bfloat16(precision, torch.device("cpu"))
-        self._engine = self._open(file_format, bfloat16=bfloat16)
+        self._bfloat16 = file_format == "openvino" and uses_bfloat16(precision, torch.device("cpu"))
+        self._engine = self._open(file_format)
         if self._engine.metadata is None:
             raise UserError(f"{path}: does not say its classes; write it with danet export")
         try:
@@ -65,12 +65,15 @@ class ExportedPredictor:
             raise UserError(f"{path}: its classes are damaged ({first_line(error)})") from error
 
     def _first_bytes(self) -> bytes:
-        with self.path.open("rb") as file:
-            return file.read(_HEADER_BYTES)
-
-    def _open(self, file_format: Format, *, bfloat16: bool) -> Engine:
         try:
-            return load(self.path, file_format, bfloat16=bfloat16)
+            with self.path.open("rb") as file:
+                return file.read(_HEADER_BYTES)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def _open(self, file_format: Format) -> Engine:
+        try:
+            return load(self.path, file_format, bfloat16=self._bfloat16)
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{self.path} needs {error.name}: pip install 'danet[export]'"
@@ -115,8 +118,8 @@ class ExportedPredictor:
             ) from error
 
     def fingerprint(self) -> str:
-        """Of the file's bytes, and of the .bin file beside it."""
-        digest = hashlib.sha256()
+        """Of the file's bytes, of the .bin file beside it, and of the precision."""
+        digest = hashlib.sha256(b"bf16" if self._bfloat16 else b"fp32")
         for path in (self.path, self.path.with_suffix(".bin")):
             if path.is_file():
                 with path.open("rb") as file:

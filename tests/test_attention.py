@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import danet
 import oracle
 from danet import kernels
+from danet.attention import channel_affinities
 from danet.functional import channel_attention, position_attention
 from danet.kernels import blocks
 from danet.kernels.blocks import BlockShape
@@ -215,6 +216,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(result.stdout) * 1024 < 16384**2 * 4 / 3
 
 
+def test_far_apart_scores_give_no_denormal_weights() -> None:
+    """Which CPUs multiply slowly. Where each key is a channel of the value, output is weights."""
+    query, key, _ = (tensor.float() for tensor in random_inputs())
+    value = torch.eye(key.shape[-1]).expand(2, -1, -1)
+    weights = position_attention(query * 30, key * 10, value)
+    exact = ((query * 30).double().transpose(1, 2) @ (key * 10).double()).softmax(-1)
+    assert (exact < torch.finfo(torch.float32).tiny).any()
+    assert (weights > torch.finfo(torch.float32).tiny).all()
+    torch.testing.assert_close(weights.mT.double(), exact, rtol=1e-3, atol=1e-18)
+
+
 class TestChannelAttention:
     @pytest.mark.parametrize("affinity", AFFINITIES)
     def test_values_and_gradients_match_the_loops(self, affinity: str) -> None:
@@ -247,6 +259,15 @@ class TestChannelAttention:
         output.sum().backward()
         assert output.isfinite().all()
         assert features.grad.isfinite().all()
+
+    @pytest.mark.parametrize("affinity", AFFINITIES)
+    def test_far_apart_energies_give_no_denormal_weights(self, affinity: str) -> None:
+        features = torch.randn(1, 6, 40, generator=torch.Generator().manual_seed(0)) * 2
+        weights = channel_affinities(features, affinity)
+        exact = channel_affinities(features.double(), affinity)
+        assert (exact < torch.finfo(torch.float32).tiny).any()
+        assert (weights > torch.finfo(torch.float32).tiny).all()
+        torch.testing.assert_close(weights.double(), exact, rtol=1e-3, atol=1e-18)
 
     def test_half_precision_energies_are_summed_in_float32(self) -> None:
         features = torch.randn(1, 8, 5000, generator=torch.Generator().manual_seed(0)).half()

@@ -110,7 +110,8 @@ def channel_affinities(features: Tensor, affinity: Affinity = "reference") -> Te
         if affinity == "reference":
             # softmax does not see a constant added to a row: this is softmax(max - energy).
             energy_BCC = -energy_BCC
-        return energy_BCC.softmax(-1)
+        below_BCC = energy_BCC - energy_BCC.amax(-1, keepdim=True).detach()
+        return below_BCC.clamp(min=kernels.least_exponent(below_BCC.dtype)).softmax(-1)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

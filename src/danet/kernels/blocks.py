@@ -17,6 +17,7 @@ same attention, and rounding the scores to bfloat16 would cost five times the ac
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -53,6 +54,16 @@ def _blocks(length: int, size: int) -> list[slice]:
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def least_exponent(dtype: torch.dtype) -> float:
+    """How far below their row's largest scores are raised to before they are exponentiated.
+
+    The exponential, 1e-19 in float32, adds nothing to a sum of weights that is at least 1. What
+    is avoided are denormal numbers, which some CPUs multiply thirty times more slowly: trained
+    networks have scores that far apart, random ones do not.
+    """
+    return math.log(torch.finfo(dtype).tiny) / 2
 
 
 @contextlib.contextmanager
@@ -99,6 +110,7 @@ def _forward_sample(
     queries, keys = len(query_ND), len(value_MC)
     shape = block_shape(keys, query_ND.device)
     buffer = query_ND.new_empty(min(shape.rows, queries) * min(shape.columns, keys))
+    least, epsilon = least_exponent(query_ND.dtype), torch.finfo(query_ND.dtype).eps
     tiles = _blocks(keys, shape.columns)
     for block in _blocks(queries, shape.rows):
         rows = block.stop - block.start
@@ -107,6 +119,10 @@ def _forward_sample(
             scores_nm = buffer[: rows * columns].view(rows, columns)
             torch.mm(query_ND[block], key_DM[:, tile], out=scores_nm)
             largest_n = scores_nm.amax(1)
+            if query_ND.device.type == "cpu":
+                # At least a few roundings lower, or huge scores would all become the largest.
+                least_n = largest_n + least - 4 * epsilon * largest_n.abs()
+                torch.clamp(scores_nm, min=least_n.unsqueeze(1), out=scores_nm)
             attention_nm = torch.softmax(scores_nm, 1, out=scores_nm)
             # At a row's largest score, log(attention) = score - logsumexp.
             logsumexp_n = largest_n - attention_nm.amax(1).log_()
@@ -192,6 +208,7 @@ def _backward_sample(
     size = min(shape.rows, keys) * min(shape.columns, queries)
     score_buffer, grad_buffer = logsumexp_N.new_empty(size), grad_NC.new_empty(size)
     grad_query_ND = torch.zeros_like(query_ND, dtype=exact)
+    least = least_exponent(exact)
     tiles = _blocks(queries, shape.columns)
     for block in _blocks(keys, shape.rows):
         rows = block.stop - block.start
@@ -202,7 +219,7 @@ def _backward_sample(
             scores_mn = score_buffer[: rows * columns].view(rows, columns)
             torch.mm(key_and_one_Md[block], query_and_sum_Nd[tile].T, out=scores_mn)
             # Exactly computed it is never positive; of huge scores, rounding leaves more.
-            attention_mn = scores_mn.clamp_(max=0).exp_().to(given)
+            attention_mn = scores_mn.clamp_(least, 0).exp_().to(given)
             if grad_value_mC is None:
                 torch.mm(attention_mn, grad_NC[tile], out=grad_value_MC[block])
             else:

@@ -65,6 +65,19 @@ def test_checkpointing_needs_less_memory() -> None:
     assert checkpointed < plain
 
 
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"loss_divisor": "valid"},
+        {"class_weights": (1.0,) * 11, "loss_divisor": "valid"},
+        {"hard_example_threshold": 0.7},
+    ],
+)
+def test_every_loss_can_be_estimated(train: dict[str, object]) -> None:
+    """On tensors without data, so nothing in a step may ask the device for a value."""
+    assert estimate_peak_bytes(workload(small(**train)), "cpu", bfloat16=False) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["training", "prediction"])
 def test_estimates_are_within_15_percent_of_what_is_measured(mode: str) -> None:

@@ -117,6 +117,10 @@ class TestHardExamples:
     def test_at_least_the_hardest(self) -> None:
         assert self.kept(0.3, 3) == [1, 2, 4]
 
+    def test_fewer_labelled_than_to_keep(self) -> None:
+        assert self.kept(0.3, 9) == [1, 2, 3, 4]
+        assert self.kept(0.3, 4, ignored=0) == [1, 2, 4]
+
     def test_ignored_pixels_are_not_kept(self) -> None:
         assert self.kept(0.7, 1, ignored=1) == [2, 4]
 

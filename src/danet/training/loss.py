@@ -23,10 +23,11 @@ def loss_divisor(labels: Tensor, config: TrainConfig) -> Tensor:
     """
     if config.loss_divisor == "all":
         return torch.tensor(float(labels.numel()), device=labels.device)
-    valid = labels[labels != IGNORE_INDEX].long()
+    valid = labels != IGNORE_INDEX
     weights = _class_weights(config, labels.device)
-    total = torch.tensor(float(valid.numel())) if weights is None else weights[valid].sum()
-    return total.to(labels.device).clamp(min=torch.finfo(torch.float32).tiny)
+    # Not labels[valid], whose size the device would have to tell first.
+    each = valid if weights is None else weights[labels.where(valid, 0).long()] * valid
+    return each.sum(dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def segmentation_losses(
@@ -90,12 +91,11 @@ def hard_examples(logits: Tensor, target: Tensor, threshold: float, min_kept: in
     valid = target != IGNORE_INDEX
     true_class = target.where(valid, 0).unsqueeze(1)
     probability = logits.softmax(1).gather(1, true_class).squeeze(1)
-    of_valid = probability[valid]
-    if of_valid.numel() == 0:
-        return valid
-    rank = min(min_kept * target.shape[0], of_valid.numel() - 1)
-    bound = of_valid.kthvalue(rank + 1).values.clamp(min=threshold)
-    return valid & (probability < bound)
+    rank = min(min_kept * target.shape[0], target.numel() - 1)
+    ranked = probability.where(valid, torch.inf).flatten().kthvalue(rank + 1).values
+    # Infinite where fewer pixels are labelled: then all but the easiest of them.
+    largest = probability.where(valid, 0).amax()
+    return valid & (probability < torch.minimum(ranked, largest).clamp(min=threshold))
 
 
 def _class_weights(config: TrainConfig, device: torch.device) -> Tensor | None:

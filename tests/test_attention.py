@@ -77,7 +77,15 @@ class TestPositionAttention:
     @pytest.mark.parametrize(
         ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
     )
-    def test_half_precision(self, dtype: torch.dtype, tolerance: float) -> None:
+    @pytest.mark.parametrize("fast_bfloat16", [True, False])
+    def test_half_precision(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        dtype: torch.dtype,
+        tolerance: float,
+        fast_bfloat16: bool,
+    ) -> None:
+        monkeypatch.setattr(blocks, "multiplies_bfloat16_fast", lambda: fast_bfloat16)
         exact = [tensor.to(dtype).double() for tensor in random_inputs()]
         expected_inputs = [tensor.clone().requires_grad_() for tensor in exact]
         inputs = [tensor.to(dtype).requires_grad_() for tensor in exact]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from danet.errors import UserError
+from danet.kernels.cpu import multiplies_bfloat16_fast
 
 try:
     import resource
@@ -47,20 +48,14 @@ def local_device() -> str:
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: as told, or where the device has it in hardware."""
+    """Whether to compute in bfloat16: as told, or where it makes the device faster."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        # Emulated bfloat16 is slower than float32, so the instructions must be there.
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_bfloat16_instructions()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and multiplies_bfloat16_fast()
     return False
-
-
-def _has_bfloat16_instructions() -> bool:
-    cpu = torch.cpu
-    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

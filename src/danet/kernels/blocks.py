@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from danet.kernels.cpu import multiplies_bfloat16_fast
+
 
 class BlockShape(NamedTuple):
     """How many rows and columns of scores are formed at a time."""
@@ -54,6 +56,12 @@ def _blocks(length: int, size: int) -> list[slice]:
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _product_dtype(given: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which attention meets values and gradients: the given dtype where that is faster."""
+    slow = given == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16_fast()
+    return torch.float32 if slow else given
 
 
 def least_exponent(dtype: torch.dtype) -> float:
@@ -88,6 +96,7 @@ def fast_exact_float32(device: torch.device) -> Iterator[None]:
 def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
     """Output B C N in the value's dtype, and the log-sum-exp B N of each row of scores."""
     exact = score_dtype(query_BDN.dtype)
+    product = _product_dtype(value_BCM.dtype, value_BCM.device)
     batch, channels, _ = value_BCM.shape
     queries = query_BDN.shape[2]
     output_BNC = value_BCM.new_empty(batch, queries, channels)
@@ -97,7 +106,7 @@ def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tens
             _forward_sample(
                 query_BDN[sample].T.to(exact),
                 key_BDM[sample].to(exact),
-                value_BCM[sample].T,
+                value_BCM[sample].T.to(product),
                 output_BNC[sample],
                 logsumexp_BN[sample],
             )
@@ -128,7 +137,7 @@ def _forward_sample(
             logsumexp_n = largest_n - attention_nm.amax(1).log_()
             weights_nm = attention_nm.to(value_MC.dtype)
             if len(tiles) == 1:
-                torch.mm(weights_nm, value_MC, out=output_NC[block])
+                output_NC[block] = weights_nm @ value_MC
                 logsumexp_N[block] = logsumexp_n
                 continue
             part_nC = (weights_nm @ value_MC[tile]).to(scores_nm.dtype)
@@ -159,16 +168,17 @@ def backward(
     """
     batch, key_width, queries = query_BDN.shape
     channels, keys = value_BCM.shape[1:]
+    product = _product_dtype(value_BCM.dtype, value_BCM.device)
     grad_query_BND = query_BDN.new_empty(batch, queries, key_width)
     grad_key_BMD = key_BDM.new_empty(batch, keys, key_width)
     grad_value_BMC = value_BCM.new_empty(batch, keys, channels)
     with fast_exact_float32(query_BDN.device):
         for sample in range(batch):
             grad_query_BND[sample] = _backward_sample(
-                grad_BCN[sample].T,
-                query_BDN[sample].T,
-                key_BDM[sample].T,
-                value_BCM[sample].T,
+                grad_BCN[sample].T.to(product),
+                query_BDN[sample].T.to(product),
+                key_BDM[sample].T.to(product),
+                value_BCM[sample].T.to(product),
                 output_BCN[sample].T,
                 logsumexp_BN[sample],
                 grad_key_BMD[sample],
@@ -221,7 +231,7 @@ def _backward_sample(
             # Exactly computed it is never positive; of huge scores, rounding leaves more.
             attention_mn = scores_mn.clamp_(least, 0).exp_().to(given)
             if grad_value_mC is None:
-                torch.mm(attention_mn, grad_NC[tile], out=grad_value_MC[block])
+                grad_value_MC[block] = attention_mn @ grad_NC[tile]
             else:
                 grad_value_mC += attention_mn @ grad_NC[tile]
             grad_scores_mn = grad_buffer[: rows * columns].view(rows, columns)

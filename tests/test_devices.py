@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from danet.devices import uses_bfloat16
+from danet.kernels import cpu
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "processor", "fast"),
+    [
+        (True, True, "vendor_id: GenuineIntel", True),
+        (False, True, "vendor_id: GenuineIntel", False),
+        (False, True, "vendor_id: AuthenticAMD", True),
+        (False, False, "vendor_id: AuthenticAMD", False),
+    ],
+)
+def test_bfloat16_is_chosen_only_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, amx, avx512_bf16, processor, fast
+) -> None:
+    (tmp_path / "cpuinfo").write_text(processor)
+    monkeypatch.setattr(cpu, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(
+        "danet.devices.multiplies_bfloat16_fast", cpu.multiplies_bfloat16_fast.__wrapped__
+    )
+    possible = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert uses_bfloat16("auto", torch.device("cpu")) == (possible and fast)
+    assert uses_bfloat16("bf16", torch.device("cpu"))
+    assert not uses_bfloat16("fp32", torch.device("cpu"))

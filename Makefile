@@ -68,7 +68,6 @@ faults: $(VENV)/development ## kill training, prediction, evaluation and export 
 test-all: test test-slow ## run every test
 
 bench: $(VENV)/development $(PEER)/ready ## measure against the public implementations and renew docs/performance.md (half an hour)
-	rm -f benchmarks/results/position_attention.csv benchmarks/results/mmsegmentation.csv
 	for dtype in float32 bfloat16; do \
 		$(BIN)/python benchmarks/position_attention.py --dtype $$dtype --positions 4096 9409; \
 		$(BIN)/python benchmarks/position_attention.py --dtype $$dtype --positions 32768 \
@@ -80,7 +79,6 @@ bench: $(VENV)/development $(PEER)/ready ## measure against the public implement
 	$(BIN)/python benchmarks/mmsegmentation.py evaluation --size 512 256 --rounds 1
 	$(BIN)/python benchmarks/mmsegmentation.py augmentation --size 2048 1024 --threads 1 --repeats 50
 	$(BIN)/python benchmarks/logits_to_labels.py
-	rm -f benchmarks/results/export.csv
 	$(BIN)/python benchmarks/export.py street-small
 	$(BIN)/python benchmarks/export.py "random R50" --sizes 512x512 2048x1024 --repeats 1
 	$(BIN)/python benchmarks/film.py street-small

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from results_file import RESULTS, append_rows, commit
+from results_file import RESULTS, commit, renew_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
                 row |= {"seconds": round(seconds, 4), "peak_MiB": round(peak)}
                 rows.append({**row, "hardware": hardware("cpu")})
                 print(rows[-1], flush=True)
-    append_rows(RESULTS / "export.csv", rows)
+    renew_rows(RESULTS / "export.csv", rows, ("model", "form", "width", "height", "hardware"))
 
 
 def parse_args() -> argparse.Namespace:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from results_file import RESULTS, append_rows, commit
+from results_file import RESULTS, commit, renew_rows
 
 ROOT = Path(__file__).parent.parent
 PEER = [str(ROOT / ".parity-venv/bin/python"), str(ROOT / "tests/parity/peer"), "time"]
@@ -171,7 +171,7 @@ def write_picture(folder: Path, args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Measures all forms in turns and adds a row for each to the results."""
+    """Measures all forms in turns and renews their rows in the results."""
     import torch
 
     from danet.bench.report import hardware
@@ -195,7 +195,7 @@ def compare(args: argparse.Namespace) -> None:
         row["peak_MiB"] = f"{statistics.median(peak for _, peak in results):.0f}"
         row |= {"rounds": args.rounds, "repeats": args.repeats, "torch": torch.__version__}
         rows.append({**row, "hardware": hardware("cpu")})
-    append_rows(args.out, rows)
+    renew_rows(args.out, rows, ("task", "form", "width", "height", "batch", "hardware"))
 
 
 def parse_args() -> argparse.Namespace:
@@ -213,7 +213,7 @@ def parse_args() -> argparse.Namespace:
         "--out",
         type=Path,
         default=RESULTS / "mmsegmentation.csv",
-        help="CSV file that rows are added to",
+        help="CSV file whose rows are renewed",
     )
     parser.add_argument("--image", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--label", type=Path, help=argparse.SUPPRESS)

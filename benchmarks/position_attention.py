@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results_file import RESULTS, append_rows, commit
+from results_file import RESULTS, commit, renew_rows
 
 KEY_CHANNELS, CHANNELS = 64, 512
 FORMS = ("danet", "authors", "mmsegmentation")
@@ -114,7 +114,7 @@ def compare(args: argparse.Namespace) -> None:
             rows.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if args.out is not None:
-        append_rows(args.out, rows)
+        renew_rows(args.out, rows, ("form", "positions", "dtype", "direction", "hardware"))
 
 
 def parse_args() -> argparse.Namespace:
@@ -131,7 +131,7 @@ def parse_args() -> argparse.Namespace:
         "--out",
         type=Path,
         default=RESULTS / "position_attention.csv",
-        help="CSV file that rows are added to",
+        help="CSV file whose rows are renewed",
     )
     parser.add_argument("--measure", choices=FORMS, help=argparse.SUPPRESS)
     return parser.parse_args()

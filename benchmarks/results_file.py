@@ -33,6 +33,16 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def renew_rows(path: Path, rows: list[dict[str, Any]], case: tuple[str, ...]) -> None:
+    """Adds rows to a file in place of those that are alike in the columns `case`."""
+
+    def case_of(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[column]) for column in case)
+
+    renewed = {case_of(row) for row in rows}
+    write_rows(path, [row for row in read_rows(path) if case_of(row) not in renewed] + rows)
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes a file anew."""
     path.unlink(missing_ok=True)

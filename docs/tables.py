@@ -51,7 +51,7 @@ def position_attention() -> str:
     """Time and memory of position attention against the forms that hold N x N."""
     by_case: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows_of("position_attention"):
-        case = (row["positions"], row["dtype"], row["direction"])
+        case = (row["positions"], row["dtype"], row["direction"], _processor(row))
         by_case.setdefault(case, {})[row["form"]] = row
     forms = ("danet", "authors", "mmsegmentation")
     cells = []
@@ -62,7 +62,7 @@ def position_attention() -> str:
         assert ours is not None
         ratios = [_ratios(ours, row, "extra_MiB") for row in rows[1:] if row]
         cells.append([*case, *figures, "; ".join(ratios)])
-    header = ["N", "dtype", "what", "ours", "authors' form", "mmsegmentation's form"]
+    header = ["N", "dtype", "what", "on", "ours", "authors' form", "mmsegmentation's form"]
     return markdown([*header, "faster, memory"], cells)
 
 
@@ -70,7 +70,7 @@ def mmsegmentation() -> str:
     """Time and memory of prediction, training, evaluation and augmentation, side by side."""
     by_case: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows_of("mmsegmentation"):
-        case = (row["task"], f"{row['width']}x{row['height']}", row["batch"])
+        case = (row["task"], f"{row['width']}x{row['height']}", row["batch"], _processor(row))
         by_case.setdefault(case, []).append(row)
     cells = []
     for case, rows in by_case.items():
@@ -78,7 +78,7 @@ def mmsegmentation() -> str:
         for row in rows:
             figures = [row["form"], row["seconds"], row["peak_MiB"]]
             cells.append([*case, *figures, _ratios(row, peer, "peak_MiB")])
-    header = ["task", "size", "batch", "form", "seconds", "peak MiB"]
+    header = ["task", "size", "batch", "on", "form", "seconds", "peak MiB"]
     return markdown([*header, "against the first row"], cells)
 
 
@@ -207,6 +207,12 @@ def page_abuse() -> str:
 def soak() -> str:
     """Memory over half an hour of training."""
     return _all_columns("soak")
+
+
+def _processor(row: dict[str, str]) -> str:
+    """The maker and family of the processor, such as AMD EPYC."""
+    words = row["hardware"].replace("(R)", "").removesuffix(" Processor").split()
+    return " ".join(words[words.index("of") + 1 :])
 
 
 def _ratios(ours: dict[str, str], theirs: dict[str, str], memory: str) -> str:

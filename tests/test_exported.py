@@ -1,5 +1,6 @@
 """Segmenting with exported files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,46 @@ def test_options_of_the_network_do_not_go_with_a_file(
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
     assert isinstance(result.exception, UserError)
     assert "as it was exported" in str(result.exception)
+
+
+@pytest.fixture
+def folder_of_scenes(tmp_path: Path) -> Path:
+    """Three scenes of 5 classes in the layout of dataset `folder`."""
+    root = tmp_path / "scenes"
+    for kind in ("images", "labels"):
+        (root / kind / "val").mkdir(parents=True)
+    (root / "classes.txt").write_text("a\nb\nc\nd\ne\n")
+    for index in range(3):
+        image, label = render(2, index)
+        image.save(root / "images" / "val" / f"{index}.png")
+        Image.fromarray(label % 5).save(root / "labels" / "val" / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.xml"])
+def test_files_are_scored_like_their_model(
+    name: str, model: danet.DANet, files: Path, tmp_path: Path, folder_of_scenes: Path
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    found = []
+    for subject in (files / name, tmp_path / "model"):
+        scores = tmp_path / f"{subject.name}.json"
+        command = ["evaluate", str(subject), "--data", "folder", "--root", str(folder_of_scenes)]
+        result = CliRunner().invoke(app, [*command, "--precision", "fp32", "--json", str(scores)])
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(scores.read_text()))
+    assert found[0]["images"] == found[1]["images"] == 3
+    assert found[0]["test"] is None
+    difference = np.subtract(found[0]["confusion"], found[1]["confusion"])
+    assert np.abs(difference).sum() < 1e-3 * np.sum(found[1]["confusion"])
+
+
+@pytest.mark.parametrize(
+    "option", [["--flip"], ["--multi-scale"], ["--branches"], ["--mode=slide"]]
+)
+def test_files_refuse_other_protocols(option: list[str], files: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["evaluate", str(files / "m.onnx"), "--data", "scenes", *option]
+    )
+    assert isinstance(result.exception, UserError)
+    assert "scored as it predicts" in str(result.exception)

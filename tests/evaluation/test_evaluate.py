@@ -15,10 +15,12 @@ from danet.evaluation.evaluate import (
     Evaluation,
     PictureScore,
     available_branches,
+    check_classes,
     evaluate,
     merge,
     report_cases,
     scores_as_json,
+    segment_with,
     write_json,
 )
 from networks import tiny_danet
@@ -33,9 +35,9 @@ def model() -> danet.DANet:
 
 def test_counts_every_labelled_pixel_once(model: danet.DANet) -> None:
     dataset = open_dataset("scenes", split="val")
-    result = evaluate(
-        model, dataset, TEST, branches=available_branches(model), indices=range(3), precision="fp32"
-    )
+    branches = available_branches(model)
+    segment = segment_with(model, TEST, "fp32", branches)
+    result = evaluate(segment, dataset, branches=branches, indices=range(3))
     truth = np.concatenate([dataset[i].label.ravel() for i in range(3)])
     expected = [int((truth == k).sum()) for k in range(11)]
     for branch in ("fused", "position", "channel"):
@@ -50,8 +52,9 @@ def test_counts_every_labelled_pixel_once(model: danet.DANet) -> None:
 
 def test_parts_add_up_to_the_whole(model: danet.DANet) -> None:
     dataset = open_dataset("scenes", split="val")
-    whole = evaluate(model, dataset, TEST, indices=range(4))
-    parts = [evaluate(model, dataset, TEST, indices=range(r, 4, 3)) for r in range(3)]
+    segment = segment_with(model, TEST)
+    whole = evaluate(segment, dataset, indices=range(4))
+    parts = [evaluate(segment, dataset, indices=range(r, 4, 3)) for r in range(3)]
     merged = merge(parts)
     assert torch.equal(merged.confusion["fused"], whole.confusion["fused"])
     assert merged.pictures == whole.pictures
@@ -65,18 +68,15 @@ def test_branches_that_are_off_are_not_offered() -> None:
 
 
 def test_another_number_of_classes_is_refused(model: danet.DANet) -> None:
-    class Other:
-        spec = DatasetSpec("other", ("a", "b"))
-
     with pytest.raises(UserError, match="11 classes but dataset other has 2"):
-        evaluate(model, Other(), TEST)
+        check_classes(model.metadata, DatasetSpec("other", ("a", "b")))
 
 
 def test_cases_are_the_worst_first_then_a_spread(model: danet.DANet) -> None:
     dataset = open_dataset("scenes", split="val")
     pictures = [PictureScore(i, dataset[i].name, 1 - i / 10) for i in range(8)]
     pictures.append(PictureScore(8, "unlabelled", math.nan))
-    cases = report_cases(model, dataset, TEST, pictures, worst=2, others=2)
+    cases = report_cases(segment_with(model, TEST), dataset, pictures, worst=2, others=2)
     assert [case.name[-1] for case in cases] == ["7", "6", "4", "1"]
 
 

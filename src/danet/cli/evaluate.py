@@ -1,20 +1,32 @@
 """danet evaluate."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from danet.cli.options import Compile, Device, Model, Precision, check_precision, own_device
+from danet.cli.options import (
+    Compile,
+    Device,
+    ModelOrFile,
+    Precision,
+    check_precision,
+    open_exported,
+    own_device,
+)
 from danet.errors import UserError
 
 if TYPE_CHECKING:
     from danet.config import TestConfig
-    from danet.evaluation.evaluate import Evaluation
+    from danet.evaluation.evaluate import Evaluation, Segment
+    from danet.evaluation.inference import Branch
+    from danet.export.predictor import ExportedPredictor
+    from danet.model_folder import Metadata
+    from danet.predict import Predictor
 
 
 def evaluate(
-    model: Model,
+    model: ModelOrFile,
     data: Annotated[str | None, typer.Option(help="Dataset; the model's own unless given.")] = None,
     root: Annotated[Path | None, typer.Option(help="The folder of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "val",
@@ -40,7 +52,10 @@ def evaluate(
     precision: Precision = "auto",
     compile_graph: Compile = False,
 ) -> None:
-    """Score a model on a dataset by the published protocol. torchrun shares the work."""
+    """Score a model on a dataset by the published protocol. torchrun shares the work.
+
+    An exported .onnx or .xml file is scored as it predicts: whole pictures at its own scale.
+    """
     from danet.data import open_dataset
     from danet.evaluation import evaluate as evaluation
     from danet.evaluation.submission import submission_writer
@@ -51,22 +66,25 @@ def evaluate(
 
     check_precision(precision)
     share = Share.from_environment()
-    predictor = Predictor(model, own_device(device, share), precision, compile_graph=compile_graph)
-    test = _changed_test(predictor.test, mode, multi_scale, flip)
+    exported = open_exported(model, device, precision, compile_graph=compile_graph)
+    if exported is None:
+        device = own_device(device, share)
+        predictor = Predictor(model, device, precision, compile_graph=compile_graph)
+        subject = _network_subject(predictor, precision, mode, multi_scale, flip, branches)
+    else:
+        subject = _exported_subject(exported, mode, multi_scale, flip, branches)
     run = RunFolder(Path(model))
-    name, folder = _dataset_of(predictor.model.metadata.dataset, run, data, root)
+    name, folder = _dataset_of(subject.metadata.dataset, run, data, root)
     dataset = open_dataset(name, folder, split)
+    evaluation.check_classes(subject.metadata, dataset.spec)
     write = None if submission is None else submission_writer(name, submission)
-    wanted = evaluation.available_branches(predictor.model) if branches else ("fused",)
     own = share.positions(len(dataset))
     title = f"evaluate {name} {split}"
     with share.connected(), ProgressReport(title, len(own), enabled=share.rank == 0) as progress:
         found = evaluation.evaluate(
-            predictor.model,
+            subject.segment,
             dataset,
-            test,
-            precision=precision,
-            branches=wanted,
+            branches=subject.branches,
             indices=own,
             on_picture=progress.advance,
             write_prediction=write,
@@ -76,16 +94,15 @@ def evaluate(
         return
     _print_scores(result)
     if json_file is not None:
-        protocol = {"dataset": name, "split": split, "test": test.model_dump(mode="json")}
+        protocol = {"dataset": name, "split": split, "test": subject.test}
         evaluation.write_json(json_file, {**evaluation.scores_as_json(result), **protocol})
     if report is not None:
         from danet.evaluation.report import write_report
 
         facts = {
             "Model": model,
-            "Backbone": predictor.model.config.backbone,
+            **subject.facts,
             "Dataset": f"{name}, {split}, {len(dataset)} pictures",
-            "Protocol": _describe(test),
         }
         write_report(
             report,
@@ -93,13 +110,68 @@ def evaluate(
             spec=dataset.spec,
             confusion=result.confusion["fused"],
             branch_mean_iou={b: result.scores(b).mean_iou for b in result.confusion},
-            cases=evaluation.report_cases(
-                predictor.model, dataset, test, result.pictures, precision=precision
-            ),
+            cases=evaluation.report_cases(subject.segment, dataset, result.pictures),
             history=run.read_metrics(),
             facts=facts,
         )
         print(f"report: {report}")
+
+
+class _Subject(NamedTuple):
+    """What is scored.
+
+    Attributes:
+        segment: a picture to a label map of each of `branches`, the fused one first.
+        test: the protocol for --json; None for a file, which has its own inside.
+        facts: for the report.
+    """
+
+    segment: "Segment"
+    metadata: "Metadata"
+    branches: "tuple[Branch, ...]"
+    test: dict[str, Any] | None
+    facts: dict[str, str]
+
+
+def _network_subject(
+    predictor: "Predictor",
+    precision: str,
+    mode: str | None,
+    multi_scale: bool,
+    flip: bool,
+    branches: bool,
+) -> _Subject:
+    from danet.evaluation.evaluate import available_branches, segment_with
+
+    model = predictor.model
+    test = _changed_test(predictor.test, mode, multi_scale, flip)
+    wanted = available_branches(model) if branches else ("fused",)
+    return _Subject(
+        segment_with(model, test, precision, wanted),
+        model.metadata,
+        wanted,
+        test.model_dump(mode="json"),
+        {"Backbone": model.config.backbone, "Protocol": _describe(test)},
+    )
+
+
+def _exported_subject(
+    exported: "ExportedPredictor", mode: str | None, multi_scale: bool, flip: bool, branches: bool
+) -> _Subject:
+    import torch
+
+    if mode not in (None, "whole") or multi_scale or flip or branches:
+        raise UserError(
+            f"{exported.path} is scored as it predicts; leave --mode, --multi-scale, --flip and "
+            "--branches, or give the model folder"
+        )
+    return _Subject(
+        lambda sample: [torch.from_numpy(exported(sample.image).classes)],
+        exported.metadata,
+        ("fused",),
+        None,
+        {"Protocol": "whole, as exported"},
+    )
 
 
 def _changed_test(

@@ -9,9 +9,13 @@ from danet.errors import UserError
 
 if TYPE_CHECKING:
     from danet.config import TestConfig
+    from danet.export.predictor import ExportedPredictor
     from danet.processes import Share
 
 Model = Annotated[str, typer.Argument(help="A model folder, a run folder, or a hub id.")]
+ModelOrFile = Annotated[
+    str, typer.Argument(help="A model or run folder, a hub id, or an exported .onnx or .xml.")
+]
 Recipe = Annotated[str, typer.Argument(help="A built-in recipe (danet recipes) or a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's key.")
@@ -34,6 +38,19 @@ def own_device(device: str, share: "Share") -> str:
     from danet.devices import local_device
 
     return local_device() if device == "auto" and share.processes > 1 else device
+
+
+def open_exported(
+    model: str, device: str, precision: str, *, compile_graph: bool
+) -> "ExportedPredictor | None":
+    """The exported file that a model is named by; None for folders and hub ids."""
+    from danet.export.predictor import ExportedPredictor, is_exported
+
+    if not is_exported(model):
+        return None
+    if device not in ("auto", "cpu") or compile_graph:
+        raise UserError(f"{model} runs on the CPU as it was exported; leave --device and --compile")
+    return ExportedPredictor(model, precision)
 
 
 def note_protocol(test: "TestConfig") -> None:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from danet.cli.options import Compile, Device, Precision, check_precision, own_device
+from danet.cli.options import (
+    Compile,
+    Device,
+    ModelOrFile,
+    Precision,
+    check_precision,
+    open_exported,
+    own_device,
+)
 from danet.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,9 +23,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    model: Annotated[
-        str, typer.Argument(help="A model or run folder, a hub id, or an exported .onnx or .xml.")
-    ],
+    model: ModelOrFile,
     inputs: Annotated[
         list[str],
         typer.Argument(metavar="INPUT...", help="Pictures, films, folders, globs, tars, @LIST."),
@@ -94,11 +100,9 @@ def predict(
 def _open(
     model: str, device: str, precision: str, share: "Share", *, compile_graph: bool
 ) -> "Segmenter":
-    from danet.export.predictor import ExportedPredictor, is_exported
     from danet.predict import Predictor
 
-    if not is_exported(model):
-        return Predictor(model, own_device(device, share), precision, compile_graph=compile_graph)
-    if device not in ("auto", "cpu") or compile_graph:
-        raise UserError(f"{model} runs on the CPU as it was exported; leave --device and --compile")
-    return ExportedPredictor(model, precision)
+    exported = open_exported(model, device, precision, compile_graph=compile_graph)
+    if exported is not None:
+        return exported
+    return Predictor(model, own_device(device, share), precision, compile_graph=compile_graph)

@@ -21,6 +21,7 @@ from danet.evaluation.inference import Branch, predict_classes
 from danet.evaluation.metrics import Scores, confusion_matrix, scores
 from danet.evaluation.report import Case
 from danet.model import DANet
+from danet.model_folder import Metadata
 
 
 class PictureScore(NamedTuple):
@@ -59,11 +60,11 @@ def merge(shares: Sequence[Evaluation]) -> Evaluation:
     )
 
 
-def check_classes(model: DANet, spec: DatasetSpec) -> None:
+def check_classes(metadata: Metadata, spec: DatasetSpec) -> None:
     """Raises a UserError unless the model predicts exactly the dataset's classes."""
-    if len(model.metadata.classes) != spec.num_classes:
+    if len(metadata.classes) != spec.num_classes:
         raise UserError(
-            f"the model has {len(model.metadata.classes)} classes but dataset {spec.name} has "
+            f"the model has {len(metadata.classes)} classes but dataset {spec.name} has "
             f"{spec.num_classes}; evaluate it on the data it was trained for"
         )
 
@@ -76,13 +77,29 @@ def available_branches(model: DANet) -> tuple[Branch, ...]:
     return tuple(branches)
 
 
-@torch.inference_mode()
+Segment = Callable[[Sample], Sequence[Tensor]]
+"""What is scored: a picture to its label maps, H W uint8, one for each branch."""
+
+
+def segment_with(
+    model: DANet, test: TestConfig, precision: str = "auto", branches: Sequence[Branch] = ("fused",)
+) -> Segment:
+    """Segmenting by a model, in evaluation mode and on the device to compute on."""
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def segment(sample: Sample) -> Sequence[Tensor]:
+        image, _ = as_tensors(sample.image, sample.label)
+        with autocast(precision, device):
+            return list(predict_classes(model, image.to(device), test, branches))
+
+    return segment
+
+
 def evaluate(
-    model: DANet,
+    segment: Segment,
     dataset: SegmentationDataset,
-    test: TestConfig,
     *,
-    precision: str = "auto",
     branches: Sequence[Branch] = ("fused",),
     indices: Iterable[int] | None = None,
     on_picture: Callable[[], None] = lambda: None,
@@ -91,23 +108,23 @@ def evaluate(
     """Segments pictures and counts every labelled pixel.
 
     Args:
-        model: in evaluation mode, on the device to compute on.
+        segment: predicts the dataset's classes; see `check_classes`.
+        branches: those that `segment` gives label maps of.
         indices: the pictures to score; all where None.
         on_picture: called after each picture.
         write_prediction: takes each picture's name and its H W class ids.
 
     Raises:
-        UserError: classes differ, or a picture or label cannot be read.
+        UserError: a picture or label cannot be read.
     """
-    check_classes(model, dataset.spec)
     num_classes = dataset.spec.num_classes
     confusion = {branch: torch.zeros(num_classes, num_classes).long() for branch in branches}
     pictures = []
     for index in range(len(dataset)) if indices is None else indices:
         sample = dataset[index]
-        predictions, label = _predict(model, sample, test, precision, branches)
-        for branch, prediction in zip(branches, predictions, strict=True):
-            counts = confusion_matrix(label, prediction, num_classes).cpu()
+        label = torch.from_numpy(sample.label)
+        for branch, prediction in zip(branches, segment(sample), strict=True):
+            counts = confusion_matrix(label.to(prediction.device), prediction, num_classes).cpu()
             confusion[branch] += counts
             if branch == "fused":
                 labelled = int(counts.sum())
@@ -120,14 +137,11 @@ def evaluate(
     return Evaluation(dataset.spec, confusion, pictures)
 
 
-@torch.inference_mode()
 def report_cases(
-    model: DANet,
+    segment: Segment,
     dataset: SegmentationDataset,
-    test: TestConfig,
     pictures: Sequence[PictureScore],
     *,
-    precision: str = "auto",
     worst: int = 8,
     others: int = 4,
 ) -> list[Case]:
@@ -138,20 +152,9 @@ def report_cases(
     cases = []
     for picture in dict.fromkeys([*ranked[:worst], *spread]):
         sample = dataset[picture.position]
-        predictions, _ = _predict(model, sample, test, precision, ("fused",))
-        prediction = predictions[0].cpu().numpy()
+        prediction = segment(sample)[0].cpu().numpy()
         cases.append(Case(sample.name, sample.image, sample.label, prediction, picture.accuracy))
     return cases
-
-
-def _predict(
-    model: DANet, sample: Sample, test: TestConfig, precision: str, branches: Sequence[Branch]
-) -> tuple[Tensor, Tensor]:
-    """Label maps R H W and the truth H W."""
-    device = next(model.parameters()).device
-    image, label = (tensor.to(device) for tensor in as_tensors(sample.image, sample.label))
-    with autocast(precision, device):
-        return predict_classes(model, image, test, branches), label
 
 
 def scores_as_json(evaluation: Evaluation) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
 from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserError
-from danet.evaluation.evaluate import evaluate
+from danet.evaluation.evaluate import evaluate, segment_with
 from danet.evaluation.metrics import scores
 from danet.model import DANet
 from danet.progress import ProgressReport
@@ -304,10 +304,8 @@ class _Trainer:
         scored = itertools.count(1)
         rank, processes = self.fabric.global_rank, self.fabric.world_size
         evaluation = evaluate(
-            model,
+            segment_with(model, config.test, config.train.precision),
             self.validation_data,
-            config.test,
-            precision=config.train.precision,
             indices=range(rank, count, processes),
             on_picture=lambda: self.progress.advance(
                 f"validating {next(scored) * processes}/{count}", steps=0

@@ -19,6 +19,8 @@ from configurations import Choices, Configuration, configurations
 from torch import Tensor
 
 ROW_DOT_ROWS = 16
+SMALL = 2**22
+"""Scores of all samples below which nothing is timed."""
 
 
 class Problem(NamedTuple):
@@ -42,8 +44,18 @@ class Timing(NamedTuple):
     failure: str
 
 
-timings: list[Timing] = []
-_chosen: dict[tuple[Any, ...], Configuration] = {}
+timings: dict[tuple[str, Problem, int, Configuration], Timing] = {}
+refused: set[tuple[str, Configuration]] = set()
+"""Kernels and configurations not to be tried: those that broke an earlier process."""
+on_trying: list[Callable[[str, Configuration | None], None]] = []
+"""Told which kernel and configuration is about to be timed, and None when it was."""
+
+FATAL = ("illegal", "misaligned", "launch failure", "device-side assert")
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether the GPU takes nothing more from this process."""
+    return any(word in str(error) for word in FATAL)
 
 
 def position_attention(
@@ -228,22 +240,38 @@ def _fastest(
     choices: Sequence[Configuration],
     launch: Callable[[Configuration], None],
 ) -> Configuration:
-    """The one that is timed fastest; the first call decides.
+    """The one that is timed fastest by the first call on a problem, or the first on a small one.
 
     Raises:
-        RuntimeError: none of several runs.
+        RuntimeError: none runs.
     """
-    if len(choices) == 1:
+    choices = [choice for choice in choices if (name, choice) not in refused]
+    is_small = problem.batch * problem.queries * problem.keys < SMALL
+    if len(choices) == 1 or (choices and is_small):
         return choices[0]
-    key = (name, problem, query.dtype, query.device, tuple(choices))
-    if key not in _chosen:
-        found = [_time(name, problem, query.dtype, choice, launch) for choice in choices]
-        timings.extend(found)
-        run = [timing for timing in found if timing.milliseconds is not None]
-        if not run:
-            raise RuntimeError(f"no configuration of {name} runs: {found[0].failure}")
-        _chosen[key] = min(run, key=lambda timing: timing.milliseconds or 0).configuration
-    return _chosen[key]
+    found = [_timing(name, problem, query.dtype, choice, launch) for choice in choices]
+    run = [timing for timing in found if timing.milliseconds is not None]
+    if not run:
+        failures = [timing.failure for timing in found] or ["all were refused"]
+        raise RuntimeError(f"no configuration of {name} runs: {failures[0]}")
+    return min(run, key=lambda timing: timing.milliseconds or 0).configuration
+
+
+def _timing(
+    name: str,
+    problem: Problem,
+    dtype: torch.dtype,
+    configuration: Configuration,
+    launch: Callable[[Configuration], None],
+) -> Timing:
+    key = (name, problem, dtype.itemsize, configuration)  # half precisions are as fast
+    if key not in timings:
+        for call in on_trying:
+            call(name, configuration)
+        timings[key] = _time(name, problem, dtype, configuration, launch)
+        for call in on_trying:
+            call(name, None)
+    return timings[key]
 
 
 def _time(
@@ -260,5 +288,7 @@ def _time(
             lambda: launch(configuration), warmup=5, rep=25, return_mode="median"
         )
     except Exception as error:  # compilers raise many kinds; the next configuration may run
+        if is_fatal(error):
+            raise
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
     return Timing(name, problem, dtype, configuration, milliseconds, failure)

@@ -34,19 +34,21 @@ def supervise(args: argparse.Namespace) -> None:
     state = args.out / "state.json"
     deadline = time.time() + 60 * args.minutes
     state.write_text(json.dumps({"deadline": deadline, "broken": [], "now": None}))
-    while time.time() < deadline:
+    status: int | None = None
+    while status != 0 and time.time() < deadline:
         status = _measuring_process(state, deadline)
-        if status == 0:
-            break
         found = json.loads(state.read_text())
-        if found["now"] is None:
-            sys.exit(f"the measuring process ended with status {status} before its first candidate")
-        why = "hung" if status is None else f"ended its process with status {status}"
-        found["broken"].append({**found["now"], "why": why})
-        found["now"] = None
-        state.write_text(json.dumps(found))
-        print(f"broke: {found['broken'][-1]}", flush=True)
+        if found["now"] is not None:
+            why = "hung" if status is None else f"ended its process with status {status}"
+            found["broken"].append({**found["now"], "why": why})
+            found["now"] = None
+            state.write_text(json.dumps(found))
+            print(f"broke: {found['broken'][-1]}", flush=True)
+        elif status != 0:
+            break  # not a candidate's fault, so that it would happen again
     report(args.out)
+    if status != 0:
+        sys.exit(f"incomplete: the measuring process ended with status {status}")
 
 
 def _measuring_process(state: Path, deadline: float) -> int | None:

@@ -73,10 +73,13 @@ class Visit:
         if self.left_out:
             print(f"left out for want of time: {self.left_out} measurements", flush=True)
 
-    def _note(self, candidate: str, configuration: Any = None) -> None:
+    def _note(self, candidate: str | None, configuration: Any = None) -> None:
         """Says what is running, for the case that it ends or stops this process."""
-        self.state["now"] = {"candidate": candidate, "configuration": configuration}
-        self.state_path.write_text(json.dumps(self.state))
+        now = {"candidate": candidate, "configuration": configuration}
+        self.state["now"] = None if candidate is None else now
+        written = self.state_path.with_suffix(".new")
+        written.write_text(json.dumps(self.state))
+        written.replace(self.state_path)
 
     def _note_configuration(self, kernel: str, configuration: Configuration | None) -> None:
         tried = None if configuration is None else (kernel, configuration)
@@ -101,6 +104,7 @@ class Visit:
                 print(f"{name}: {error}", flush=True)
                 os._exit(3)
             found = {"failure": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        self._note(None)
         self._write_tuning()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

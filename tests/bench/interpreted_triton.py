@@ -85,6 +85,12 @@ def main() -> None:
     choices = everywhere(32, 32, 64)
     position_attention(huge[0] * 1e8, huge[1] * 1e7, huge[2], choices).sum().backward()
     found["huge scores, not finite"] = [float((~tensor.grad.isfinite()).sum()) for tensor in huge]
+    # rowsum(G output) is 108,000, beyond float16; equal values leave the scores no gradient.
+    query, key, value, grad = random_inputs(torch.float16, small, shift=1.5)
+    query.requires_grad_()
+    output = position_attention(query, key, torch.full_like(value, 30), choices)
+    output.backward(torch.full_like(grad, 100))
+    found["large rowsums, not finite"] = [float((~query.grad.isfinite()).sum())]
     print(json.dumps(found))
 
 

@@ -156,7 +156,7 @@ class TestPositionAttention:
         inputs = [tensor.float().requires_grad_() for tensor in random_inputs(queries=18, keys=7)]
         torch.library.opcheck(kernels.attend, inputs)
 
-    @pytest.mark.parametrize("channels", [24, 200, 256, 7])
+    @pytest.mark.parametrize("channels", [24, 200, 256, 1048, 7])
     def test_values_spread_over_heads_change_nothing(self, channels: int) -> None:
         inputs = random_inputs(channels=channels)
         torch.testing.assert_close(

@@ -39,7 +39,8 @@ def attend_by_heads(
 ) -> Tensor:
     """Output B C N, by the first of the kernels that takes the inputs."""
     channels = value_BCM.shape[1]
-    width = max(w for w in range(1, min(channels, _HEAD_CHANNELS) + 1) if _divides(w, channels))
+    heads = -(-channels // _HEAD_CHANNELS)
+    width = -(-channels // (heads * _ALIGNMENT)) * _ALIGNMENT
     with sdpa_kernel(backends, set_priority=True):
         return attend_spread(query_BDN, key_BDM, value_BCM, width)
 
@@ -63,7 +64,3 @@ def attend_spread(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor, width: 
     output_BENc = F.scaled_dot_product_attention(query_BEND, key_BEMD, value_BEMc, scale=1.0)
     output_BCN = output_BENc.transpose(2, 3).flatten(1, 2)
     return output_BCN if heads * width == channels else output_BCN[:, :channels]
-
-
-def _divides(width: int, channels: int) -> bool:
-    return channels % width == 0 and (width % _ALIGNMENT == 0 or channels % _ALIGNMENT != 0)

@@ -1,6 +1,6 @@
-"""Makes models/street-small from a finished run of recipe street_small_mixed.
+"""Makes models/street-small from a finished run of recipe street_small_longer.
 
-python benchmarks/ship_street_small.py runs/street_small_mixed
+python benchmarks/ship_street_small.py runs/street_small_longer
 """
 
 import argparse

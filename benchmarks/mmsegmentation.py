@@ -92,18 +92,19 @@ def our_augmentation(args: argparse.Namespace) -> Callable[[], None]:
     import numpy as np
     import torch
     from PIL import Image
+    from torchvision import tv_tensors
 
     from danet.config import DataConfig
-    from danet.data.transforms import as_tensors, training_transform
+    from danet.data.transforms import training_transform
 
     width, height = args.size
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    blocks = random.integers(0, 19, (height // 64, width // 64), dtype=np.uint8)
-    label = blocks.repeat(64, 0).repeat(64, 1)
+    blocks = random.integers(0, 19, (-(-height // 64), -(-width // 64)), dtype=np.uint8)
+    label = torch.from_numpy(blocks.repeat(64, 0).repeat(64, 1)[:height, :width].copy())
     transform = training_transform(DataConfig(base_size=(width, height), crop_size=args.crop))
     torch.manual_seed(0)
-    return lambda: transform(*as_tensors(image, label)) and None
+    return lambda: transform(image, tv_tensors.Mask(label)) and None
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from danet.data.transforms import (
     PhotometricDistortion,
     RandomGamma,
     RandomScale,
+    ScaledCrop,
     as_tensors,
     degradation,
     fitted_size,
@@ -118,6 +119,24 @@ class TestClassCappedCrop:
         assert not crop._is_varied(label, 0, 0, 10, 10)
 
 
+@pytest.mark.parametrize("base_size", [None, (120, 90)])
+def test_scaled_crop_is_scale_then_crop(base_size: tuple[int, int] | None) -> None:
+    """With the same draws, also of the tries that the class cap refuses."""
+    image, label = pair(60, 80)
+    label[:, 20:] = 2
+    scale, crop = RandomScale(base_size, (0.5, 2.0)), ClassCappedCrop((50, 40), 0.6)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        expected_image, expected_label = crop(*scale(image, label))
+        following = torch.rand(())
+        torch.manual_seed(seed)
+        made_image, made_label = ScaledCrop(scale, crop)(image, label)
+        assert torch.equal(torch.rand(()), following)
+        assert torch.equal(made_label, expected_label)
+        # torch's 8-bit resize rounds twice, after the columns and after the rows.
+        assert (made_image.int() - expected_image.int()).abs().max() <= 1
+
+
 class TestDegradation:
     def test_none_without_a_probability(self) -> None:
         image, label = pair()
@@ -173,6 +192,17 @@ class TestPhotometricDistortion:
         image = tv_tensors.Image(torch.tensor(color, dtype=torch.uint8).view(3, 1, 1))
         actual = self.distorted(image, saturation=factor).flatten() / 255
         np.testing.assert_allclose(actual, expected, atol=1.1 / 255)
+
+    @pytest.mark.parametrize("turn", [-0.1, -0.031, 0.0, 0.057, 0.1])
+    def test_hue_on_the_borders_of_the_sixths(self, turn: float) -> None:
+        """Where two channels are equal, or all three."""
+        levels = (0, 3, 100, 255)
+        for color in [(a, b, c) for a in levels for b in levels for c in levels]:
+            hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in color))
+            expected = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)
+            image = tv_tensors.Image(torch.tensor(color, dtype=torch.uint8).view(3, 1, 1))
+            actual = self.distorted(image, hue=turn).flatten() / 255
+            np.testing.assert_allclose(actual, expected, atol=1.1 / 255, err_msg=str(color))
 
     @settings(max_examples=60, deadline=None)
     @given(st.tuples(*[st.integers(0, 255)] * 3), st.floats(-0.1, 0.1))

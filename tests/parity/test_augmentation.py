@@ -14,11 +14,14 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 from danet.config import DataConfig
+from danet.data.resize import Box
 from danet.data.transforms import (
     ClassCappedCrop,
     NormalizeAndPad,
     PhotometricDistortion,
     RandomScale,
+    ScaledCrop,
+    ScaledLabel,
     fitted_size,
 )
 
@@ -78,13 +81,12 @@ def test_pictures_are_equal_pixel_for_pixel_given_the_same_draws(
         width, height = fitted_size(size, (bounds[0], bounds[1]))
         box = {"top": top, "left": left}
         box |= {"width": min(crop[0], width), "height": min(crop[1], height)}
-        resized = [
-            RandomScale(None, (1, 1)).transform(item, {"size": [height, width]})
-            for item in (image, label)
-        ]
+        params = {"label": ScaledLabel(label, (height, width)), "part": Box(**box)}
+        cap = ClassCappedCrop(crop, 0.75)
+        scaled_crop = ScaledCrop(RandomScale(None, (1, 1)), cap)
+        cuts = [scaled_crop.transform(item, params) for item in (image, label)]
         made: list[Tensor] = []
-        for item in (*resized, between_two_pixels(size, (width, height))):
-            cut = ClassCappedCrop(crop, 0.75).transform(item, box)
+        for cut in (*cuts, cap.transform(between_two_pixels(size, (width, height)), box)):
             padded = normalize_and_pad.transform(TF.hflip(cut) if mirrored else cut, {})
             made.append(padded.as_subclass(Tensor))
         torch.testing.assert_close(made[1][made[2] != 1], expected_label[made[2] != 1])

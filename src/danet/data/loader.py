@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
+from torchvision import tv_tensors
 
 from danet.config import DataConfig
 from danet.data import open_dataset
 from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
-from danet.data.transforms import as_tensors, training_transform
+from danet.data.transforms import training_transform
 from danet.errors import UserError
 
 _ORDER, _AUGMENTATION = 0, 1
@@ -82,7 +83,8 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
             return error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, _AUGMENTATION, position))
-            image, label = self.transform(*as_tensors(sample.image, sample.label))
+            label = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(sample.label)))
+            image, label = self.transform(sample.image, label)
         return image.as_subclass(Tensor), label.as_subclass(Tensor)
 
     def _read(self, index: int) -> Sample:

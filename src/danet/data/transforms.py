@@ -3,6 +3,7 @@
 Every transform draws from torch's global random generator, which the loader seeds per sample.
 The order and the numbers are mmsegmentation's: random scale, class-capped crop, flip, photometric
 distortion, normalisation, padding of the image with zeros (the mean) and of the label with 255.
+Of the scaled picture only the crop is made (`ScaledCrop`).
 """
 
 from typing import Any
@@ -17,10 +18,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from danet.config import DataConfig, Size
+from danet.data.colour import PhotometricDistortion
+from danet.data.resize import Box, bilinear_part, nearest_part
 from danet.data.spec import IGNORE_INDEX
 
 CROP_TRIES = 10
-_PIECE = 1 << 15
+_PIECE_ROWS = 32
 
 
 def as_tensors(
@@ -94,7 +97,7 @@ class ClassCappedCrop(v2.Transform):
         self.class_cap = class_cap
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        label = next(item for item in flat_inputs if isinstance(item, tv_tensors.Mask))
+        label = next(i for i in flat_inputs if isinstance(i, tv_tensors.Mask | ScaledLabel))
         box = self._draw(label)
         for _ in range(CROP_TRIES):
             if self.class_cap >= 1 or self._is_varied(label, **box):
@@ -102,7 +105,7 @@ class ClassCappedCrop(v2.Transform):
             box = self._draw(label)
         return box
 
-    def _draw(self, label: Tensor) -> dict[str, int]:
+    def _draw(self, label: "Tensor | ScaledLabel") -> dict[str, int]:
         height, width = label.shape[-2:]
         crop_width, crop_height = min(self.size[0], width), min(self.size[1], height)
         return {
@@ -112,7 +115,9 @@ class ClassCappedCrop(v2.Transform):
             "width": crop_width,
         }
 
-    def _is_varied(self, label: Tensor, top: int, left: int, height: int, width: int) -> bool:
+    def _is_varied(
+        self, label: "Tensor | ScaledLabel", top: int, left: int, height: int, width: int
+    ) -> bool:
         crop = label[..., top : top + height, left : left + width].as_subclass(Tensor)
         counts = torch.bincount(crop.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
         several = int((counts > 0).sum()) > 1
@@ -122,87 +127,53 @@ class ClassCappedCrop(v2.Transform):
         return self._call_kernel(TF.crop, inpt, **params)
 
 
-class PhotometricDistortion(v2.Transform):
-    """Brightness, contrast, saturation and hue, each with probability 1/2, on images only.
+class ScaledLabel:
+    """A label map as it would be at another size, made only where a slice asks for it.
 
-    As mmsegmentation draws them: brightness adds up to 32, contrast multiplies by 0.5..1.5 before
-    or after the colours, saturation multiplies HSV's S by 0.5..1.5, hue turns by up to 36 degrees.
+    Args:
+        size: height, width.
     """
+
+    def __init__(self, label: Tensor, size: tuple[int, int]) -> None:
+        self.label = label.as_subclass(Tensor)
+        self.shape = torch.Size(size)
+        self.last: tuple[Box, Tensor] | None = None
+        """The part that was made last, for the crop that is accepted is wanted again."""
+
+    def __getitem__(self, index: tuple[Any, slice, slice]) -> Tensor:
+        _, rows, columns = index
+        part = Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+        return self.part(part)
+
+    def part(self, part: Box) -> Tensor:
+        if self.last is None or self.last[0] != part:
+            size = (self.shape[0], self.shape[1])
+            self.last = (part, nearest_part(self.label, size, part))
+        return self.last[1]
+
+
+class ScaledCrop(v2.Transform):
+    """`scale`, then `crop`, with the same draws and result, but makes only the crop's pixels.
+
+    Images may be Pillow's, of which then only the crop is read, or uint8 3 H W.
+    """
+
+    def __init__(self, scale: RandomScale, crop: ClassCappedCrop) -> None:
+        super().__init__()
+        self.scale = scale
+        self.crop = crop
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        draws = torch.rand(9).tolist()
-
-        def uniform(chance: float, draw: float, low: float, high: float) -> float | None:
-            return low + (high - low) * draw if chance < 0.5 else None
-
-        return {
-            "brightness": uniform(draws[0], draws[1], -32.0, 32.0),
-            "contrast": uniform(draws[2], draws[3], 0.5, 1.5),
-            "saturation": uniform(draws[4], draws[5], 0.5, 1.5),
-            "hue": uniform(draws[6], draws[7], -0.1, 0.1),
-            "contrast_first": draws[8] < 0.5,
-        }
+        label = next(item for item in flat_inputs if isinstance(item, tv_tensors.Mask))
+        height, width = self.scale.make_params(flat_inputs)["size"]
+        scaled = ScaledLabel(label, (height, width))
+        return {"label": scaled, "part": Box(**self.crop.make_params([scaled]))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        pixels = inpt.as_subclass(Tensor).flatten(1)
-        # In pieces that stay in the cache, for every step passes over all of them.
-        parts = [_distort(part.float(), params) for part in pixels.split(_PIECE, dim=1)]
-        return tv_tensors.Image(torch.cat(parts, 1).view(inpt.shape))
-
-
-def _distort(rgb: Tensor, params: dict[str, Any]) -> Tensor:
-    """Float 3 P of whole values, changed in place -> uint8 3 P."""
-    if params["brightness"] is not None:
-        _round(rgb.add_(params["brightness"]))
-    if params["contrast"] is not None and params["contrast_first"]:
-        _round(rgb.mul_(params["contrast"]))
-    if params["saturation"] is not None:
-        _round(_scale_saturation(rgb, params["saturation"]))
-    if params["hue"] is not None:
-        _round(_turn_hue(rgb, params["hue"]))
-    if params["contrast"] is not None and not params["contrast_first"]:
-        _round(rgb.mul_(params["contrast"]))
-    return rgb.to(torch.uint8)
-
-
-def _round(pixels: Tensor) -> None:
-    """Whole values in 0..255, which the next step starts from; in place."""
-    pixels.clamp_(0, 255).floor_()
-
-
-def _scale_saturation(rgb: Tensor, factor: float) -> Tensor:
-    """Scales HSV's saturation, at most to 1, keeping hue and value: moves RGB along V - RGB."""
-    value = rgb.amax(0)
-    chroma = value - rgb.amin(0)
-    factors = (value / chroma.clamp_(min=1e-6)).clamp_(max=factor)
-    return torch.sub(value, rgb.sub_(value).neg_().mul_(factors), out=rgb)
-
-
-def _turn_hue(rgb: Tensor, turn: float) -> Tensor:
-    """Adds to HSV's hue (1 is a whole turn), keeping saturation and value; whole values 0..255.
-
-    The hexagon model: with the hue in sixths of a turn, each channel goes from the least to the
-    largest of the three as a trapezoid of the hue.
-    """
-    red, green, blue = rgb
-    value, least = rgb.amax(0), rgb.amin(0)
-    chroma = value - least
-    of_red = green - blue
-    of_green = (blue - red).add_(chroma, alpha=2)
-    of_blue = (red - green).add_(chroma, alpha=4)
-    sixths = torch.where(value == red, of_red, torch.where(value == green, of_green, of_blue))
-    sixths.div_(chroma.clamp(min=1)).add_(6 * turn)
-    sixths.sub_(torch.floor(sixths / 6), alpha=6)
-    for channel, center, sign, offset in (
-        (red, 3, 1, -1),
-        (green, 2, -1, 2),
-        (blue, 4, -1, 2),
-    ):
-        share = (sixths - center).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-        torch.addcmul(least, chroma, share, out=channel)
-    return rgb
+        scaled, part = params["label"], params["part"]
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.Mask(scaled.part(part))
+        return tv_tensors.Image(bilinear_part(inpt, (scaled.shape[0], scaled.shape[1]), part))
 
 
 class RandomGamma(v2.Transform):
@@ -241,18 +212,31 @@ class NormalizeAndPad(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         height, width = inpt.shape[-2:]
-        padding = [0, 0, max(self.size[0] - width, 0), max(self.size[1] - height, 0)]
         if isinstance(inpt, tv_tensors.Mask):
+            padding = [0, 0, max(self.size[0] - width, 0), max(self.size[1] - height, 0)]
             return TF.pad(inpt, padding, fill=IGNORE_INDEX)
-        return TF.pad(normalize(inpt, self.mean, self.std), padding, fill=0)
+        padded = inpt.new_empty(
+            (3, max(self.size[1], height), max(self.size[0], width)), dtype=torch.float32
+        ).as_subclass(Tensor)
+        padded[:, height:] = 0
+        padded[:, :, width:] = 0
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        for rows, out in zip(
+            inpt.as_subclass(Tensor).split(_PIECE_ROWS, dim=1),
+            padded[:, :height, :width].split(_PIECE_ROWS, dim=1),
+            strict=True,
+        ):
+            torch.div(rows.float().sub_(mean), std, out=out)
+        return tv_tensors.Image(padded)
 
 
 def training_transform(config: DataConfig) -> v2.Compose:
-    """(uint8 image, uint8 label) -> (float32 3 h w, uint8 h w) of the crop's size."""
+    """(RGB picture or uint8 image, uint8 label) -> (float32 3 h w, uint8 h w), the crop's size."""
+    scale = RandomScale(config.base_size, config.scale_range)
+    crop = ClassCappedCrop(config.crop_size, config.class_cap)
     return v2.Compose(
         [
-            RandomScale(config.base_size, config.scale_range),
-            ClassCappedCrop(config.crop_size, config.class_cap),
+            ScaledCrop(scale, crop),
             v2.RandomHorizontalFlip(config.flip),
             PhotometricDistortion() if config.photometric_distortion else v2.Identity(),
             degradation(config.degradation),

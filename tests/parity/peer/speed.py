@@ -98,8 +98,10 @@ def augmentation(args: argparse.Namespace) -> Callable[[], None]:
     register_all_modules()
     width, height = args.size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    blocks = np.random.default_rng(0).integers(0, 19, (height // 64, width // 64), dtype=np.uint8)
-    label = blocks.repeat(64, 0).repeat(64, 1)
+    blocks = np.random.default_rng(0).integers(
+        0, 19, (-(-height // 64), -(-width // 64)), dtype=np.uint8
+    )
+    label = blocks.repeat(64, 0).repeat(64, 1)[:height, :width]
     crop = tuple(reversed(args.crop))
     scale = {"scale": (width, height), "ratio_range": (0.5, 2.0), "keep_ratio": True}
     steps = [

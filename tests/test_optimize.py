@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import danet
+from danet import winograd
 from danet.optimize import fold_batch_norms, optimize_for_inference
 from danet.winograd import WinogradConv2d
 
@@ -69,16 +70,22 @@ def test_a_convolution_that_is_read_twice_keeps_its_norm() -> None:
     assert isinstance(model.head.position_branch.attention.norm, nn.BatchNorm2d)
 
 
-def test_wide_convolutions_take_winograds_way() -> None:
+@pytest.mark.parametrize(("width", "bfloat16", "bound"), [(256, False, 1e-5), (512, True, 0.05)])
+def test_wide_convolutions_take_winograds_way(
+    monkeypatch: pytest.MonkeyPatch, width: int, bfloat16: bool, bound: float
+) -> None:
     """The logits of a network that is wide enough for it, and its own are left as they were."""
+    monkeypatch.setattr(winograd, "has_amx", lambda: False)
     torch.manual_seed(0)
-    model = danet.DANet(5, "test_resnet", pretrained_backbone=False, head_channels=256).eval()
+    model = danet.DANet(5, "test_resnet", pretrained_backbone=False, head_channels=width).eval()
     exact = copy.deepcopy(model)
-    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
-    assert sum(isinstance(module, WinogradConv2d) for module in fast.modules()) == 2
+    fast = optimize_for_inference(model, bfloat16=bfloat16, compile_graph=False)
+    ways = [module for module in fast.modules() if isinstance(module, WinogradConv2d)]
+    assert [way.weight.dtype for way in ways] == 2 * [torch.bfloat16 if bfloat16 else torch.float32]
     images = torch.randn(1, 3, 75, 91)
-    with torch.no_grad():
-        assert relative_error(fast.fused_logits(images), exact.fused_logits(images)) < 1e-5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        logits = fast.fused_logits(images)
+    assert relative_error(logits.float(), exact.fused_logits(images)) < bound
 
 
 def test_bfloat16_weights_need_half_the_memory() -> None:

@@ -44,6 +44,28 @@ def test_float32_rounds_little() -> None:
     assert error < 3e-6
 
 
+@torch.no_grad()
+def test_bfloat16_rounds_about_twice_as_much() -> None:
+    torch.manual_seed(0)
+    direct = nn.Conv2d(512, 64, 3, padding=2, dilation=2)
+    features = torch.randn(1, 512, 20, 24).relu().bfloat16()
+    exact = direct(features.float())
+    error = lambda output: (output.float() - exact).norm() / exact.norm()  # noqa: E731
+    fast = WinogradConv2d(direct).bfloat16()(features)
+    assert fast.dtype == torch.bfloat16
+    assert error(fast) < 3 * error(copy.deepcopy(direct).bfloat16()(features))
+
+
+@pytest.mark.parametrize(("amx", "pays"), [(False, True), (True, False)])
+def test_bfloat16_goes_this_way_where_products_are_dear(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, pays: bool
+) -> None:
+    monkeypatch.setattr(winograd, "has_amx", lambda: amx)
+    assert winograd.pays(nn.Conv2d(512, 512, 3, padding=1), torch.bfloat16) == pays
+    assert not winograd.pays(nn.Conv2d(256, 512, 3, padding=1), torch.bfloat16)
+    assert winograd.pays(nn.Conv2d(256, 512, 3, padding=1), torch.float32)
+
+
 @pytest.mark.parametrize(
     "options",
     [

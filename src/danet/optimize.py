@@ -1,7 +1,7 @@
 """The same network, made fast for inference: fewer passes over memory, fewer operations.
 
-Batch norms are folded into the convolutions before them, memory is channels-last, and on a CPU in
-float32 wide 3x3 convolutions take Winograd's way: all of it the same up to float32's rounding. Only
+Batch norms are folded into the convolutions before them, memory is channels-last, and on a CPU
+wide 3x3 convolutions take Winograd's way: in float32 all of it is the same up to its rounding. Only
 bfloat16, where it is asked for, rounds more.
 """
 
@@ -22,6 +22,8 @@ from danet.model import DANet
 _PROBE_SIDE = 64
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 """Exactly these: other subclasses compute their weight anew in every pass."""
+_ROUNDED = (*_CONVOLUTIONS, winograd.WinogradConv2d, nn.Linear)
+"""Whose parameters may be in bfloat16."""
 
 
 def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool) -> DANet:
@@ -35,18 +37,18 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
     """
     model.eval().requires_grad_(False)
     fold_batch_norms(model)
+    if not compile_graph and next(model.parameters()).device.type == "cpu":
+        _take_winograds_way(model, torch.bfloat16 if bfloat16 else torch.float32)
     convert_parameters(model, bfloat16=bfloat16)
     if compile_graph:
         model.compile_parts()
-    elif not bfloat16 and next(model.parameters()).device.type == "cpu":
-        _take_winograds_way(model)
     return model
 
 
-def _take_winograds_way(model: nn.Module) -> None:
+def _take_winograds_way(model: nn.Module, dtype: torch.dtype) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d) and winograd.pays(child):
+            if isinstance(child, nn.Conv2d) and winograd.pays(child, dtype):
                 setattr(parent, name, winograd.WinogradConv2d(child))
 
 
@@ -54,7 +56,7 @@ def convert_parameters(model: nn.Module, *, bfloat16: bool) -> None:
     """Replaces parameters by channels-last ones, those of convolutions and linear layers in
     bfloat16 if so wanted; unlike `Module.to`, also works on tensors without data."""
     for module in model.modules():
-        rounded = bfloat16 and type(module) in (*_CONVOLUTIONS, nn.Linear)
+        rounded = bfloat16 and type(module) in _ROUNDED
         for name, parameter in list(module.named_parameters(recurse=False)):
             converted = parameter.detach().to(
                 torch.bfloat16 if rounded else parameter.dtype,

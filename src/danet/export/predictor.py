@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from danet.devices import is_out_of_memory, uses_bfloat16
 from danet.errors import UserError, first_line
+from danet.evaluation.strips import Stored, most_likely_classes
 from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, Format, load
 from danet.model_folder import Metadata
 from danet.predict import FINGERPRINT_DIGITS, Segmentation, as_rgb
@@ -103,8 +104,14 @@ class ExportedPredictor:
         expected = (len(images), len(names), *pixels.shape[2:])
         if logits.shape != expected:
             raise UserError(f"{self.path}: gives {logits.shape} where {expected} is expected")
-        classes = torch.from_numpy(logits).argmax(1).to(torch.uint8).numpy()
-        return [Segmentation(one[:height, :width], names, palette) for one in classes]
+        return [
+            Segmentation(
+                most_likely_classes([Stored(of_picture)])[0, :height, :width].numpy(),
+                names,
+                palette,
+            )
+            for of_picture in torch.from_numpy(logits).unsqueeze(1)
+        ]
 
     def _logits(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         try:

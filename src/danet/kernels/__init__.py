@@ -17,10 +17,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from danet.kernels import blocks
-from danet.kernels.blocks import least_exponent
+from danet.kernels.blocks import fast_exact_float32, least_exponent
 from danet.kernels.fused import attend_by_heads, fused_attention_fits
 
-__all__ = ["attend", "attend_backward", "least_exponent", "position_attention"]
+__all__ = [
+    "attend",
+    "attend_backward",
+    "fast_exact_float32",
+    "least_exponent",
+    "position_attention",
+]
 
 
 def position_attention(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:

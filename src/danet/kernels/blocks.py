@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from danet.kernels.cpu import multiplies_bfloat16_fast
+from danet.kernels.cpu import has_amx, multiplies_bfloat16_fast
 
 
 class BlockShape(NamedTuple):
@@ -51,6 +51,13 @@ def block_shape(row_length: int, device: torch.device) -> BlockShape:
 
 def _blocks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _cast(block: Tensor, buffer: Tensor) -> Tensor:
+    """The block in the buffer's dtype: itself, or written there, for fresh memory is slow."""
+    if block.dtype == buffer.dtype:
+        return block
+    return buffer[: block.numel()].view(block.shape).copy_(block)
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +88,7 @@ def fast_exact_float32(device: torch.device) -> Iterator[None]:
     The setting allows bfloat16 products, but oneDNN only takes them where there is AMX; elsewhere
     its AVX-512 kernels compute in float32. So with AMX nothing is changed.
     """
-    if device.type != "cpu" or torch.cpu._is_amx_tile_supported():
+    if device.type != "cpu" or has_amx():
         yield
         return
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -118,14 +125,15 @@ def _forward_sample(
 ) -> None:
     queries, keys = len(query_ND), len(value_MC)
     shape = block_shape(keys, query_ND.device)
-    buffer = query_ND.new_empty(min(shape.rows, queries) * min(shape.columns, keys))
+    size = min(shape.rows, queries) * min(shape.columns, keys)
+    score_buffer, weight_buffer = query_ND.new_empty(size), value_MC.new_empty(size)
     least, epsilon = least_exponent(query_ND.dtype), torch.finfo(query_ND.dtype).eps
     tiles = _blocks(keys, shape.columns)
     for block in _blocks(queries, shape.rows):
         rows = block.stop - block.start
         for tile in tiles:
             columns = tile.stop - tile.start
-            scores_nm = buffer[: rows * columns].view(rows, columns)
+            scores_nm = score_buffer[: rows * columns].view(rows, columns)
             torch.mm(query_ND[block], key_DM[:, tile], out=scores_nm)
             largest_n = scores_nm.amax(1)
             if query_ND.device.type == "cpu":
@@ -135,7 +143,7 @@ def _forward_sample(
             attention_nm = torch.softmax(scores_nm, 1, out=scores_nm)
             # At a row's largest score, log(attention) = score - logsumexp.
             logsumexp_n = largest_n - attention_nm.amax(1).log_()
-            weights_nm = attention_nm.to(value_MC.dtype)
+            weights_nm = _cast(attention_nm, weight_buffer)
             if len(tiles) == 1:
                 output_NC[block] = weights_nm @ value_MC
                 logsumexp_N[block] = logsumexp_n
@@ -175,7 +183,7 @@ def backward(
     with fast_exact_float32(query_BDN.device):
         for sample in range(batch):
             grad_query_BND[sample] = _backward_sample(
-                grad_BCN[sample].T.to(product),
+                grad_BCN[sample].T.to(product).contiguous(),
                 query_BDN[sample].T.to(product),
                 key_BDM[sample].T.to(product),
                 value_BCM[sample].T.to(product),
@@ -216,7 +224,8 @@ def _backward_sample(
 
     shape = block_shape(queries, query_ND.device)
     size = min(shape.rows, keys) * min(shape.columns, queries)
-    score_buffer, grad_buffer = logsumexp_N.new_empty(size), grad_NC.new_empty(size)
+    score_buffer = logsumexp_N.new_empty(size)
+    attention_buffer, grad_buffer = grad_NC.new_empty(size), grad_NC.new_empty(size)
     grad_query_ND = torch.zeros_like(query_ND, dtype=exact)
     least = least_exponent(exact)
     tiles = _blocks(queries, shape.columns)
@@ -229,7 +238,7 @@ def _backward_sample(
             scores_mn = score_buffer[: rows * columns].view(rows, columns)
             torch.mm(key_and_one_Md[block], query_and_sum_Nd[tile].T, out=scores_mn)
             # Exactly computed it is never positive; of huge scores, rounding leaves more.
-            attention_mn = scores_mn.clamp_(least, 0).exp_().to(given)
+            attention_mn = _cast(scores_mn.clamp_(least, 0).exp_(), attention_buffer)
             if grad_value_mC is None:
                 grad_value_MC[block] = attention_mn @ grad_NC[tile]
             else:

@@ -22,8 +22,6 @@ from danet.model import DANet
 _PROBE_SIDE = 64
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 """Exactly these: other subclasses compute their weight anew in every pass."""
-_ROUNDED = (*_CONVOLUTIONS, winograd.WinogradConv2d, nn.Linear)
-"""Whose parameters may be in bfloat16."""
 
 
 def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool) -> DANet:
@@ -49,14 +47,14 @@ def _take_winograds_way(model: nn.Module, dtype: torch.dtype) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and winograd.pays(child, dtype):
-                setattr(parent, name, winograd.WinogradConv2d(child))
+                setattr(parent, name, winograd.WinogradConv2d(child, dtype))
 
 
 def convert_parameters(model: nn.Module, *, bfloat16: bool) -> None:
     """Replaces parameters by channels-last ones, those of convolutions and linear layers in
     bfloat16 if so wanted; unlike `Module.to`, also works on tensors without data."""
     for module in model.modules():
-        rounded = bfloat16 and type(module) in _ROUNDED
+        rounded = bfloat16 and type(module) in (*_CONVOLUTIONS, nn.Linear)
         for name, parameter in list(module.named_parameters(recurse=False)):
             converted = parameter.detach().to(
                 torch.bfloat16 if rounded else parameter.dtype,

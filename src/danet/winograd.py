@@ -52,14 +52,21 @@ def pays(convolution: nn.Conv2d, dtype: torch.dtype = torch.float32) -> bool:
 
 
 class WinogradConv2d(nn.Module):
-    """Computes what a 3x3 convolution of stride 1 that keeps the size does: B C H W -> B O H W."""
+    """Computes what a 3x3 convolution of stride 1 that keeps the size does: B C H W -> B O H W.
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    Args:
+        convolution: in float32 or wider.
+        dtype: to compute in; the convolution's own where None.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        weight_OCyx = convolution.weight.detach()
-        transform = weight_OCyx.new_tensor(_FILTER_TRANSFORM)
-        weight_ijCO = torch.einsum("iy,ocyx,jx->ijco", transform, weight_OCyx, transform)
-        self.weight = nn.Parameter(weight_ijCO.flatten(0, 1).contiguous(), requires_grad=False)
+        weight_yxCO = convolution.weight.detach().permute(2, 3, 1, 0)
+        transform = weight_yxCO.new_tensor(_FILTER_TRANSFORM)
+        weight_ijCO = weight_yxCO.new_empty(4, 4, *weight_yxCO.shape[2:], dtype=dtype)
+        for row_y, target_jCO in zip(transform, weight_ijCO, strict=True):
+            target_jCO.copy_(torch.einsum("y,yxco,jx->jco", row_y, weight_yxCO, transform))
+        self.weight = nn.Parameter(weight_ijCO.flatten(0, 1), requires_grad=False)
         self.bias = convolution.bias
         self.dilation = convolution.dilation[0]
 

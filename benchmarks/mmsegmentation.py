@@ -22,6 +22,7 @@ from results_file import RESULTS, commit, renew_rows
 ROOT = Path(__file__).parent.parent
 PEER = [str(ROOT / ".parity-venv/bin/python"), str(ROOT / "tests/parity/peer"), "time"]
 INT8 = "danet int8 (OpenVINO)"
+CHECKPOINTED = "danet bf16, early blocks checkpointed"
 RECIPE = "cityscapes_r50_512x1024_40k"
 
 
@@ -32,7 +33,8 @@ def our_network(args: argparse.Namespace) -> Callable[[], None]:
     from danet.bench.workload import Workload
     from danet.config import load_recipe
 
-    job = Workload(load_recipe(RECIPE), tuple(args.size), args.batch, args.task)
+    settings = ["train.activation_checkpointing=early"] if args.measure == CHECKPOINTED else []
+    job = Workload(load_recipe(RECIPE, settings), tuple(args.size), args.batch, args.task)
     compile_graph = args.measure == "danet bf16 compiled"
     return job.prepare(
         torch.device("cpu"), bfloat16="bf16" in args.measure, compile_graph=compile_graph
@@ -135,6 +137,8 @@ def forms_of(args: argparse.Namespace) -> list[str]:
     if args.task == "augmentation":
         return ["mmsegmentation", "danet"]
     ours = ["danet fp32", "danet bf16"]
+    if args.task == "training":
+        ours.append(CHECKPOINTED)
     if args.task in ("prediction", "training") and args.compiled:
         ours.append("danet bf16 compiled")
     if args.task == "prediction" and args.int8:

@@ -126,10 +126,22 @@ class Backbone(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """What the stages are made of, such as a ResNet's residual blocks; not single layers."""
-        found: list[nn.Module] = []
-        for stage in self.body.children():
-            found += stage.children() if isinstance(stage, nn.Sequential) else [stage]
-        return [block for block in found if any(True for _ in block.children())]
+        return [block for stage in self._stages() for block in stage]
+
+    def early_blocks(self) -> list[nn.Module]:
+        """Those before the last stage; of a network that has one stage only, before its end."""
+        *earlier, last = self._stages()
+        return [block for stage in earlier for block in stage] or last[:-1]
+
+    def _stages(self) -> list[list[nn.Module]]:
+        stages = [
+            list(stage.children()) if isinstance(stage, nn.Sequential) else [stage]
+            for stage in self.body.children()
+        ]
+        blocks = [
+            [block for block in stage if any(True for _ in block.children())] for stage in stages
+        ]
+        return [stage for stage in blocks if stage]
 
     def _resample(self, features: Tensor, height: int, width: int) -> Tensor:
         """To the output stride of an image of this height and width before padding."""

@@ -58,11 +58,15 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
 
 
 def test_checkpointing_needs_less_memory() -> None:
-    plain, checkpointed = (
+    plain, early, checkpointed = (
         estimate_peak_bytes(workload(small(**train), (256, 256), 4), "cpu", bfloat16=False)
-        for train in ({}, {"activation_checkpointing": True})
+        for train in (
+            {},
+            {"activation_checkpointing": "early"},
+            {"activation_checkpointing": True},
+        )
     )
-    assert checkpointed < plain
+    assert checkpointed < early < plain
 
 
 @pytest.mark.parametrize(

@@ -135,3 +135,41 @@ class TestHardExamples:
         result = losses(config, DANetOutput(logits, None, None, None), labels)
         expected = -(math.log(0.2) + math.log(0.6) + math.log(0.4)) / 5
         assert result["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"hard_example_threshold": 0.5}], ids=["all", "hard"])
+@pytest.mark.parametrize("divisor", ["all", "valid"])
+def test_gradients_are_those_of_the_whole_batch_at_once(divisor: str, settings) -> None:
+    """Against torch's cross-entropy on the batch, kept for its own backward pass."""
+    torch.manual_seed(0)
+    config = TrainConfig(
+        loss_divisor=divisor, class_weights=(0.5, 2.0, 1.25), hard_example_min_kept=4, **settings
+    )
+    labels = torch.randint(0, 4, (3, 8, 8)).to(torch.uint8)
+    labels[labels == 3] = 255
+    ours = torch.randn(3, 3, 4, 4)
+    theirs = ours.clone()
+    ours.requires_grad_()
+    theirs.requires_grad_()
+    (3 * losses(config, DANetOutput(ours, None, None, None), labels)["loss"]).backward()
+    full_size, target = nearest(theirs, (8, 8)), labels.long()
+    if settings:
+        target = target.where(hard_examples(full_size, target, 0.5, 4), 255)
+    weights = torch.tensor(config.class_weights)
+    summed = F.cross_entropy(full_size, target, weights, ignore_index=255, reduction="sum")
+    (3 * summed / loss_divisor(labels, config)).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert ours.grad.any()
+
+
+def test_full_size_logits_are_held_for_one_picture_at_a_time() -> None:
+    held: list[int] = []
+
+    def count(logits: Tensor, size) -> Tensor:
+        held.append(len(logits))
+        return nearest(logits, size)
+
+    config, labels = TrainConfig(), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    output = DANetOutput(torch.randn(3, 2, 4, 4), None, None, None)
+    segmentation_losses(output, labels, loss_divisor(labels, config), count, config)
+    assert held == [1, 1, 1]

@@ -9,15 +9,26 @@ from danet.errors import UserError
 from danet.training.build import prepare_for_training
 
 
-@pytest.mark.parametrize("backbone", ["test_resnet", "mobilenetv3_small_100", "convnext_atto"])
-def test_checkpointing_changes_no_gradient_and_no_statistic(backbone: str) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "which"),
+    [
+        ("test_resnet", True),
+        ("mobilenetv3_small_100", True),
+        ("convnext_atto", True),
+        ("test_resnet", "early"),
+        ("mobilenetv3_small_100", "early"),
+    ],
+)
+def test_checkpointing_changes_no_gradient_and_no_statistic(
+    backbone: str, which: bool | str
+) -> None:
     torch.manual_seed(0)
     plain = danet.DANet(3, backbone, pretrained_backbone=False, head_channels=16).train()
     for module in plain.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0
     checkpointed = copy.deepcopy(plain)
-    prepare_for_training(checkpointed, TrainConfig(activation_checkpointing=True))
+    prepare_for_training(checkpointed, TrainConfig(activation_checkpointing=which))
     images = torch.randn(2, 3, 64, 48)
     for model in (plain, checkpointed):
         sum(logits.square().sum() for logits in model(images)).backward()
@@ -27,6 +38,13 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(backbone: str) -> No
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
     for (name, ours), theirs in zip(checkpointed.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_early_blocks_are_those_before_the_last_stage() -> None:
+    backbone = danet.DANet(3, "resnet50c", pretrained_backbone=False).backbone
+    assert backbone.early_blocks() == backbone.blocks()[: 3 + 4 + 6]
+    one_stage = danet.DANet(3, "mobilenetv3_small_100", pretrained_backbone=False).backbone
+    assert one_stage.early_blocks() == one_stage.blocks()[:-1]
 
 
 def test_compile_and_checkpointing_exclude_each_other() -> None:

@@ -101,7 +101,8 @@ def prepare_for_training(model: DANet, config: TrainConfig) -> None:
     To be called when no more copies of the network are made: a copy would share what is set here.
     """
     if config.activation_checkpointing:
-        for block in model.backbone.blocks():
+        early = config.activation_checkpointing == "early"
+        for block in model.backbone.early_blocks() if early else model.backbone.blocks():
             checkpoint_activations(block)
     if config.compile:
         model.compile_parts()

@@ -53,25 +53,70 @@ def segmentation_losses(
     }
     class_weights = _class_weights(config, labels.device)
     target = labels.long()
+    # The hardest are those of the whole batch.
+    together = config.hard_example_threshold is not None
+    pictures = (
+        [slice(0, len(labels))] if together else [slice(i, i + 1) for i in range(len(labels))]
+    )
+
+    def score(logits: Tensor, some: slice) -> Tensor:
+        full_size = upsample(logits, labels.shape[-2:])
+        considered = target[some]
+        if config.hard_example_threshold is not None:
+            hard = hard_examples(
+                full_size, considered, config.hard_example_threshold, config.hard_example_min_kept
+            )
+            considered = considered.where(hard, IGNORE_INDEX)
+        return F.cross_entropy(
+            full_size, considered, class_weights, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+
     total = labels.new_zeros((), dtype=divisor.dtype)
     parts: dict[str, Tensor] = {}
     for name, logits in output._asdict().items():
         if logits is None:
             continue
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        full_size = upsample(exact, labels.shape[-2:])
-        considered = target
-        if config.hard_example_threshold is not None:
-            hard = hard_examples(
-                full_size, target, config.hard_example_threshold, config.hard_example_min_kept
-            )
-            considered = target.where(hard, IGNORE_INDEX)
-        summed = F.cross_entropy(
-            full_size, considered, class_weights, ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        summed: Tensor = _SummedScore.apply(exact, score, pictures)
         parts[f"loss_{name}"] = summed / divisor
         total = total + weights[name] * parts[f"loss_{name}"]
     return {"loss": total, **parts}
+
+
+class _SummedScore(torch.autograd.Function):
+    """The sum of a score over pictures, whose gradient is taken in the same pass.
+
+    So logits at the labels' size are held for one picture of one classifier at a time. Kept for the
+    backward pass, as is usual, they would be several times those of the network's features.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        logits: Tensor,
+        score: Callable[[Tensor, slice], Tensor],
+        pictures: Sequence[slice],
+    ) -> Tensor:
+        wanted = logits.requires_grad
+        total = logits.new_zeros(())
+        gradient = torch.empty_like(logits) if wanted else logits.new_empty(0)
+        for some in pictures:
+            with torch.set_grad_enabled(wanted):
+                leaf = logits[some].detach().requires_grad_(wanted)
+                summed = score(leaf, some)
+            if wanted:
+                (gradient[some],) = torch.autograd.grad(summed, leaf)
+            total += summed.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: torch.autograd.function.BackwardCFunction, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None, None
 
 
 @torch.no_grad()

@@ -245,6 +245,20 @@ def test_a_data_worker_that_dies_is_explained(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_a_data_worker_that_dies_handing_over_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def breaks(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loop._Trainer, "_take_step", breaks)
+    with pytest.raises(TrainingStopped, match="a data worker died"):
+        run(tmp_path / "workers", "data.workers=1")
+    with pytest.raises(type(error)):
+        run(tmp_path / "none")
+
+
 def test_a_full_disk_is_told_and_the_last_checkpoint_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,8 +298,8 @@ def test_memory_that_runs_out_is_told_with_what_to_lower(
     monkeypatch.setattr(cost, "estimate_peak_bytes", estimate)
     monkeypatch.setattr(cost, "memory_limit", lambda device: 50 * 2**30)
     assert cost.advise_after_running_out(config, processes=1) == (
-        "8 crops of 48x48 need about 100.0 GiB by estimate, and 50.0 GiB may be filled; "
-        "set train.accumulate=4, which needs about 40.0 GiB"
+        "8 crops of 48x48 need about 100.7 GiB by estimate, and 50.0 GiB may be filled; "
+        "set train.accumulate=4, which needs about 40.7 GiB"
     )
     monkeypatch.setattr(cost, "memory_limit", lambda device: 20 * 2**30)
     assert "lower data.crop_size" in cost.advise_after_running_out(config, processes=1)

@@ -15,7 +15,7 @@ from danet.config import RunConfig
 from danet.devices import choose_device, memory_limit, uses_bfloat16
 
 _MIB = 2**20
-_CPU_HEAP_FACTOR = 1.1
+_CPU_HEAP_FACTOR = {"prediction": 1.1, "training": 1.2}
 _CPU_RUNTIME_BYTES = 48 * _MIB
 _CPU_WEIGHT_COPIES = {"prediction": 1, "training": 4}
 """What a CPU's libraries take besides the tensors: what lies between blocks of the heap, their own
@@ -24,6 +24,9 @@ Fitted, see docs/performance.md."""
 
 _STATE_COPIES = {"sgd": 1, "adamw": 2, "muon": 1}
 """What each optimizer keeps for every parameter."""
+
+_PROCESS_BYTES = 700 * _MIB
+"""What a process that trains holds before it does so: Python and the libraries."""
 
 _SAFE_SHARE = 0.85
 """Of the memory that may be filled, which an estimate must not exceed to be recommended."""
@@ -89,7 +92,7 @@ def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> i
         return peak
     largest = max(parameter.nbytes for parameter in parameters)
     return (
-        int(_CPU_HEAP_FACTOR * peak)
+        int(_CPU_HEAP_FACTOR[workload.mode] * peak)
         + _CPU_RUNTIME_BYTES
         + _CPU_WEIGHT_COPIES[workload.mode] * largest
     )
@@ -130,7 +133,8 @@ def advise_after_running_out(config: RunConfig, processes: int) -> str:
 
     def needed(accumulate: int, config: RunConfig = config) -> int:
         workload = Workload(config, config.data.crop_size, whole // accumulate, "training")
-        return estimate_peak_bytes(workload, str(device), bfloat16=bfloat16)
+        held = _PROCESS_BYTES if device.type == "cpu" else 0
+        return held + estimate_peak_bytes(workload, str(device), bfloat16=bfloat16)
 
     now = settings.accumulate
     found = f"{whole // now} crops of {width}x{height} need about {_gib(needed(now))} by estimate"

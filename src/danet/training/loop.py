@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from danet.training.schedule import learning_rate
 from danet.training.sharding import load_optimizer, whole
 
 _DROPOUT = 2
+_SIGNAL_SECONDS = 0.5
+"""How long the news of a dead worker may take."""
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
@@ -64,7 +66,8 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
     with StopSignal() as stop, ExitStack() as at_end:
         trainer = _Trainer(config, run, stop, at_end)
         try:
-            trainer.fit()
+            with _broken_handover_told(config.data.workers):
+                trainer.fit()
         # Raised by the loader's signal handler, wherever training is at that moment, and by gloo.
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
@@ -76,6 +79,18 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
                 raise
             raise TrainingStopped(f"training: {problem}, and go on with --resume") from error
     return run
+
+
+@contextmanager
+def _broken_handover_told(workers: int) -> Iterator[None]:
+    """A data worker that dies while it hands over a batch is a broken connection first."""
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        if workers == 0:
+            raise
+        time.sleep(_SIGNAL_SECONDS)  # in which the loader's signal handler mostly raises this:
+        raise RuntimeError("a DataLoader worker died while it handed over a batch") from error
 
 
 class _Trainer:

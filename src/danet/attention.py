@@ -104,7 +104,7 @@ def channel_affinities(features: Tensor, affinity: Affinity = "reference") -> Te
     Returns:
         B C C, float32 or wider, rows summing to 1.
     """
-    with _no_autocast(features.device.type), _fast_float32(features.device):
+    with _no_autocast(features.device.type), kernels.fast_exact_float32(features.device):
         exact_BCN = features.to(torch.promote_types(features.dtype, torch.float32))
         energy_BCC = exact_BCN @ exact_BCN.transpose(1, 2)
         if affinity == "reference":
@@ -118,12 +118,6 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-def _fast_float32(device: torch.device) -> AbstractContextManager[object]:
-    if torch.compiler.is_compiling():  # a graph does not hold such settings
-        return nullcontext()
-    return kernels.fast_exact_float32(device)
 
 
 class PositionAttention(nn.Module):

@@ -130,8 +130,8 @@ class Backbone(nn.Module):
 
     def early_blocks(self) -> list[nn.Module]:
         """Those before the last stage; of a network that has one stage only, before its end."""
-        *earlier, last = self._stages()
-        return [block for stage in earlier for block in stage] or last[:-1]
+        stages = self._stages()
+        return [block for stage in stages[:-1] for block in stage] or self.blocks()[:-1]
 
     def _stages(self) -> list[list[nn.Module]]:
         stages = [

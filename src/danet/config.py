@@ -143,8 +143,8 @@ class TrainConfig(Section):
     """auto: bfloat16 autocast where the device computes in it."""
     activation_checkpointing: bool | Literal["early"] = False
     """Keep the backbone's blocks' inputs only, and compute the rest again in the backward pass, for
-    the same weights from less memory and more time. early: not of the last stage, whose blocks need
-    half of that time for a quarter of that memory."""
+    the same weights from less memory and more time. early: not of the last stage, which would
+    be three quarters of that time for a quarter of that memory."""
     compile: bool = False
     """Compile backbone and branches at the first step; takes minutes, pays in long runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

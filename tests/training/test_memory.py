@@ -50,3 +50,9 @@ def test_early_blocks_are_those_before_the_last_stage() -> None:
 def test_compile_and_checkpointing_exclude_each_other() -> None:
     with pytest.raises(UserError, match="choose one"):
         load_recipe("demo", ["train.compile=true", "train.activation_checkpointing=true"])
+
+
+def test_a_network_without_blocks_has_no_early_ones() -> None:
+    backbone = danet.DANet(3, "test_resnet", pretrained_backbone=False).backbone
+    backbone.body = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
+    assert backbone.early_blocks() == backbone.blocks() == []

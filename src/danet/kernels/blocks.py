@@ -88,7 +88,8 @@ def fast_exact_float32(device: torch.device) -> Iterator[None]:
     The setting allows bfloat16 products, but oneDNN only takes them where there is AMX; elsewhere
     its AVX-512 kernels compute in float32. So with AMX nothing is changed.
     """
-    if device.type != "cpu" or has_amx():
+    # A compiled graph does not hold such settings.
+    if torch.compiler.is_compiling() or device.type != "cpu" or has_amx():
         yield
         return
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

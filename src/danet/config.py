@@ -88,6 +88,9 @@ class DataConfig(Section):
     degradation: Fraction = 0.0
     """Probability of each of gamma 1/2..2, greyscale and blur, for light and cameras that the
     training pictures do not show."""
+    class_mix: Fraction = 0.0
+    """Probability of pasting half the classes of another crop, pixel for pixel, over a crop
+    (ClassMix, arXiv 2007.07936): for small datasets."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Subtracted from RGB in 0..255."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from danet.bench.cost import cost_by_part, estimate_peak_bytes, largest_batch
+from danet.bench.cost import cost_by_part, estimate_peak_bytes, largest_batch, process_bytes
 from danet.bench.measure import Form, measure
 from danet.bench.workload import Workload
 from danet.config import RunConfig, load_recipe
@@ -47,14 +47,15 @@ def test_memory_grows_with_pictures_and_their_size() -> None:
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    job, limit = workload(small(), (128, 96)), 256 * MIB
+    held = process_bytes("cpu")
+    job, limit = workload(small(), (128, 96)), held + 256 * MIB
     found = largest_batch(job, "cpu", bfloat16=False, limit=limit)
     needs = [
-        estimate_peak_bytes(job._replace(batch=batch), "cpu", bfloat16=False)
+        held + estimate_peak_bytes(job._replace(batch=batch), "cpu", bfloat16=False)
         for batch in (found.batch, found.batch + 1)
     ]
     assert needs[0] <= limit < needs[1]
-    assert largest_batch(job, "cpu", bfloat16=False, limit=MIB).batch == 0
+    assert largest_batch(job, "cpu", bfloat16=False, limit=held + MIB).batch == 0
 
 
 def test_checkpointing_needs_less_memory() -> None:

@@ -51,6 +51,33 @@ def assert_same(first: list, second: list) -> None:
         assert torch.equal(one.labels, other.labels)
 
 
+class Halves(Numbered):
+    """Every picture's upper half is its own class, and its lower half class 12."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        sample.label[8:] = 12
+        return sample
+
+
+def test_class_mix_pastes_a_class_of_another_picture() -> None:
+    options = {"scale_range": (1.0, 1.0), "crop_size": (20, 16), "photometric_distortion": False}
+    config = CONFIG.model_copy(update={**options, "class_mix": 0.5})
+    mixed = batches(config=config, dataset=Halves(), steps=30)
+    assert_same(batches(config=config, dataset=Halves(), first=20, steps=30), mixed[20:])
+    labels = torch.cat([batch.labels for batch in mixed])
+    upper = [label[:8].unique().tolist() for label in labels]
+    lower = [label[8:].unique().tolist() for label in labels]
+    assert all(len(values) == 1 for values in upper + lower)
+    # Half of the crops are mixed; half of these get the other's lower half, which is the same.
+    own = batches(config=config.model_copy(update={"class_mix": 0.0}), dataset=Halves(), steps=30)
+    changed = [
+        not torch.equal(label, before)
+        for label, before in zip(labels, torch.cat([b.labels for b in own]), strict=True)
+    ]
+    assert 15 <= sum(changed) <= 45  # of 120, a quarter, but one in twelve is its own partner
+
+
 def test_batches_depend_on_seed_and_step_alone() -> None:
     everything = batches()
     assert_same(batches(), everything)

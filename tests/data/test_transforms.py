@@ -20,6 +20,7 @@ from danet.data.transforms import (
     as_tensors,
     degradation,
     fitted_size,
+    paste_classes,
     training_transform,
 )
 
@@ -135,6 +136,37 @@ def test_scaled_crop_is_scale_then_crop(base_size: tuple[int, int] | None) -> No
         assert torch.equal(made_label, expected_label)
         # torch's 8-bit resize rounds twice, after the columns and after the rows.
         assert (made_image.int() - expected_image.int()).abs().max() <= 1
+
+
+class TestPasteClasses:
+    def test_half_of_the_classes_with_their_pixels(self) -> None:
+        torch.manual_seed(0)
+        image, other_image = torch.rand(3, 20, 30), torch.rand(3, 20, 30)
+        label = torch.full((20, 30), 9, dtype=torch.uint8)
+        other_label = torch.randint(5, (20, 30), dtype=torch.uint8)
+        other_label[:3] = 255
+        drawn = set()
+        for _ in range(20):
+            mixed_image, mixed_label = paste_classes(image, label, other_image, other_label)
+            pasted = set(mixed_label.unique().tolist()) - {9}
+            drawn |= pasted
+            assert len(pasted) == 2
+            assert 255 not in pasted
+            for y in range(20):
+                for x in range(30):
+                    taken = int(other_label[y, x]) in pasted
+                    source = (other_image, other_label) if taken else (image, label)
+                    assert torch.equal(mixed_image[:, y, x], source[0][:, y, x])
+                    assert mixed_label[y, x] == source[1][y, x]
+        assert drawn == {0, 1, 2, 3, 4}
+
+    @pytest.mark.parametrize("value", [255, 4])
+    def test_nothing_is_pasted_of_a_crop_with_less_than_two_classes(self, value: int) -> None:
+        image, label = torch.rand(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8)
+        other = torch.full((4, 4), value, dtype=torch.uint8)
+        mixed_image, mixed_label = paste_classes(image, label, torch.rand(3, 4, 4), other)
+        assert torch.equal(mixed_image, image)
+        assert torch.equal(mixed_label, label)
 
 
 class TestDegradation:

@@ -25,8 +25,9 @@ Fitted, see docs/performance.md."""
 _STATE_COPIES = {"sgd": 1, "adamw": 2, "muon": 1}
 """What each optimizer keeps for every parameter."""
 
-_PROCESS_BYTES = 700 * _MIB
-"""What a process that trains holds before it does so: Python and the libraries."""
+_CPU_PROCESS_BYTES = 700 * _MIB
+"""What Python and the libraries hold before any work is done, to be added where a whole process
+must fit. On a GPU they are not in its memory."""
 
 _SAFE_SHARE = 0.85
 """Of the memory that may be filled, which an estimate must not exceed to be recommended."""
@@ -112,14 +113,20 @@ class BatchLimit(NamedTuple):
     further_bytes: int
 
 
+def process_bytes(device: str) -> int:
+    """What a process holds of the device's memory before any work is done, about."""
+    return _CPU_PROCESS_BYTES if torch.device(device).type == "cpu" else 0
+
+
 def largest_batch(workload: Workload, device: str, *, bfloat16: bool, limit: int) -> BatchLimit:
-    """What of the workload fits `limit` bytes."""
+    """What of the workload fits where its process may fill `limit` bytes."""
     first, second = (
         estimate_peak_bytes(workload._replace(batch=batch), device, bfloat16=bfloat16)
         for batch in (1, 2)
     )
     further = max(second - first, 1)
-    return BatchLimit(max(0, (limit - first) // further + 1), first, further)
+    left = limit - process_bytes(device) - first
+    return BatchLimit(max(0, left // further + 1), first, further)
 
 
 def advise_after_running_out(config: RunConfig, processes: int) -> str:
@@ -133,8 +140,9 @@ def advise_after_running_out(config: RunConfig, processes: int) -> str:
 
     def needed(accumulate: int, config: RunConfig = config) -> int:
         workload = Workload(config, config.data.crop_size, whole // accumulate, "training")
-        held = _PROCESS_BYTES if device.type == "cpu" else 0
-        return held + estimate_peak_bytes(workload, str(device), bfloat16=bfloat16)
+        return process_bytes(str(device)) + estimate_peak_bytes(
+            workload, str(device), bfloat16=bfloat16
+        )
 
     now = settings.accumulate
     found = f"{whole // now} crops of {width}x{height} need about {_gib(needed(now))} by estimate"

@@ -9,7 +9,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from danet.bench.cost import BatchLimit, cost_by_part, estimate_peak_bytes, largest_batch
+from danet.bench.cost import (
+    BatchLimit,
+    cost_by_part,
+    estimate_peak_bytes,
+    largest_batch,
+    process_bytes,
+)
 from danet.bench.measure import Form, measure
 from danet.bench.workload import Workload
 
@@ -107,20 +113,23 @@ def print_benchmark(result: dict[str, Any]) -> None:
 def estimate_limits(
     workloads: list[Workload], device: str, *, bfloat16: bool, limit: int
 ) -> list[tuple[Workload, BatchLimit]]:
-    """What of each workload fits `limit` bytes."""
+    """What of each workload fits where its process may fill `limit` bytes."""
     return [
         (workload, largest_batch(workload, device, bfloat16=bfloat16, limit=limit))
         for workload in workloads
     ]
 
 
-def print_limits(limits: list[tuple[Workload, BatchLimit]], limit: int) -> None:
+def print_limits(limits: list[tuple[Workload, BatchLimit]], limit: int, device: str) -> None:
     """The limits as a table."""
     console = Console()
-    workload = limits[0][0]
+    workload, held = limits[0][0], process_bytes(device)
     console.print(
-        f"{workload.mode}: what fits {limit / _GIB:.1f} GiB, estimated without running",
+        f"{workload.mode}: what fits {limit / _GIB:.1f} GiB, "
+        + (f"{held / _MIB:.0f} MiB of it for Python and the libraries, " if held else "")
+        + "estimated without running",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table("size", "largest batch", "first picture MiB", "each further MiB", box=None)
     for workload, found in limits:
@@ -134,10 +143,13 @@ def print_limits(limits: list[tuple[Workload, BatchLimit]], limit: int) -> None:
     console.print(table)
 
 
-def limits_as_json(limits: list[tuple[Workload, BatchLimit]], limit: int) -> dict[str, Any]:
+def limits_as_json(
+    limits: list[tuple[Workload, BatchLimit]], limit: int, device: str
+) -> dict[str, Any]:
     """The limits as data."""
     return {
         "limit_MiB": limit / _MIB,
+        "process_MiB": process_bytes(device) / _MIB,
         "mode": limits[0][0].mode,
         "sizes": [
             {

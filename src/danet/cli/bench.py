@@ -59,8 +59,8 @@ def bench(
     if estimate:
         limit = memory_limit(chosen) if memory is None else int(memory * 2**30)
         limits = report.estimate_limits(workloads, str(chosen), bfloat16=bfloat16, limit=limit)
-        report.print_limits(limits, limit)
-        found: dict[str, Any] = report.limits_as_json(limits, limit)
+        report.print_limits(limits, limit, str(chosen))
+        found: dict[str, Any] = report.limits_as_json(limits, limit, str(chosen))
     else:
         forms = report.forms_to_measure(bfloat16=bfloat16, compile_graph=compile_graph, peer=peer)
         results = []

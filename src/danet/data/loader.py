@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from danet.config import DataConfig
 from danet.data import open_dataset
 from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
-from danet.data.transforms import training_transform
+from danet.data.transforms import paste_classes, training_transform
 from danet.errors import UserError
 
 _ORDER, _AUGMENTATION = 0, 1
@@ -65,6 +65,7 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
     def __init__(self, samples: Dataset[Sample], config: DataConfig, seed: int) -> None:
         self.samples = samples
         self.transform = training_transform(config)
+        self.class_mix = config.class_mix
         self.seed = seed
         self.length = len(cast(Sized, samples))
         self._cache: dict[int, Sample] | None = {} if config.cache else None
@@ -76,15 +77,22 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
         if epoch != self._epoch:
             generator = np.random.default_rng(derive_seed(self.seed, _ORDER, epoch))
             self._order, self._epoch = generator.permutation(self.length), epoch
-        try:
-            sample = self._read(int(self._order[offset]))
-        # Handed over as a value: raised in a worker it would come back inside a traceback's text.
-        except UserError as error:
-            return error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, _AUGMENTATION, position))
-            label = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(sample.label)))
-            image, label = self.transform(sample.image, label)
+            try:
+                crop = self._crop(int(self._order[offset]))
+                if self.class_mix > 0 and torch.rand(()).item() < self.class_mix:
+                    other = int(torch.randint(self.length, ()))
+                    crop = paste_classes(*crop, *self._crop(other))
+            # Handed over as a value: raised in a worker it would come back in a traceback's text.
+            except UserError as error:
+                return error
+        return crop
+
+    def _crop(self, index: int) -> tuple[Tensor, Tensor]:
+        sample = self._read(index)
+        label = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(sample.label)))
+        image, label = self.transform(sample.image, label)
         return image.as_subclass(Tensor), label.as_subclass(Tensor)
 
     def _read(self, index: int) -> Sample:

@@ -201,6 +201,25 @@ def degradation(probability: float) -> v2.Transform:
     )
 
 
+def paste_classes(
+    image: Tensor, label: Tensor, other_image: Tensor, other_label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Half of the other crop's classes, drawn at random and rounded down, over this crop.
+
+    ClassMix (Olsson et al., arXiv 2007.07936), but with true labels in place of predicted ones.
+    Ignored pixels are never pasted.
+
+    Args:
+        image, other_image: C H W.
+        label, other_label: uint8 H W.
+    """
+    classes = torch.unique(other_label)
+    classes = classes[classes != IGNORE_INDEX]
+    chosen = classes[torch.randperm(len(classes))[: len(classes) // 2]]
+    pasted = torch.isin(other_label, chosen)
+    return torch.where(pasted, other_image, image), torch.where(pasted, other_label, label)
+
+
 class NormalizeAndPad(v2.Transform):
     """Normalises the image, then pads right and below to `size` (width, height)."""
 

@@ -184,7 +184,7 @@ def backward(
     with fast_exact_float32(query_BDN.device):
         for sample in range(batch):
             grad_query_BND[sample] = _backward_sample(
-                grad_BCN[sample].T.to(product).contiguous(),
+                grad_BCN[sample].T.to(product),
                 query_BDN[sample].T.to(product),
                 key_BDM[sample].T.to(product),
                 value_BCM[sample].T.to(product),
@@ -219,6 +219,7 @@ def _backward_sample(
     high_N = row_dot_N.to(given)
     parts = [high_N] if given == exact else [high_N, (row_dot_N - high_N).to(given)]
     grad_and_dot_Nc = torch.cat([grad_NC, torch.stack(parts, 1).neg_()], 1)
+    grad_NC = grad_and_dot_Nc[:, :channels]  # contiguous rows whichever way the gradient came
     value_and_ones_Mc = torch.cat([value_MC, value_MC.new_ones(keys, len(parts))], 1)
     query_and_sum_Nd = torch.cat([query_ND.to(exact), logsumexp_N.neg().unsqueeze(1)], 1)
     key_and_one_Md = torch.cat([key_MD.to(exact), logsumexp_N.new_ones(keys, 1)], 1)

@@ -4,6 +4,9 @@ import logging
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
@@ -15,6 +18,9 @@ from danet.training.sharding import sharding_strategy
 
 # Fabric sets its own level when it is imported, and tells what the progress report already says.
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+
+_SIGNAL_SECONDS = 0.5
+"""How long the news of a dead worker may take."""
 
 
 def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fabric:
@@ -50,6 +56,18 @@ def explain_lost_process(error: Exception) -> str | None:
     if isinstance(error, torch.distributed.DistError) or "gloo" in text:
         return f"another process of this run was lost ({first_line(error)}); see its own error"
     return None
+
+
+@contextmanager
+def broken_handover_told(workers: int) -> Iterator[None]:
+    """A data worker that dies while it hands over a batch is a broken connection first."""
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        if workers == 0:
+            raise
+        time.sleep(_SIGNAL_SECONDS)  # in which the loader's signal handler mostly raises this:
+        raise RuntimeError("a DataLoader worker died while it handed over a batch") from error
 
 
 class StopSignal:

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,17 @@ from danet.training.checkpoint import (
 )
 from danet.training.events import Events
 from danet.training.global_batch import see_global_batch
-from danet.training.launch import StopSignal, explain_lost_process, launch
+from danet.training.launch import (
+    StopSignal,
+    broken_handover_told,
+    explain_lost_process,
+    launch,
+)
 from danet.training.loss import loss_divisor, segmentation_losses
 from danet.training.schedule import learning_rate
 from danet.training.sharding import load_optimizer, whole
 
 _DROPOUT = 2
-_SIGNAL_SECONDS = 0.5
-"""How long the news of a dead worker may take."""
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
@@ -66,7 +69,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
     with StopSignal() as stop, ExitStack() as at_end:
         trainer = _Trainer(config, run, stop, at_end)
         try:
-            with _broken_handover_told(config.data.workers):
+            with broken_handover_told(config.data.workers):
                 trainer.fit()
         # Raised by the loader's signal handler, wherever training is at that moment, and by gloo.
         except (RuntimeError, MemoryError) as error:
@@ -79,18 +82,6 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
                 raise
             raise TrainingStopped(f"training: {problem}, and go on with --resume") from error
     return run
-
-
-@contextmanager
-def _broken_handover_told(workers: int) -> Iterator[None]:
-    """A data worker that dies while it hands over a batch is a broken connection first."""
-    try:
-        yield
-    except (ConnectionError, EOFError) as error:
-        if workers == 0:
-            raise
-        time.sleep(_SIGNAL_SECONDS)  # in which the loader's signal handler mostly raises this:
-        raise RuntimeError("a DataLoader worker died while it handed over a batch") from error
 
 
 class _Trainer:

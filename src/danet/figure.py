@@ -265,7 +265,7 @@ def _channel_panels(
     for panel, channel in zip(axes, channels, strict=False):
         picture.heat(panel, channel.response, "response")
         panel.set_title(
-            f"{kind}: channel {channel.channel}, most on {found.class_names[channel.responds_to]}",
+            f"{kind}: channel {channel.channel},\nmost on {found.class_names[channel.responds_to]}",
             fontsize="small",
         )
     lines = [

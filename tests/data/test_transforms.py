@@ -1,4 +1,5 @@
 import colorsys
+import math
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from danet.data.transforms import (
     PhotometricDistortion,
     RandomGamma,
     RandomScale,
+    RandomWhiteBalance,
     ScaledCrop,
     as_tensors,
     degradation,
@@ -182,6 +184,18 @@ class TestDegradation:
         assert torch.equal(changed[0], changed[1])  # grey
         assert changed.dtype == torch.uint8
         assert changed.float().std() < image.float().std()  # blurred
+
+    def test_white_balance_is_a_factor_for_each_colour(self) -> None:
+        image, label = pair()
+        torch.manual_seed(3)
+        balanced, kept = RandomWhiteBalance()(image, label)
+        torch.manual_seed(3)
+        for color, changed, draw in zip(image, balanced, torch.rand(3).tolist(), strict=True):
+            gain = math.exp((2 * draw - 1) * math.log(4 / 3))
+            expected = (color.numpy() * gain).round().clip(0, 255)
+            assert abs(changed.numpy() - expected).max() <= 1  # where rounding is a tie
+            assert 0.75 <= gain <= 4 / 3
+        assert torch.equal(kept, label)
 
     def test_gamma_is_the_power_of_the_share_of_white(self) -> None:
         image, _ = pair()

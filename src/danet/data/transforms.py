@@ -188,13 +188,27 @@ class RandomGamma(v2.Transform):
         return self._call_kernel(TF.adjust_gamma, inpt, **params)
 
 
+class RandomWhiteBalance(v2.Transform):
+    """Multiplies each colour by a factor whose logarithm is uniform between those of 3/4 and 4/3."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"gains": (4 / 3) ** (2 * torch.rand(3, 1, 1) - 1)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        scaled = (inpt.as_subclass(Tensor) * params["gains"]).round_().clamp_(max=255)
+        return tv_tensors.Image(scaled.to(inpt.dtype))
+
+
 def degradation(probability: float) -> v2.Transform:
-    """Gamma, greyscale and blur, each with this probability, on images only."""
+    """Gamma, white balance, greyscale and blur, each with this probability, on images only."""
     if probability == 0:
         return v2.Identity()
     return v2.Compose(
         [
             v2.RandomApply([RandomGamma()], probability),
+            v2.RandomApply([RandomWhiteBalance()], probability),
             v2.RandomGrayscale(probability),
             v2.RandomApply([v2.GaussianBlur(7, (0.1, 1.5))], probability),
         ]

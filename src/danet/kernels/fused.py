@@ -28,6 +28,8 @@ def fused_attention_fits(query_BDN: Tensor, value_BCM: Tensor) -> bool:
         and query_BDN.shape[1] % _ALIGNMENT == 0
         and query_BDN.shape[1] <= _HEAD_CHANNELS
         and value_BCM.shape[1] % _ALIGNMENT == 0
+        and query_BDN.numel() > 0
+        and value_BCM.numel() > 0
     )
 
 

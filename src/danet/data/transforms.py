@@ -189,7 +189,7 @@ class RandomGamma(v2.Transform):
 
 
 class RandomWhiteBalance(v2.Transform):
-    """Multiplies each colour by a factor whose logarithm is uniform between those of 3/4 and 4/3."""
+    """Multiplies each colour by a factor, its logarithm uniform between those of 3/4 and 4/3."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {"gains": (4 / 3) ** (2 * torch.rand(3, 1, 1) - 1)}

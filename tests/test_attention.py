@@ -152,6 +152,34 @@ class TestPositionAttention:
         with torch.autocast("cpu", torch.bfloat16):
             assert position_attention(*inputs).dtype == torch.bfloat16
 
+    def test_autocast_leaves_float64_alone(self) -> None:
+        inputs = random_inputs()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = position_attention(*inputs)
+        assert torch.equal(found, position_attention(*inputs))
+
+    def test_autocast_does_not_reach_the_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # As on a CPU whose bfloat16 products are slow: then these are to be in float32.
+        monkeypatch.setattr(blocks, "_product_dtype", lambda *_: torch.float32)
+        inputs = [tensor.bfloat16().requires_grad_() for tensor in random_inputs()]
+
+        def pass_through() -> list[Tensor]:
+            output = position_attention(*inputs)
+            return [output, *torch.autograd.grad(output.square().sum(), inputs)]
+
+        with torch.autocast("cpu", torch.bfloat16):
+            found = pass_through()
+        assert all(map(torch.equal, found, pass_through()))
+
+    def test_without_queries_nothing_flows_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fill = torch.Tensor.new_empty
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(*a, **k).fill_(7))
+        inputs = [tensor.requires_grad_() for tensor in random_inputs(queries=0)]
+        output = position_attention(*inputs)
+        assert output.shape == (2, 24, 0)
+        for gradient in torch.autograd.grad(output.sum(), inputs):
+            assert not gradient.any()
+
     def test_the_operator_keeps_torchs_contracts(self) -> None:
         inputs = [tensor.float().requires_grad_() for tensor in random_inputs(queries=18, keys=7)]
         torch.library.opcheck(kernels.attend, inputs)

@@ -86,3 +86,18 @@ def test_the_global_precision_setting_is_left_as_it_was() -> None:
     with pytest.raises(RuntimeError), blocks.fast_exact_float32(torch.device("cpu")):
         raise RuntimeError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_threads_share_the_global_precision_setting() -> None:
+    def setting() -> str:
+        return torch.backends.mkldnn.matmul.fp32_precision
+
+    before, cpu = setting(), torch.device("cpu")
+    first, second = blocks.fast_exact_float32(cpu), blocks.fast_exact_float32(cpu)
+    first.__enter__()
+    during = setting()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert setting() == during
+    second.__exit__(None, None, None)
+    assert setting() == before

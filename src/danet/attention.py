@@ -10,7 +10,6 @@ Where the paper and the code behind its published numbers differ:
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -33,7 +32,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: B C M.
 
     Returns:
-        B C N in the inputs' dtype (autocast's where it is on).
+        B C N in the inputs' dtype (autocast's where it is on, but for float64).
 
     Raises:
         ValueError: shapes do not fit, M is 0, or dtypes or devices differ.
@@ -41,7 +40,11 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     device_type = query.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        # As torch's autocast, which leaves float64 alone.
+        query, key, value = (
+            tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+            for tensor in (query, key, value)
+        )
     _check(query, key, value)
     return kernels.position_attention(query, key, value)
 
@@ -104,7 +107,8 @@ def channel_affinities(features: Tensor, affinity: Affinity = "reference") -> Te
     Returns:
         B C C, float32 or wider, rows summing to 1.
     """
-    with _no_autocast(features.device.type), kernels.fast_exact_float32(features.device):
+    device = features.device
+    with kernels.without_autocast(device.type), kernels.fast_exact_float32(device):
         exact_BCN = features.to(torch.promote_types(features.dtype, torch.float32))
         energy_BCC = exact_BCN @ exact_BCN.transpose(1, 2)
         if affinity == "reference":
@@ -112,12 +116,6 @@ def channel_affinities(features: Tensor, affinity: Affinity = "reference") -> Te
             energy_BCC = -energy_BCC
         below_BCC = energy_BCC - energy_BCC.amax(-1, keepdim=True).detach()
         return below_BCC.clamp(min=kernels.least_exponent(below_BCC.dtype)).softmax(-1)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 class PositionAttention(nn.Module):

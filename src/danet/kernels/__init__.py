@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from danet.kernels import blocks
-from danet.kernels.blocks import fast_exact_float32, least_exponent
+from danet.kernels.blocks import fast_exact_float32, least_exponent, without_autocast
 from danet.kernels.fused import attend_by_heads, fused_attention_fits
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "fast_exact_float32",
     "least_exponent",
     "position_attention",
+    "without_autocast",
 ]
 
 

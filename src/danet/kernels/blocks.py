@@ -18,8 +18,9 @@ same attention, and rounding the scores to bfloat16 would cost five times the ac
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +82,34 @@ def least_exponent(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(dtype).tiny) / 2
 
 
+class _OneDNNProducts:
+    """The setting of the whole process, on while any thread wants it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.before = ""
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.before = self._matmul().fp32_precision
+                self._matmul().fp32_precision = "bf16"
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                self._matmul().fp32_precision = self.before
+
+    def _matmul(self) -> Any:
+        return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+_onednn_products = _OneDNNProducts()
+
+
 @contextlib.contextmanager
 def fast_exact_float32(device: torch.device) -> Iterator[None]:
     """Runs a CPU's float32 products on oneDNN, which is up to twice as fast as MKL on AMD.
@@ -92,13 +121,15 @@ def fast_exact_float32(device: torch.device) -> Iterator[None]:
     if torch.compiler.is_compiling() or device.type != "cpu" or has_amx():
         yield
         return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
+    with _onednn_products:
         yield
-    finally:
-        matmul.fp32_precision = before
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """For arithmetic that chooses its own dtypes."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +140,8 @@ def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tens
     queries = query_BDN.shape[2]
     output_BNC = value_BCM.new_empty(batch, queries, channels)
     logsumexp_BN = query_BDN.new_empty(batch, queries, dtype=exact)
-    with fast_exact_float32(query_BDN.device):
+    device = query_BDN.device
+    with without_autocast(device.type), fast_exact_float32(device):
         for sample in range(batch):
             _forward_sample(
                 query_BDN[sample].T.to(exact),
@@ -181,7 +213,8 @@ def backward(
     grad_query_BND = query_BDN.new_empty(batch, queries, key_width)
     grad_key_BMD = key_BDM.new_empty(batch, keys, key_width)
     grad_value_BMC = value_BCM.new_empty(batch, keys, channels)
-    with fast_exact_float32(query_BDN.device):
+    device = query_BDN.device
+    with without_autocast(device.type), fast_exact_float32(device):
         for sample in range(batch):
             grad_query_BND[sample] = _backward_sample(
                 grad_BCN[sample].T.to(product),
@@ -234,7 +267,7 @@ def _backward_sample(
     for block in _blocks(keys, shape.rows):
         rows = block.stop - block.start
         grad_key_mD = logsumexp_N.new_zeros(rows, query_ND.shape[1])
-        grad_value_mC = logsumexp_N.new_zeros(rows, channels) if len(tiles) > 1 else None
+        grad_value_mC = None if len(tiles) == 1 else logsumexp_N.new_zeros(rows, channels)
         for tile in tiles:
             columns = tile.stop - tile.start
             scores_mn = score_buffer[: rows * columns].view(rows, columns)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from danet.config import RunConfig, load_recipe, recipe_header, recipe_names
+from danet.config import RunConfig, differing_keys, load_recipe, recipe_header, recipe_names
 from danet.errors import UserError
 
 
@@ -22,6 +22,13 @@ def test_resolved_yaml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
     assert load_recipe(file) == config
     assert config.train.steps == 7
     assert config.data.crop_size == (64, 32)
+
+
+def test_keys_that_differ_are_named() -> None:
+    config = load_recipe("demo")
+    assert differing_keys(config, load_recipe("demo")) == []
+    other = load_recipe("demo", ["train.lr=0.5", "data.crop_size=[64, 32]"])
+    assert differing_keys(config, other) == ["data.crop_size", "train.lr"]
 
 
 def test_a_recipe_extends_another_and_states_what_differs(tmp_path: Path) -> None:

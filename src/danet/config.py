@@ -227,6 +227,16 @@ class RunConfig(Section):
         return str(document)
 
 
+def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
+    """The keys that two recipes give other values to, such as `train.lr`."""
+    return [
+        f"{section}.{key}"
+        for section in RunConfig.model_fields
+        for key in type(getattr(one, section)).model_fields
+        if getattr(getattr(one, section), key) != getattr(getattr(other, section), key)
+    ]
+
+
 def recipe_names() -> tuple[str, ...]:
     """The built-in recipes to train by; bases that others extend begin with an underscore."""
     return tuple(name for name in _built_in() if not name.startswith("_"))

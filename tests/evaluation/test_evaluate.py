@@ -72,6 +72,19 @@ def test_another_number_of_classes_is_refused(model: danet.DANet) -> None:
         check_classes(model.metadata, DatasetSpec("other", ("a", "b")))
 
 
+def test_other_names_of_as_many_classes_are_told(model: danet.DANet) -> None:
+    names = model.metadata.classes
+    said: list[str] = []
+    check_classes(model.metadata, DatasetSpec("same", names), said.append)
+    assert said == []
+    check_classes(model.metadata, DatasetSpec("other", (*names[:9], "a", "b")), said.append)
+    assert len(said) == 1
+    assert said[0].startswith(
+        "note: 2 of 11 class names are not those of dataset other, first that of class 9: "
+        "'class 9', not 'a';"
+    )
+
+
 def test_cases_are_the_worst_first_then_a_spread(model: danet.DANet) -> None:
     dataset = open_dataset("scenes", split="val")
     pictures = [PictureScore(i, dataset[i].name, 1 - i / 10) for i in range(8)]

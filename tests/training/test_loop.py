@@ -148,6 +148,37 @@ def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "run", "train.steps=2", "model.head_channels=8", resume=True)
 
 
+def test_a_resumed_run_goes_by_its_new_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "run", "train.optimizer=sgd", "train.steps=1")
+    changes = ("train.weight_decay=0", "train.momentum=0.5", "train.head_lr_factor=7")
+    folder = run(tmp_path / "run", "train.optimizer=sgd", "train.steps=2", *changes, resume=True)
+    for group in load_checkpoint(folder.last)["optimizer"]["param_groups"]:
+        assert (group["weight_decay"], group["momentum"]) == (0, 0.5)
+    said = " ".join(capsys.readouterr().err.split())
+    expected = "train.steps, train.head_lr_factor, train.momentum, train.weight_decay: other than"
+    assert f"note: {expected} in {folder.recipe}; the remaining steps" in said
+    rates = [group["lr"] for group in load_checkpoint(folder.last)["optimizer"]["param_groups"]]
+    assert rates[1] == pytest.approx(7 * rates[0])
+
+
+@pytest.mark.parametrize("before", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("after", ["sgd", "adamw", "muon"])
+def test_resuming_with_another_optimizer_is_refused(
+    before: str, after: str, tmp_path: Path
+) -> None:
+    folder = run(tmp_path / "run", f"train.optimizer={before}", "train.steps=1")
+    change = f"train.optimizer={after}"
+    if before == after:
+        run(folder.path, change, "train.steps=2", resume=True)
+        return
+    saved = folder.last.read_bytes()
+    with pytest.raises(UserError, match=rf"{change} cannot .* set train\.optimizer={before}, or"):
+        run(folder.path, change, "train.steps=2", resume=True)
+    assert folder.last.read_bytes() == saved
+
+
 @pytest.mark.parametrize("damage", [b"", b"garbage" * 50, None])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     damage: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]

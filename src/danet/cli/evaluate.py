@@ -13,6 +13,7 @@ from danet.cli.options import (
     check_precision,
     open_exported,
     own_device,
+    say_on_stderr,
 )
 from danet.errors import UserError
 
@@ -76,7 +77,9 @@ def evaluate(
     run = RunFolder(Path(model))
     name, folder = _dataset_of(subject.metadata.dataset, run, data, root)
     dataset = open_dataset(name, folder, split)
-    evaluation.check_classes(subject.metadata, dataset.spec)
+    evaluation.check_classes(
+        subject.metadata, dataset.spec, say_on_stderr if share.rank == 0 else lambda _: None
+    )
     write = None if submission is None else submission_writer(name, submission)
     own = share.positions(len(dataset))
     title = f"evaluate {name} {split}"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from danet.errors import UserError
+from danet.errors import UserError, printable
 
 if TYPE_CHECKING:
     from danet.config import TestConfig
@@ -53,11 +53,15 @@ def open_exported(
     return ExportedPredictor(model, precision)
 
 
+def say_on_stderr(message: str) -> None:
+    """A line of its own, where it does not mix with what the command prints."""
+    print(printable(message), file=sys.stderr)
+
+
 def note_protocol(test: "TestConfig") -> None:
     """Says where a picture is looked at in another way than `danet predict` segments it."""
     if test.mode == "slide" or test.flip or len(test.ratios) > 1:
-        print(
+        say_on_stderr(
             "note: the model is tested with sliding windows, several scales or mirrored; here "
-            "pictures are taken whole, at one scale",
-            file=sys.stderr,
+            "pictures are taken whole, at one scale"
         )

@@ -60,12 +60,31 @@ def merge(shares: Sequence[Evaluation]) -> Evaluation:
     )
 
 
-def check_classes(metadata: Metadata, spec: DatasetSpec) -> None:
-    """Raises a UserError unless the model predicts exactly the dataset's classes."""
+def check_classes(
+    metadata: Metadata, spec: DatasetSpec, say: Callable[[str], None] = lambda _: None
+) -> None:
+    """Checks that a model's classes can be the dataset's, which are compared by their ids.
+
+    Args:
+        say: is told where names differ. It is no error, for the same classes have many spellings.
+
+    Raises:
+        UserError: the model has another number of classes.
+    """
     if len(metadata.classes) != spec.num_classes:
         raise UserError(
             f"the model has {len(metadata.classes)} classes but dataset {spec.name} has "
             f"{spec.num_classes}; evaluate it on the data it was trained for"
+        )
+    both = zip(metadata.classes, spec.classes, strict=True)
+    differing = [index for index, (own, wanted) in enumerate(both) if own != wanted]
+    if differing:
+        first = differing[0]
+        say(
+            f"note: {len(differing)} of {spec.num_classes} class names are not those of dataset "
+            f"{spec.name}, first that of class {first}: {metadata.classes[first]!r}, not "
+            f"{spec.classes[first]!r}; the scores are right only if these are the same classes "
+            "in the same order"
         )
 
 

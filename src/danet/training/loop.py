@@ -17,7 +17,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from danet.atomic import replacing
-from danet.config import RunConfig, load_recipe
+from danet.config import RunConfig, differing_keys, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
@@ -206,10 +206,11 @@ class _Trainer:
         before = ""
         if self.first_step:
             before = f", going on after step {self.first_step}"
-            recorded = load_recipe(self.run.recipe)
-            if recorded != self.config:
+            changed = differing_keys(load_recipe(self.run.recipe), self.config)
+            if changed:
                 self.progress.say(
-                    f"note: settings differ from {self.run.recipe}, so the run will too"
+                    f"note: {', '.join(changed)}: other than in {self.run.recipe}; the remaining "
+                    "steps go by the new settings"
                 )
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.progress.say(

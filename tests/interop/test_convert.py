@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import danet
+from danet.config import load_recipe
 from danet.data import dataset_spec
 from danet.errors import UserError
 from danet.interop.convert import convert
@@ -69,6 +70,7 @@ def test_the_authors_checkpoint_with_any_stem(backbone: str, tmp_path: Path) -> 
     assert converted.config.multi_grid == (4, 8, 16)
     assert converted.config.align_corners
     assert converted.metadata.classes == dataset_spec("camvid").classes
+    assert converted.metadata.test == load_recipe("cityscapes_r101_authors").test
     images = torch.randn(1, 3, 48, 48)
     with torch.no_grad():
         assert torch.equal(converted(images).fused, model(images).fused)

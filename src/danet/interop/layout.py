@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from danet.config import TestConfig
 from danet.errors import UserError
 from danet.palette import Color
 
@@ -22,6 +21,7 @@ class Translated(NamedTuple):
         state: weights under this project's names, as far as the layout knows them.
         unknown: names that the layout does not know.
         backbone: timm's name of it.
+        test: values of `TestConfig`'s keys, as the checkpoint has them and not yet checked.
         classes, palette, mean, std: None where the checkpoint does not say.
     """
 
@@ -30,7 +30,7 @@ class Translated(NamedTuple):
     backbone: str
     multi_grid: tuple[int, ...] | None
     align_corners: bool
-    test: TestConfig
+    test: Mapping[str, Any]
     classes: tuple[str, ...] | None = None
     palette: tuple[Color, ...] | None = None
     mean: tuple[float, ...] | None = None

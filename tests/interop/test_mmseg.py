@@ -116,6 +116,19 @@ def test_the_published_networks_are_tested_as_the_recipes_test_ours(name: str, c
     assert TestConfig.model_validate(translated.test) == load_recipe(name).test
 
 
+def test_a_palette_that_is_none_is_left_out() -> None:
+    for palette in ([[300, 0, 0]], [[float("inf"), 0, 0]], [[0, 0]], [[0, 0, 0]] * 2, 7, "x"):
+        meta = {"CLASSES": ["a\ud800"], "PALETTE": palette}
+        translated = mmseg.translate(state(), {"meta": meta})
+        assert translated.classes == ("a?",)
+        assert translated.palette is None
+
+
+def test_keys_that_are_no_literals_are_left_out() -> None:
+    text = "a = {[1]: 2, {}: 3, x: 4, [1][0]: 5, **y, (1, 2): dict(b=6), {3}: 7, 'c': [z]}"
+    assert literal_config(text) == {"a": {(1, 2): {"b": 6}, "c": [None]}}
+
+
 def test_literals_only() -> None:
     config = literal_config(
         "a = dict(b=[1, dict(c=-2)], d=open('x'))\ne = {'f': (1, 'g')}\nh.i = 3"

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+from pydantic import ValidationError
 from torch import Tensor
 
+from danet.config import explain
 from danet.data.spec import DatasetSpec
 from danet.errors import UserError
 from danet.interop import mmseg, reference
 from danet.interop.foreign import read_checkpoint, state_dict_of
 from danet.interop.layout import Translated
 from danet.model import DANet
-from danet.model_folder import Metadata
+from danet.model_folder import MAX_CLASSES, Metadata
 from danet.palette import default_palette
 
 _NAMES_SHOWN = 20
@@ -90,6 +92,11 @@ def _shape(tensor: Tensor) -> str:
 def _metadata(
     path: Path, translated: Translated, spec: DatasetSpec | None, num_classes: int
 ) -> Metadata:
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise UserError(
+            f"{path}: has {num_classes} classes; only networks of 1 to {MAX_CLASSES} classes can "
+            "be converted, because masks are 8 bit"
+        )
     classes = translated.classes if spec is None else spec.classes
     palette = translated.palette if spec is None else spec.palette
     if classes is None:
@@ -107,4 +114,10 @@ def _metadata(
         "mean": translated.mean,
         "std": translated.std,
     }
-    return Metadata.model_validate({k: v for k, v in values.items() if v is not None})
+    try:
+        return Metadata.model_validate({k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: its metadata cannot be used ({explain(error, Metadata)}); correct its "
+            "config, or save the state_dict without metadata and say --data NAME"
+        ) from error

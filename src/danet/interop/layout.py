@@ -4,14 +4,17 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from danet.errors import UserError
+from danet.model_folder import Palette
 from danet.palette import Color
 
 BODY = "backbone.body."
 _DEPTHS = {6: 50, 23: 101, 36: 152}
 """ResNets by the number of blocks in their third stage."""
+_PALETTE = TypeAdapter(Palette)
 
 
 class Translated(NamedTuple):
@@ -83,12 +86,13 @@ def resnet_name(state: Mapping[str, Tensor]) -> str:
 def names_and_colors(
     names: Any, colors: Any
 ) -> tuple[tuple[str, ...] | None, tuple[Color, ...] | None]:
-    """Class names and RGB palette, if they are what they should be."""
+    """Class names and RGB palette, each None if it is not what it should be."""
     if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
         return None, None
-    classes = tuple(names)
+    # Lone surrogates, which a pickle can hold but no text file, become question marks.
+    classes = tuple(name.encode("utf-8", "replace").decode() for name in names)
     try:
-        palette = tuple((int(red), int(green), int(blue)) for red, green, blue in colors)
-    except (TypeError, ValueError):
+        palette = _PALETTE.validate_python(colors)
+    except ValidationError:
         return classes, None
     return classes, palette if len(palette) == len(classes) else None

@@ -137,5 +137,5 @@ def _size(height_width: Any) -> Size | None:
 def _channels(values: Any) -> tuple[float, ...] | None:
     match values:
         case [int() | float(), int() | float(), int() | float()]:
-            return tuple(float(value) for value in values)
+            return tuple(values)
     return None

@@ -176,6 +176,24 @@ def test_more_classes_than_masks_can_hold(classes: int, tmp_path: Path) -> None:
         convert(saved(tmp_path, {"meta": meta, "state_dict": state}))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("head.conv8.1.weight", (), "is a number"),
+        ("head.conv5a.0.weight", (0, 2048, 3, 3), "head_channels: Input should be greater"),
+        ("head.sa.query_conv.weight", (65_537, 1), "key_channels: Input should be less"),
+        ("head.sa.gamma", (2,), "residual_weight is 2, not 1"),
+        ("pretrained.conv1.0.weight", (), "a ResNet stem of 0 channels"),
+    ],
+)
+def test_weights_of_any_shape_are_named(
+    name: str, shape: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
+    state = {**authors_state(build()), name: torch.zeros(shape)}
+    with pytest.raises(UserError, match=message):
+        convert(saved(tmp_path, state), dataset_spec("camvid"))
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])
 def test_damaged_files_are_named(content: bytes | None, tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": torch.zeros(100)})

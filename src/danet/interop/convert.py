@@ -1,11 +1,12 @@
 """From other code bases' checkpoints to a model folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 from torch import Tensor
 
-from danet.config import explain
+from danet.config import ModelConfig, explain
 from danet.data.spec import DatasetSpec
 from danet.errors import UserError
 from danet.interop import mmseg, reference
@@ -41,26 +42,37 @@ def convert(path: Path, spec: DatasetSpec | None = None) -> DANet:
 
 def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANet:
     state = translated.state
-    try:
-        num_classes = state["head.fused_classifier.1.weight"].shape[0]
-        head_channels = state["head.position_branch.reduce.0.weight"].shape[0]
-        key_channels = state["head.position_branch.attention.query.weight"].shape[0]
-    except KeyError as error:
-        raise UserError(f"{path}: incomplete, {error.args[0]} is missing") from error
+    num_classes = _width(path, state, "head.fused_classifier.1.weight")
+    head_channels = _width(path, state, "head.position_branch.reduce.0.weight")
+    key_channels = _width(path, state, "head.position_branch.attention.query.weight")
     metadata = _metadata(path, translated, spec, num_classes)
-    model = DANet(
-        num_classes,
-        translated.backbone,
-        pretrained_backbone=False,
-        head_channels=head_channels,
-        key_channels=key_channels,
-        multi_grid=translated.multi_grid,
-        auxiliary=any(name.startswith("auxiliary_head.") for name in state),
-        align_corners=translated.align_corners,
-        metadata=metadata,
-    )
+    try:
+        model = DANet(
+            num_classes,
+            translated.backbone,
+            pretrained_backbone=False,
+            head_channels=head_channels,
+            key_channels=key_channels,
+            multi_grid=translated.multi_grid,
+            auxiliary=any(name.startswith("auxiliary_head.") for name in state),
+            align_corners=translated.align_corners,
+            metadata=metadata,
+        )
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: its weights make no network ({explain(error, ModelConfig)})"
+        ) from error
     _load(path, model, translated)
     return model.eval()
+
+
+def _width(path: Path, state: Mapping[str, Tensor], name: str) -> int:
+    """The output channels of a convolution."""
+    if name not in state:
+        raise UserError(f"{path}: incomplete, {name} is missing")
+    if state[name].dim() == 0:
+        raise UserError(f"{path}: {name} is a number, not a convolution's weight")
+    return state[name].shape[0]
 
 
 def _load(path: Path, model: DANet, translated: Translated) -> None:

@@ -51,7 +51,9 @@ def renamed(
             unknown.append(name)
             continue
         new = prefixes[prefix] + name.removeprefix(prefix)
-        known[new] = tensor.reshape(1) if new.endswith("residual_weight") else tensor
+        # They keep it as one number or as a list of one; what is neither does not fit later on.
+        is_residual = new.endswith("residual_weight") and tensor.numel() == 1
+        known[new] = tensor.reshape(1) if is_residual else tensor
     return known, unknown
 
 
@@ -75,7 +77,7 @@ def resnet_name(state: Mapping[str, Tensor]) -> str:
     if f"{BODY}conv1.weight" in state:
         return f"resnet{depth}"
     stem = state.get(f"{BODY}conv1.0.weight")
-    width = 0 if stem is None else stem.shape[0]
+    width = 0 if stem is None or stem.dim() == 0 else stem.shape[0]
     averages = f"{BODY}layer2.0.downsample.2.weight" in state
     variant = {32: "d" if averages else "c", 64: "s"}.get(width)
     if variant is None:

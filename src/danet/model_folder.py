@@ -28,6 +28,8 @@ MAX_CLASSES = 255
 _NOT_ARCHITECTURE = {"pretrained_backbone", "backbone_weights", "init_from"}
 
 Channel = Annotated[int, Field(ge=0, le=255)]
+Palette = tuple[tuple[Channel, Channel, Channel], ...]
+Deviation = Annotated[float, Field(gt=0)]
 
 
 class Metadata(Section):
@@ -35,11 +37,11 @@ class Metadata(Section):
 
     classes: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     """Names in the order of their ids."""
-    palette: tuple[tuple[Channel, Channel, Channel], ...]
+    palette: Palette
     """One RGB colour a class."""
     mean: tuple[float, float, float] = DataConfig().mean
     """Subtracted from RGB in 0..255; the result is divided by `std`."""
-    std: tuple[float, float, float] = DataConfig().std
+    std: tuple[Deviation, Deviation, Deviation] = DataConfig().std
     dataset: str | None = None
     """The data that the model was trained on, by `danet.data.open_dataset`'s name."""
     test: TestConfig = TestConfig()

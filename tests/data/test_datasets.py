@@ -77,6 +77,14 @@ class TestFolder:
         with pytest.raises(UserError, match=r"label ids \[2\] that folder does not define"):
             open_dataset("folder", root)[0]
 
+    def test_the_most_classes_that_8_bits_hold_are_all_usable(self, root: Path) -> None:
+        (root / "classes.txt").write_text("\n".join(f"class {index}" for index in range(255)))
+        write_pair(root, "images/train/a.jpg", "labels/train/a.png", [[253, 254], [0, 255]])
+        np.testing.assert_array_equal(open_dataset("folder", root)[0].label, [[253, 254], [0, 255]])
+        (root / "classes.txt").write_text("\n".join(f"class {index}" for index in range(254)))
+        with pytest.raises(UserError, match=r"label ids \[254\] that folder does not define"):
+            open_dataset("folder", root)[0]
+
     @pytest.mark.parametrize(("text", "message"), [("", "0 classes"), ("a\na\n", "twice")])
     def test_classes_file_mistakes(self, root: Path, text: str, message: str) -> None:
         (root / "classes.txt").write_text(text)

@@ -8,8 +8,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import danet
+from danet.config import load_recipe
 from danet.data import dataset_spec
 from danet.errors import UserError
+from danet.interop import mmseg
 from danet.interop.convert import convert
 
 CLASSES = 11
@@ -69,6 +71,7 @@ def test_the_authors_checkpoint_with_any_stem(backbone: str, tmp_path: Path) -> 
     assert converted.config.multi_grid == (4, 8, 16)
     assert converted.config.align_corners
     assert converted.metadata.classes == dataset_spec("camvid").classes
+    assert converted.metadata.test == load_recipe("cityscapes_r101_authors").test
     images = torch.randn(1, 3, 48, 48)
     with torch.no_grad():
         assert torch.equal(converted(images).fused, model(images).fused)
@@ -128,6 +131,67 @@ def test_classes_must_be_known_and_fit(tmp_path: Path) -> None:
 def test_other_files_are_named(content: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         convert(saved(tmp_path, content))
+
+
+def mmseg_state(model: danet.DANet) -> dict[str, Tensor]:
+    """The weights under mmsegmentation's names, by the converter's own table."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        theirs, ours = next(pair for pair in mmseg._PREFIXES.items() if name.startswith(pair[1]))
+        state[theirs + name.removeprefix(ours)] = tensor
+    return state
+
+
+SLIDE = "model = dict(test_cfg=dict(mode='slide', crop_size={}, stride=(9, 9)))"
+NORMALIZED = "img_norm_cfg = dict(mean={}, std={})"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SLIDE.format((8, 8)), "(test: stride must not exceed window"),
+        (SLIDE.format((70_000, 10)), "(test.window.1: Input should be less than or equal to"),
+        ("test_pipeline = [dict(type='Resize', scale=(0, 512))]", "(test.scale.1: Input should"),
+        (NORMALIZED.format([1e999, 2, 3], [1, 1, 1]), "(mean.0: Input should be"),
+        (NORMALIZED.format([10**400, 2, 3], [1, 1, 1]), "(mean.0: Input should be"),
+        (NORMALIZED.format([1, 2, 3], [1, 0, 1]), "(std.1: Input should be greater than 0"),
+    ],
+)
+def test_metadata_out_of_range_is_named(config: str, message: str, tmp_path: Path) -> None:
+    model = build("resnet50c", multi_grid=None)
+    meta = {"CLASSES": dataset_spec("camvid").classes, "config": config.replace("inf", "1e999")}
+    path = saved(tmp_path, {"meta": meta, "state_dict": mmseg_state(model)})
+    with pytest.raises(
+        UserError, match=re.escape(f"{path}: its metadata cannot be used {message}")
+    ):
+        convert(path)
+
+
+@pytest.mark.parametrize("classes", [0, 256])
+def test_more_classes_than_masks_can_hold(classes: int, tmp_path: Path) -> None:
+    state = mmseg_state(build("resnet50c", multi_grid=None))
+    state["decode_head.conv_seg.weight"] = torch.zeros(classes, 16, 1, 1)
+    meta = {"CLASSES": [f"class {index}" for index in range(classes)]}
+    with pytest.raises(UserError, match=f"has {classes} classes; only networks of 1 to 255"):
+        convert(saved(tmp_path, {"meta": meta, "state_dict": state}))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("head.conv8.1.weight", (), "is a number"),
+        ("head.conv5a.0.weight", (0, 2048, 3, 3), "head_channels: Input should be greater"),
+        ("head.sa.query_conv.weight", (65_537, 1), "key_channels: Input should be less"),
+        ("head.sa.gamma", (2,), "residual_weight is 2, not 1"),
+        ("pretrained.conv1.0.weight", (), "a ResNet stem of 0 channels"),
+    ],
+)
+def test_weights_of_any_shape_are_named(
+    name: str, shape: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
+    state = {**authors_state(build()), name: torch.zeros(shape)}
+    with pytest.raises(UserError, match=message):
+        convert(saved(tmp_path, state), dataset_spec("camvid"))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])

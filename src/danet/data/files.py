@@ -13,10 +13,18 @@ from danet.data.images import IMAGE_SUFFIXES, open_image, open_label
 from danet.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from danet.errors import UserError
 
-UNMAPPED = 254
-"""Marks, inside a label map, the ids that a dataset does not define."""
 
-LabelMap = npt.NDArray[np.uint8]
+class LabelMap(NamedTuple):
+    """What the 256 possible ids of a label file mean.
+
+    Attributes:
+        train_ids: 256 uint8; 0 where the dataset does not define the id.
+        defined: 256 bool; whether it does. With 255 classes and the ignored id no train id is left
+            to stand for this.
+    """
+
+    train_ids: npt.NDArray[np.uint8]
+    defined: npt.NDArray[np.bool_]
 
 
 class FilePair(NamedTuple):
@@ -28,12 +36,12 @@ class FilePair(NamedTuple):
 
 
 def label_map(train_ids: Mapping[int, int]) -> LabelMap:
-    """A table of 256 entries from label file ids to train ids; 255 always maps to itself."""
-    table = np.full(256, UNMAPPED, dtype=np.uint8)
-    table[IGNORE_INDEX] = IGNORE_INDEX
-    for file_id, train_id in train_ids.items():
-        table[file_id] = train_id
-    return table
+    """The tables from label file ids to train ids; 255 always maps to itself."""
+    tables = LabelMap(np.zeros(256, np.uint8), np.zeros(256, np.bool_))
+    for file_id, train_id in {IGNORE_INDEX: IGNORE_INDEX, **train_ids}.items():
+        tables.train_ids[file_id] = train_id
+        tables.defined[file_id] = True
+    return tables
 
 
 def require_root(name: str, root: Path | None) -> Location:
@@ -190,11 +198,12 @@ class PairedFiles:
         self, pair: FilePair, file_ids: npt.NDArray[np.uint8]
     ) -> npt.NDArray[np.uint8]:
         """Maps a label file's ids; raises a UserError for one that the dataset does not define."""
-        label: npt.NDArray[np.uint8] = self._ids_to_train_ids[file_ids]
-        if (label == UNMAPPED).any():
-            unknown = np.unique(file_ids[label == UNMAPPED]).tolist()
+        # take, because indexing by the ids needs twice as long.
+        defined = self._ids_to_train_ids.defined.take(file_ids)
+        if not defined.all():
+            unknown = np.unique(file_ids[~defined]).tolist()
             raise UserError(
                 f"{pair.label} holds label ids {unknown[:5]} that {self.spec.name} does not "
                 f"define; it has {self.spec.num_classes} classes, and 255 is ignored"
             )
-        return label
+        return self._ids_to_train_ids.train_ids.take(file_ids)

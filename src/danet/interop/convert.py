@@ -1,16 +1,19 @@
 """From other code bases' checkpoints to a model folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import ValidationError
 from torch import Tensor
 
+from danet.config import ModelConfig, explain
 from danet.data.spec import DatasetSpec
 from danet.errors import UserError
 from danet.interop import mmseg, reference
 from danet.interop.foreign import read_checkpoint, state_dict_of
 from danet.interop.layout import Translated
 from danet.model import DANet
-from danet.model_folder import Metadata
+from danet.model_folder import MAX_CLASSES, Metadata
 from danet.palette import default_palette
 
 _NAMES_SHOWN = 20
@@ -39,26 +42,37 @@ def convert(path: Path, spec: DatasetSpec | None = None) -> DANet:
 
 def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANet:
     state = translated.state
-    try:
-        num_classes = state["head.fused_classifier.1.weight"].shape[0]
-        head_channels = state["head.position_branch.reduce.0.weight"].shape[0]
-        key_channels = state["head.position_branch.attention.query.weight"].shape[0]
-    except KeyError as error:
-        raise UserError(f"{path}: incomplete, {error.args[0]} is missing") from error
+    num_classes = _width(path, state, "head.fused_classifier.1.weight")
+    head_channels = _width(path, state, "head.position_branch.reduce.0.weight")
+    key_channels = _width(path, state, "head.position_branch.attention.query.weight")
     metadata = _metadata(path, translated, spec, num_classes)
-    model = DANet(
-        num_classes,
-        translated.backbone,
-        pretrained_backbone=False,
-        head_channels=head_channels,
-        key_channels=key_channels,
-        multi_grid=translated.multi_grid,
-        auxiliary=any(name.startswith("auxiliary_head.") for name in state),
-        align_corners=translated.align_corners,
-        metadata=metadata,
-    )
+    try:
+        model = DANet(
+            num_classes,
+            translated.backbone,
+            pretrained_backbone=False,
+            head_channels=head_channels,
+            key_channels=key_channels,
+            multi_grid=translated.multi_grid,
+            auxiliary=any(name.startswith("auxiliary_head.") for name in state),
+            align_corners=translated.align_corners,
+            metadata=metadata,
+        )
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: its weights make no network ({explain(error, ModelConfig)})"
+        ) from error
     _load(path, model, translated)
     return model.eval()
+
+
+def _width(path: Path, state: Mapping[str, Tensor], name: str) -> int:
+    """The output channels of a convolution."""
+    if name not in state:
+        raise UserError(f"{path}: incomplete, {name} is missing")
+    if state[name].dim() == 0:
+        raise UserError(f"{path}: {name} is a number, not a convolution's weight")
+    return state[name].shape[0]
 
 
 def _load(path: Path, model: DANet, translated: Translated) -> None:
@@ -90,6 +104,11 @@ def _shape(tensor: Tensor) -> str:
 def _metadata(
     path: Path, translated: Translated, spec: DatasetSpec | None, num_classes: int
 ) -> Metadata:
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise UserError(
+            f"{path}: has {num_classes} classes; only networks of 1 to {MAX_CLASSES} classes can "
+            "be converted, because masks are 8 bit"
+        )
     classes = translated.classes if spec is None else spec.classes
     palette = translated.palette if spec is None else spec.palette
     if classes is None:
@@ -107,4 +126,10 @@ def _metadata(
         "mean": translated.mean,
         "std": translated.std,
     }
-    return Metadata.model_validate({k: v for k, v in values.items() if v is not None})
+    try:
+        return Metadata.model_validate({k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: its metadata cannot be used ({explain(error, Metadata)}); correct its "
+            "config, or save the state_dict without metadata and say --data NAME"
+        ) from error

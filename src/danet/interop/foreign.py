@@ -2,6 +2,7 @@
 
 import ast
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from danet.errors import UserError, first_line
+
+_NO_LITERAL = (ValueError, TypeError, SyntaxError, RecursionError)
+"""What `ast.literal_eval` raises on other expressions."""
 
 
 class Inert:
@@ -107,11 +111,20 @@ def _literal(node: ast.expr) -> Any:
         is_dict = isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args
         return {k.arg: _literal(k.value) for k in node.keywords if k.arg} if is_dict else None
     if isinstance(node, ast.Dict):
-        pairs = zip(node.keys, node.values, strict=True)
-        return {_literal(key): _literal(value) for key, value in pairs if key is not None}
+        return _dictionary(node)
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(item) for item in node.elts]
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, RecursionError):
+    except _NO_LITERAL:
         return None
+
+
+def _dictionary(node: ast.Dict) -> dict[Any, Any]:
+    entries = {}
+    for key, value in zip(node.keys, node.values, strict=True):
+        # What is no literal cannot be a key, nor can a list; such an entry is left out.
+        with suppress(*_NO_LITERAL):
+            if key is not None:
+                entries[ast.literal_eval(key)] = _literal(value)
+    return entries

@@ -4,15 +4,17 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from danet.config import TestConfig
 from danet.errors import UserError
+from danet.model_folder import Palette
 from danet.palette import Color
 
 BODY = "backbone.body."
 _DEPTHS = {6: 50, 23: 101, 36: 152}
 """ResNets by the number of blocks in their third stage."""
+_PALETTE = TypeAdapter(Palette)
 
 
 class Translated(NamedTuple):
@@ -22,6 +24,7 @@ class Translated(NamedTuple):
         state: weights under this project's names, as far as the layout knows them.
         unknown: names that the layout does not know.
         backbone: timm's name of it.
+        test: values of `TestConfig`'s keys, as the checkpoint has them and not yet checked.
         classes, palette, mean, std: None where the checkpoint does not say.
     """
 
@@ -30,7 +33,7 @@ class Translated(NamedTuple):
     backbone: str
     multi_grid: tuple[int, ...] | None
     align_corners: bool
-    test: TestConfig
+    test: Mapping[str, Any]
     classes: tuple[str, ...] | None = None
     palette: tuple[Color, ...] | None = None
     mean: tuple[float, ...] | None = None
@@ -48,7 +51,9 @@ def renamed(
             unknown.append(name)
             continue
         new = prefixes[prefix] + name.removeprefix(prefix)
-        known[new] = tensor.reshape(1) if new.endswith("residual_weight") else tensor
+        # They keep it as one number or as a list of one; what is neither does not fit later on.
+        is_residual = new.endswith("residual_weight") and tensor.numel() == 1
+        known[new] = tensor.reshape(1) if is_residual else tensor
     return known, unknown
 
 
@@ -72,7 +77,7 @@ def resnet_name(state: Mapping[str, Tensor]) -> str:
     if f"{BODY}conv1.weight" in state:
         return f"resnet{depth}"
     stem = state.get(f"{BODY}conv1.0.weight")
-    width = 0 if stem is None else stem.shape[0]
+    width = 0 if stem is None or stem.dim() == 0 else stem.shape[0]
     averages = f"{BODY}layer2.0.downsample.2.weight" in state
     variant = {32: "d" if averages else "c", 64: "s"}.get(width)
     if variant is None:
@@ -83,12 +88,13 @@ def resnet_name(state: Mapping[str, Tensor]) -> str:
 def names_and_colors(
     names: Any, colors: Any
 ) -> tuple[tuple[str, ...] | None, tuple[Color, ...] | None]:
-    """Class names and RGB palette, if they are what they should be."""
+    """Class names and RGB palette, each None if it is not what it should be."""
     if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
         return None, None
-    classes = tuple(names)
+    # Lone surrogates, which a pickle can hold but no text file, become question marks.
+    classes = tuple(name.encode("utf-8", "replace").decode() for name in names)
     try:
-        palette = tuple((int(red), int(green), int(blue)) for red, green, blue in colors)
-    except (TypeError, ValueError):
+        palette = _PALETTE.validate_python(colors)
+    except ValidationError:
         return classes, None
     return classes, palette if len(palette) == len(classes) else None

@@ -1,11 +1,11 @@
 """mmsegmentation's DANet checkpoints, versions 0.x and 1.x."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from danet.config import Size, TestConfig
+from danet.config import Size
 from danet.interop.foreign import literal_config
 from danet.interop.layout import BODY, Translated, names_and_colors, renamed, resnet_name
 
@@ -63,7 +63,7 @@ def translate(state: Mapping[str, Tensor], content: Mapping[str, Any]) -> Transl
         backbone=resnet_name(known),
         multi_grid=None,
         align_corners=_section(config, "model.decode_head").get("align_corners") is True,
-        test=_test_config(_section(config, "model.test_cfg") or _section(config, "test_cfg")),
+        test=_test_settings(config),
         classes=classes,
         palette=palette,
         mean=_channels(normalization.get("mean")),
@@ -78,11 +78,53 @@ def _section(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def _test_config(section: Mapping[str, Any]) -> TestConfig:
+def _test_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    section = _section(config, "model.test_cfg") or _section(config, "test_cfg")
     window, stride = _size(section.get("crop_size")), _size(section.get("stride"))
-    if section.get("mode") != "slide" or window is None or stride is None:
-        return TestConfig()
-    return TestConfig(mode="slide", window=window, stride=stride)
+    settings: dict[str, Any] = {}
+    if section.get("mode") == "slide" and window is not None and stride is not None:
+        settings |= {"mode": "slide", "window": window, "stride": stride}
+    for step in _steps(_test_pipeline(config)):
+        kind, ratios = step.get("type"), step.get("img_ratios")
+        if kind in ("Resize", "MultiScaleFlipAug"):
+            # Without keep_ratio they stretch the picture to the scale; here it is fitted into it.
+            scale = _bounds(step.get("img_scale", step.get("scale")))
+            if scale is not None:
+                settings.setdefault("scale", scale)
+        if kind == "MultiScaleFlipAug":
+            settings["flip"] = step.get("flip") is True
+            if ratios:
+                settings["ratios"] = ratios if isinstance(ratios, list) else [ratios]
+    return settings
+
+
+def _test_pipeline(config: Mapping[str, Any]) -> Any:
+    """What the test data goes through, in 1.x or 0.x; the variable where that is only named."""
+    for path in ("test_dataloader.dataset", "data.test"):
+        pipeline = _section(config, path).get("pipeline")
+        if isinstance(pipeline, list):
+            return pipeline
+    return config.get("test_pipeline")
+
+
+def _steps(pipeline: Any) -> Iterator[Mapping[str, Any]]:
+    """The steps in their order, those within MultiScaleFlipAug after itself."""
+    for step in pipeline if isinstance(pipeline, list) else []:
+        if isinstance(step, Mapping):
+            yield step
+            yield from _steps(step.get("transforms"))
+
+
+def _bounds(scale: Any) -> Size | None:
+    """Long and short side from theirs, which come in any order; one number stands for both."""
+    match scale:
+        case [int(one), int(other)]:
+            return max(one, other), min(one, other)
+        case [[int(one), int(other)]]:  # a list of one scale; several have no counterpart here
+            return max(one, other), min(one, other)
+        case int(side):
+            return side, side
+    return None
 
 
 def _size(height_width: Any) -> Size | None:
@@ -95,5 +137,5 @@ def _size(height_width: Any) -> Size | None:
 def _channels(values: Any) -> tuple[float, ...] | None:
     match values:
         case [int() | float(), int() | float(), int() | float()]:
-            return tuple(float(value) for value in values)
+            return tuple(values)
     return None

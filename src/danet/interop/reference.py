@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from danet.config import TestConfig
+from danet.config import load_recipe
 from danet.interop.layout import BODY, Translated, renamed, resnet_name
 
-MULTI_GRID = (4, 8, 16)
-"""Absolute dilations of the last stage that the authors trained with."""
+_RECIPE = "cityscapes_r101_authors"
+"""Says of the network that they released what its checkpoint does not."""
 
 _PREFIXES = {
     "pretrained.": BODY,
@@ -36,17 +36,20 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 def translate(state: Mapping[str, Tensor], content: Mapping[str, Any]) -> Translated:
     """Renames the weights; the ImageNet classifier that came with the backbone is left out.
 
+    Multi-grid, `align_corners` and how pictures are tested are those of the authors' recipe.
+
     Raises:
         UserError: the backbone is no known ResNet.
     """
     del content  # the authors' checkpoints say nothing of classes or settings
     used = {name: t for name, t in state.items() if not name.startswith("pretrained.fc.")}
     known, unknown = renamed(used, _PREFIXES)
+    recipe = load_recipe(_RECIPE)
     return Translated(
         state=known,
         unknown=unknown,
         backbone=resnet_name(known),
-        multi_grid=MULTI_GRID,
-        align_corners=True,
-        test=TestConfig(),
+        multi_grid=recipe.model.multi_grid,
+        align_corners=recipe.model.align_corners,
+        test=recipe.test.model_dump(),
     )

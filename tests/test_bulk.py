@@ -1,4 +1,5 @@
 import copy
+import errno
 import io
 import json
 import os
@@ -293,6 +294,24 @@ def test_file_names_cannot_steer_the_terminal(model: Path, tmp_path: Path) -> No
 def test_killed_at_several_moments_nothing_is_half_written(
     model: Path, photos: Path, tmp_path: Path
 ) -> None:
+def test_names_that_cannot_be_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a line of its own, and the other inputs are found."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    real = os.stat
+
+    def guarded(path: object, *arguments: object, **named: object) -> os.stat_result:
+        if str(path).endswith("closed/a.png"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "stat", guarded)
+    wrong = ["x" * 300, "foo**.jpg", f"{tmp_path}/closed/a.png", f"{tmp_path}/loop.png"]
+    paths, problems = find_inputs([*wrong, str(tmp_path / "good.png")], tmp_path / "out")
+    assert paths == [tmp_path / "good.png"]
+    assert [problem.partition(": ")[0] for problem in problems] == wrong
+
+
     predict(model, photos, "--out", tmp_path / "alone", "--overlay")
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "danet", "predict", str(model), str(photos), "--out", str(out)]

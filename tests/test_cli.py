@@ -171,6 +171,10 @@ def test_lists(run: Command) -> None:
     assert "demo" in run("recipes").stdout
 
 
+LONG = "x" * 300
+"""Longer than a file's name may be."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -185,6 +189,17 @@ def test_lists(run: Command) -> None:
         (("evaluate", "/nowhere"), "no such folder"),
         (("predict", "/nowhere", __file__, "--out", "/tmp/x"), "no such folder"),
         (("config", "demo", "--set", "train"), "SECTION.KEY=VALUE"),
+        (("train", "demo", "--set", f"model.init_from={LONG}"), LONG),
+        (("train", "demo", "--set", f"model.backbone_weights={LONG}"), LONG),
+        (("train", "camvid", "--set", f"data.root={LONG}"), LONG),
+        (("evaluate", LONG), LONG),
+        (("evaluate", f"{LONG}.onnx"), LONG),
+        (("predict", LONG, __file__, "--out", "/tmp/x"), LONG),
+        (("bench", "demo", "--estimate", "--memory", "nan"), "--memory nan: give GiB above 0"),
+        (("bench", "demo", "--estimate", "--memory", "inf"), "--memory inf: give GiB above 0"),
+        (("bench", "demo", "--estimate", "--memory=-1"), "--memory -1: give GiB above 0"),
+        (("bench", "demo", "--device", "cpu:foo"), "use cpu or cpu:0"),
+        (("convert", LONG, "--out", "/nowhere"), LONG),
         (("convert", "/nowhere.pth", "--out", "/nowhere"), "no such file"),
         (("convert", __file__, "--out", "/nowhere"), "damaged or no checkpoint"),
     ],

@@ -1,5 +1,9 @@
 """The errors that are the user's to mend; the command prints them as one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(ValueError):
     """The input is wrong. The message says what, where, and what to do (exit status 2)."""
@@ -28,5 +32,24 @@ def first_line(error: Exception) -> str:
 
 def printable(text: str) -> str:
     """One line that is safe on a terminal: what steers it, as file names may, is spelt out."""
+@contextmanager
+def explaining_lookup(path: Path | str) -> Iterator[None]:
+    """Tells why the system cannot say whether there is such a file.
+
+    Its name may be too long, or lie in a folder that this user may not enter. Python up to 3.13
+    raises this where it looks for a file; later ones say that there is none.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be looked for ({error.strerror or error}); check the name, and that "
+            "you may enter its folder"
+        ) from error
+
+
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -49,6 +49,9 @@ def bench(
     from danet.evaluation.evaluate import write_json
 
     check_precision(precision)
+    # A million GiB is more than any machine has; nan is in no range.
+    if memory is not None and not 0 < memory <= 1e6:
+        raise UserError(f"--memory {memory:g}: give GiB above 0, such as 24")
     chosen = choose_device(device)
     bfloat16 = uses_bfloat16(precision, chosen)
     config = load_recipe(recipe, overrides or ())

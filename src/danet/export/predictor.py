@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from danet.devices import is_out_of_memory, uses_bfloat16
-from danet.errors import UserError, first_line
+from danet.errors import UserError, explaining_lookup, first_line
 from danet.evaluation.strips import Stored, most_likely_classes
 from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, Format, load
 from danet.model_folder import Metadata
@@ -23,7 +23,8 @@ _FORMATS = {suffix: name for name, suffix in SUFFIXES.items() if name != "torch"
 def is_exported(model: str) -> bool:
     """Whether a model is named by a file rather than by a folder or a hub id."""
     path = Path(model)
-    return path.suffix.lower() in SUFFIXES.values() and not path.is_dir()
+    with explaining_lookup(f"model {model}"):
+        return path.suffix.lower() in SUFFIXES.values() and not path.is_dir()
 
 
 class ExportedPredictor:
@@ -44,8 +45,9 @@ class ExportedPredictor:
 
     def __init__(self, path: str | Path, precision: str = "auto") -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file")
+        with explaining_lookup(self.path):
+            if not self.path.is_file():
+                raise UserError(f"{path}: no such file")
         file_format = _FORMATS.get(self.path.suffix.lower())
         if file_format is None:
             raise UserError(f"{path}: takes .onnx and .xml files; else give the model folder")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from danet.errors import UserError, first_line
+from danet.errors import UserError, explaining_lookup, first_line
 
 
 class Inert:
@@ -41,8 +41,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, damaged, or not a dictionary.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a checkpoint (.pth, .safetensors)")
+    with explaining_lookup(path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a checkpoint (.pth, .safetensors)")
     try:
         content: Any
         if path.suffix == ".safetensors":

@@ -260,6 +260,50 @@ def test_unwritable_output(model: Path, tmp_path: Path, fails: Callable[..., str
     assert "file" in line
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "--json"),
+        ("evaluate", "--report"),
+        ("explain", "--point=0,0", "--arrays=a.npz", "--out"),
+        ("explain", "--point=0,0", "--out=a.png", "--arrays"),
+    ],
+)
+def test_output_files_are_probed_before_the_model_is_read(
+    arguments: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[..., str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("picture.png")
+    Path("file").touch()
+    command, *options = arguments
+    picture = ["picture.png"] if command == "explain" else []
+    line = fails(command, "/nowhere", *picture, *options, "file/out.png")
+    assert line.startswith("error: file/out.png: cannot be written")
+
+
+def test_only_the_first_process_probes_what_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, message in (("0", "cannot be written"), ("1", "model /nowhere: no such folder")):
+        monkeypatch.setenv("RANK", rank)
+        assert message in fails("evaluate", "/nowhere", "--json", tmp_path / "file" / "a.json")
+
+
+def test_bench_probes_its_file_before_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    measured: list[object] = []
+    monkeypatch.setattr("danet.bench.report.estimate_limits", lambda *_, **__: measured.append(1))
+    line = fails("bench", "demo", "--estimate", "--json", tmp_path)
+    assert "cannot be written" in line
+    assert not measured
+
+
 def test_unknown_options_end_with_status_2(run: Command) -> None:
     run("train", "demo", "--wrong", status=2)
     run("nonsense", status=2)

@@ -9,8 +9,15 @@ class UserError(ValueError):
     """The input is wrong. The message says what, where, and what to do (exit status 2)."""
 
 
+class LogitsNotFinite(UserError):
+    """The network gave infinite or undefined logits. The message says what to change."""
+
+
 class TrainingDiverged(RuntimeError):
-    """The loss stopped being finite. The message names the step and the last good checkpoint."""
+    """The loss or the logits stopped being finite.
+
+    The message names the step and the last good checkpoint.
+    """
 
 
 class TrainingStopped(RuntimeError):
@@ -25,13 +32,6 @@ class ExportDiffers(RuntimeError):
     """What was exported computes something else than the model; nothing was written."""
 
 
-def first_line(error: Exception) -> str:
-    """What another library's error says, cut to one line; its type where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def printable(text: str) -> str:
-    """One line that is safe on a terminal: what steers it, as file names may, is spelt out."""
 @contextmanager
 def explaining_lookup(path: Path | str) -> Iterator[None]:
     """Tells why the system cannot say whether there is such a file.
@@ -51,5 +51,12 @@ def explaining_lookup(path: Path | str) -> Iterator[None]:
         ) from error
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, cut to one line; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+    """One line that is safe on a terminal: what steers it, as file names may, is spelt out."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from danet.devices import is_out_of_memory, uses_bfloat16
 from danet.errors import UserError, explaining_lookup, first_line
-from danet.evaluation.strips import Stored, most_likely_classes
+from danet.evaluation.strips import Stored, most_likely_classes, require_finite
 from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, Format, load
 from danet.model_folder import Metadata
 from danet.predict import FINGERPRINT_DIGITS, Segmentation, as_rgb
@@ -106,13 +106,15 @@ class ExportedPredictor:
         expected = (len(images), len(names), *pixels.shape[2:])
         if logits.shape != expected:
             raise UserError(f"{self.path}: gives {logits.shape} where {expected} is expected")
+        found = torch.from_numpy(logits)
+        require_finite(found)
         return [
             Segmentation(
                 most_likely_classes([Stored(of_picture)])[0, :height, :width].numpy(),
                 names,
                 palette,
             )
-            for of_picture in torch.from_numpy(logits).unsqueeze(1)
+            for of_picture in found.unsqueeze(1)
         ]
 
     def _logits(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -144,6 +144,12 @@ def films() -> Iterable[bytes]:
 
 def manifests() -> Iterable[bytes]:
     entry = {"input": "a.png", "model": "0", "status": "ok", "mask": "a.png"}
+    entry |= {
+        "path": "/a.png",
+        "size": 1,
+        "mtime_ns": 1,
+        "time": "2026-01-01T00:00:00.000000+00:00",
+    }
     yield f"{json.dumps(entry)}\n{json.dumps([entry])}\n{{".encode()
 
 
@@ -274,7 +280,9 @@ READERS = {
         "x.py", python_config, lambda: [b"a = dict(b=[1, (2,)], c={'d': -1})"]
     ),
     "film": Reader("x.mp4", read_film, films),
-    "manifest": Reader("manifest.jsonl", lambda p: bulk._finished(p.parent, "0"), manifests),
+    "manifest": Reader(
+        "manifest.jsonl", lambda p: bulk._finished(p.parent, "0", overlay=False), manifests
+    ),
     "metrics": Reader("metrics.jsonl", lambda p: list(jsonl.read_whole_lines(p)), manifests),
     "tar archive": Reader("x.tar", read_tar, lambda: archives("tar")),
     "zip archive": Reader("x.zip", read_zip, lambda: archives("zip")),

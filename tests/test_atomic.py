@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from danet.atomic import replacing, require_writable
+from danet.atomic import replacing, require_writable, require_writable_file
 from danet.errors import UserError
 
 
@@ -43,6 +43,17 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_probing_leaves_nothing_behind(tmp_path: Path) -> None:
     require_writable(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_is_probed_without_touching_it(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    for name in ("old", "new/new"):
+        require_writable_file(tmp_path / name)
+    assert (tmp_path / "old").read_text() == "old"
+    assert list((tmp_path / "new").iterdir()) == []
+    for name in ("new", "old/a", "x" * 300, "."):
+        with pytest.raises(UserError, match="cannot be written"):
+            require_writable_file(tmp_path / name)
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

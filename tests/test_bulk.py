@@ -1,4 +1,5 @@
 import copy
+import errno
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +61,7 @@ def predict(model: Path, *arguments: object) -> Result:
     return CliRunner().invoke(app, words)
 
 
-def manifest(out: Path) -> list[dict[str, str]]:
+def manifest(out: Path) -> list[dict[str, Any]]:
     lines = [p.read_text(encoding="utf-8") for p in sorted(out.glob("manifest*.jsonl"))]
     return [json.loads(line) for line in "".join(lines).splitlines()]
 
@@ -105,6 +107,93 @@ def test_a_rerun_does_what_is_missing_changed_or_of_another_model(
     torch.nn.init.normal_(other.head.fused_classifier[1].weight)
     other.save_pretrained(tmp_path / "other")
     assert "13 of 13" in predict(tmp_path / "other", photos, "--out", out).output
+
+
+def test_another_file_of_the_same_name_is_segmented(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    found = {}
+    for index, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        picture(index).save(tmp_path / folder / "p.png")
+        os.utime(tmp_path / folder / "p.png", (1000 - index, 1000 - index))
+    # The second file is older than the first one's mask, and in the end its mask lies there.
+    for folder in "aba":
+        monkeypatch.chdir(tmp_path / folder)
+        assert "1 of 1 pictures and films segmented" in predict(model, "p.png", "--out", out).output
+        assert found.setdefault(folder, masks(out)) == masks(out)
+    assert "1 were before" in predict(model, tmp_path / "a" / "p.png", "--out", out).output
+    assert found["a"] != found["b"]
+
+
+def test_a_file_that_was_exchanged_is_segmented(model: Path, photos: Path, tmp_path: Path) -> None:
+    """As `cp -p` and rsync do: the time says nothing, or lies before the mask's."""
+    path, out = photos / "00.png", tmp_path / "out"
+    predict(model, path, "--out", out)
+    assert "1 were before" in predict(model, path, "--out", out).output
+    times = path.stat()
+    path.write_bytes((photos / "02.png").read_bytes() + b"longer")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "1 of 1" in predict(model, path, "--out", out).output
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns - 1))
+    assert "1 of 1" in predict(model, path, "--out", out).output
+    archive = tmp_path / "shard.tar"
+    for name in ("00", "02"):
+        with tarfile.open(archive, "w") as tar:
+            tar.add(photos / f"{name}.png", "x.png")
+        os.utime(archive, (int(name), int(name)))
+        assert "1 of 1" in predict(model, archive, "--out", out).output
+        assert "1 were before" in predict(model, archive, "--out", out).output
+
+
+def test_what_another_model_wrote_over_is_segmented(
+    model: Path, network: danet.DANet, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, path = tmp_path / "out", photos / "00.png"
+    other = copy.deepcopy(network)
+    torch.nn.init.normal_(other.head.fused_classifier[1].weight)
+    other.save_pretrained(tmp_path / "other")
+    predict(model, path, "--out", out, "--overlay")
+    alone = masks(out)
+    with monkeypatch.context() as shared:  # whose manifest has another name
+        shared.setenv("RANK", "0")
+        shared.setenv("WORLD_SIZE", "2")
+        assert "1 of 1" in predict(tmp_path / "other", path, "--out", out).output
+    assert masks(out) != alone
+    # The overlay that lies there is the first model's.
+    assert "1 of 1" in predict(tmp_path / "other", path, "--out", out, "--overlay").output
+    assert "1 of 1" in predict(model, path, "--out", out).output
+    assert masks(out) == alone
+    assert "1 were before" in predict(model, path, "--out", out).output
+
+
+def test_a_manifest_names_its_inputs_and_older_ones_prove_nothing(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    out, path = tmp_path / "out", photos / "00.png"
+    predict(model, path, "--out", out)
+    (line,) = manifest(out)
+    found = path.stat()
+    assert line["input"] == line["path"] == str(path)
+    assert (line["mask"], line["status"]) == ("00.png", "ok")
+    assert (line["size"], line["mtime_ns"]) == (found.st_size, found.st_mtime_ns)
+    before = {name: line[name] for name in ("input", "model", "status", "mask")}
+    (out / "manifest.jsonl").write_text(json.dumps(before) + "\n")
+    assert "1 of 1" in predict(model, path, "--out", out).output
+    assert "1 were before" in predict(model, path, "--out", out).output
+
+
+def test_logits_that_are_not_finite_are_an_error_line(
+    network: danet.DANet, photos: Path, tmp_path: Path
+) -> None:
+    damaged = copy.deepcopy(network)
+    torch.nn.init.constant_(damaged.head.fused_classifier[1].weight, float("nan"))
+    damaged.save_pretrained(tmp_path / "damaged")
+    done = predict(tmp_path / "damaged", photos / "00.png", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "00.png: the network's logits are not finite" in done.output
+    assert not masks(tmp_path / "out")
 
 
 def test_inputs_are_never_written_over(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -203,6 +292,24 @@ def test_lists_of_files(photos: Path, tmp_path: Path) -> None:
     paths, problems = find_inputs([f"@{tmp_path / 'list.txt'}", "@nowhere.txt"])
     assert paths == [photos / "00.png", photos / "01.png"]
     assert len(problems) == 2
+
+
+def test_names_that_cannot_be_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a line of its own, and the other inputs are found."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    real = os.stat
+
+    def guarded(path: object, *arguments: object, **named: object) -> os.stat_result:
+        if str(path).endswith("closed/a.png"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "stat", guarded)
+    wrong = ["x" * 300, "foo**.jpg", f"{tmp_path}/closed/a.png", f"{tmp_path}/loop.png"]
+    paths, problems = find_inputs([*wrong, str(tmp_path / "good.png")], tmp_path / "out")
+    assert paths == [tmp_path / "good.png"]
+    assert [problem.partition(": ")[0] for problem in problems] == wrong
 
 
 def test_memory_holds_a_few_pictures(

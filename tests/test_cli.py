@@ -171,6 +171,10 @@ def test_lists(run: Command) -> None:
     assert "demo" in run("recipes").stdout
 
 
+LONG = "x" * 300
+"""Longer than a file's name may be."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -185,6 +189,17 @@ def test_lists(run: Command) -> None:
         (("evaluate", "/nowhere"), "no such folder"),
         (("predict", "/nowhere", __file__, "--out", "/tmp/x"), "no such folder"),
         (("config", "demo", "--set", "train"), "SECTION.KEY=VALUE"),
+        (("train", "demo", "--set", f"model.init_from={LONG}"), LONG),
+        (("train", "demo", "--set", f"model.backbone_weights={LONG}"), LONG),
+        (("train", "camvid", "--set", f"data.root={LONG}"), LONG),
+        (("evaluate", LONG), LONG),
+        (("evaluate", f"{LONG}.onnx"), LONG),
+        (("predict", LONG, __file__, "--out", "/tmp/x"), LONG),
+        (("bench", "demo", "--estimate", "--memory", "nan"), "--memory nan: give GiB above 0"),
+        (("bench", "demo", "--estimate", "--memory", "inf"), "--memory inf: give GiB above 0"),
+        (("bench", "demo", "--estimate", "--memory=-1"), "--memory -1: give GiB above 0"),
+        (("bench", "demo", "--device", "cpu:foo"), "use cpu or cpu:0"),
+        (("convert", LONG, "--out", "/nowhere"), LONG),
         (("convert", "/nowhere.pth", "--out", "/nowhere"), "no such file"),
         (("convert", __file__, "--out", "/nowhere"), "damaged or no checkpoint"),
     ],
@@ -258,6 +273,50 @@ def test_unwritable_output(model: Path, tmp_path: Path, fails: Callable[..., str
     (tmp_path / "file").touch()
     line = fails("predict", model, tmp_path / "a.png", "--out", tmp_path / "file")
     assert "file" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "--json"),
+        ("evaluate", "--report"),
+        ("explain", "--point=0,0", "--arrays=a.npz", "--out"),
+        ("explain", "--point=0,0", "--out=a.png", "--arrays"),
+    ],
+)
+def test_output_files_are_probed_before_the_model_is_read(
+    arguments: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[..., str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("picture.png")
+    Path("file").touch()
+    command, *options = arguments
+    picture = ["picture.png"] if command == "explain" else []
+    line = fails(command, "/nowhere", *picture, *options, "file/out.png")
+    assert line.startswith("error: file/out.png: cannot be written")
+
+
+def test_only_the_first_process_probes_what_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, message in (("0", "cannot be written"), ("1", "model /nowhere: no such folder")):
+        monkeypatch.setenv("RANK", rank)
+        assert message in fails("evaluate", "/nowhere", "--json", tmp_path / "file" / "a.json")
+
+
+def test_bench_probes_its_file_before_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    measured: list[object] = []
+    monkeypatch.setattr("danet.bench.report.estimate_limits", lambda *_, **__: measured.append(1))
+    line = fails("bench", "demo", "--estimate", "--json", tmp_path)
+    assert "cannot be written" in line
+    assert not measured
 
 
 def test_unknown_options_end_with_status_2(run: Command) -> None:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from danet.devices import uses_bfloat16
+from danet.devices import choose_device, uses_bfloat16
+from danet.errors import UserError
 from danet.kernels import cpu
 
 
@@ -28,3 +29,19 @@ def test_bfloat16_is_chosen_only_where_it_is_faster(
     assert uses_bfloat16("auto", torch.device("cpu")) == (possible and fast)
     assert uses_bfloat16("bf16", torch.device("cpu"))
     assert not uses_bfloat16("fp32", torch.device("cpu"))
+
+
+def test_a_device_may_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("cpu:0").type == "cpu"
+    with pytest.raises(UserError, match="use cuda or cuda:0 to cuda:1"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["cpu:foo", "cpu:", "cpu:-1", "cpu:1", "cpu:0:0"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"device {name}: no such device.*use cpu or cpu:0"):
+        choose_device(name)

@@ -1,5 +1,7 @@
 import math
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import danet
+from danet import inspection
 from danet.cli import app
 from danet.errors import UserError
+from danet.evaluation.strips import LogitRows
 from danet.figure import SMALLEST_TIMES_EVEN, attention_overlay
 from danet.inspection import Inspection
 
@@ -156,6 +160,28 @@ def test_channels_by_hand(seen: Inspection, image: Image.Image) -> None:
                 sums.setdefault(int(at), []).append(float(expected[row, column]))
         means = {index: sum(values) / len(values) for index, values in sums.items()}
         assert means[channel.responds_to] == pytest.approx(max(means.values()), abs=1e-5)
+
+
+def test_passes_of_other_threads_are_not_recorded(
+    predictor: danet.Predictor, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread segments a picture of another size while this one's is inspected."""
+    real = inspection.views
+
+    def disturbed(*arguments: Any) -> list[list[LogitRows]]:
+        found = real(*arguments)
+        other = threading.Thread(target=predictor, args=(image.resize((90, 80)),))
+        other.start()
+        other.join()
+        return found
+
+    expected = Inspection(predictor, image)
+    monkeypatch.setattr(inspection, "views", disturbed)
+    found = Inspection(predictor, image)
+    np.testing.assert_array_equal(found.attention((25, 18)), expected.attention((25, 18)))
+    np.testing.assert_array_equal(found.received_attention(), expected.received_attention())
+    for channel, other in zip(found.channels(), expected.channels(), strict=True):
+        np.testing.assert_array_equal(channel.response, other.response)
 
 
 @pytest.mark.parametrize("point", [(-1, 0), (50, 0), (0, 37)])

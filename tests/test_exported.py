@@ -14,7 +14,7 @@ import danet
 from danet.cli import app
 from danet.data.scenes import render
 from danet.devices import uses_bfloat16
-from danet.errors import UserError
+from danet.errors import LogitsNotFinite, UserError
 from danet.export import export
 from danet.export.predictor import ExportedPredictor
 from networks import tiny_danet
@@ -129,6 +129,17 @@ def test_a_graph_must_have_the_classes_that_it_says(
     onnx.save(foreign, tmp_path / "foreign.onnx")
     with pytest.raises(UserError, match=problem):
         ExportedPredictor(tmp_path / "foreign.onnx")(render(2, 0)[0])
+
+
+def test_logits_that_are_not_finite_are_refused(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = ExportedPredictor(files / "m.onnx")
+    logits = np.zeros((1, 5, 40, 40), np.float32)
+    logits[0, 2, 3, 4] = np.nan
+    monkeypatch.setattr(predictor, "_logits", lambda _: logits)
+    with pytest.raises(LogitsNotFinite, match="not finite"):
+        predictor(Image.new("RGB", (40, 40)))
 
 
 def test_a_foreign_graph_that_takes_something_else_is_an_error_per_picture(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be made or written to, or the disk is full.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    temporary = _temporary(path)
     with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # it may be a link, which may lead anywhere
@@ -47,6 +48,10 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.tmp{path.suffix}")
 
 
 @contextmanager
@@ -82,3 +87,22 @@ def require_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
+
+
+def require_writable_file(path: Path) -> None:
+    """Makes the file's folder, or tells before any work is done that it cannot be written.
+
+    A file that is there already stays as it is.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be made or written to.
+    """
+    with explaining(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # By the name that `replacing` writes to first, which may be too long.
+        temporary = _temporary(path)
+        temporary.unlink(missing_ok=True)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()

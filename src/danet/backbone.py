@@ -16,7 +16,7 @@ from timm.models import FeatureInfo, load_state_dict
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from danet.errors import UserError, first_line
+from danet.errors import UserError, explaining_lookup, first_line
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -226,8 +226,9 @@ def _pretrained_options(name: str, pretrained: bool, weights: Path | None) -> di
                 "set model.pretrained_backbone=false"
             )
         return {"pretrained": pretrained}
-    if not weights.is_file():
-        raise UserError(f"model.backbone_weights: {weights} is not a file")
+    with explaining_lookup(f"model.backbone_weights: {weights}"):
+        if not weights.is_file():
+            raise UserError(f"model.backbone_weights: {weights} is not a file")
     try:
         state = load_state_dict(str(weights), weights_only=True)  # not always the default
     # timm and its readers raise many types on a damaged or foreign file.

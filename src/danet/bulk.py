@@ -1,9 +1,11 @@
 """Segmenting all that was given: pictures decoded ahead, batched by size, a manifest's line each.
 
 Several processes started by torchrun share the work; each writes a manifest of its own. A rerun
-passes over what an earlier one finished with the same model.
+passes over what an earlier one finished with the same model, if the input is still the same file
+and no later run wrote over its mask.
 """
 
+import datetime
 import errno
 import json
 import os
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -37,6 +39,20 @@ _LONGEST_NAME = 100
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
+class Origin(NamedTuple):
+    """Tells a file from others of its name, and from what it was before a change.
+
+    Attributes:
+        path: resolved; of a picture in a tar archive the archive's, and the member's name.
+        size: bytes of the file, or of the archive.
+        mtime_ns: when that was last modified, nanoseconds since the epoch.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
 class Picture(NamedTuple):
     """A picture, or a film, to segment.
 
@@ -44,13 +60,23 @@ class Picture(NamedTuple):
         name: what it is called in the manifest.
         stem: of its results' file names.
         source: its path, its bytes, or what is wrong with it.
-        modified: seconds since the epoch.
+        origin: None of a film, and of what cannot be read.
     """
 
     name: str
     stem: str
     source: Path | bytes | UserError
-    modified: float
+    origin: Origin | None
+
+    @property
+    def mask(self) -> str:
+        """The mask's file name."""
+        return f"{self.stem}.png"
+
+    @property
+    def overlay(self) -> str:
+        """The file name of the picture with the classes over it."""
+        return f"{self.stem}_overlay.jpg"
 
 
 class Outcome(NamedTuple):
@@ -89,7 +115,7 @@ def segment_inputs(
     )
     stems = output_stems(films)
     for path in films[share.rank :: share.processes]:
-        film = Picture(str(path), stems[path], path, modified=0)
+        film = Picture(str(path), stems[path], path, origin=None)
         masks = frame_masks or not overlay
         try:
             problem = _segment_film(predictor, film, folder, overlay, masks, on_frame)
@@ -128,18 +154,19 @@ def list_pictures(paths: Sequence[Path]) -> Iterator[Picture]:
     stems = output_stems(paths)
     for path in paths:
         try:
-            modified = path.stat().st_mtime
+            found = path.stat()
+            origin = Origin(str(path.resolve()), found.st_size, found.st_mtime_ns)
         except OSError as error:
             problem = UserError(f"{path}: cannot be read ({error.strerror})")
-            yield Picture(str(path), stems[path], problem, 0)
+            yield Picture(str(path), stems[path], problem, None)
             continue
         if path.suffix.lower() == TAR_SUFFIX:
-            yield from _pictures_of_tar(path, stems[path], modified)
+            yield from _pictures_of_tar(path, stems[path], origin)
         else:
-            yield Picture(str(path), stems[path], path, modified)
+            yield Picture(str(path), stems[path], path, origin)
 
 
-def _pictures_of_tar(path: Path, stem: str, modified: float) -> Iterator[Picture]:
+def _pictures_of_tar(path: Path, stem: str, archived: Origin) -> Iterator[Picture]:
     try:
         with tarfile.open(path) as archive:
             for index, member in enumerate(archive):
@@ -151,10 +178,11 @@ def _pictures_of_tar(path: Path, stem: str, modified: float) -> Iterator[Picture
                 # Its number, for names may occur twice; not its folders, for an archive must not
                 # choose where files are written.
                 own = f"{stem}_{index:06}_{name.stem[:_LONGEST_NAME]}"
-                yield Picture(f"{path}:{member.name}", own, file.read(), modified)
+                origin = archived._replace(path=f"{archived.path}:{member.name}")
+                yield Picture(f"{path}:{member.name}", own, file.read(), origin)
     except (tarfile.TarError, OSError, EOFError) as error:
         problem = UserError(f"{path}: damaged or no tar archive ({error})")
-        yield Picture(str(path), stem, problem, modified)
+        yield Picture(str(path), stem, problem, None)
 
 
 def segment_pictures(
@@ -167,11 +195,12 @@ def segment_pictures(
 ) -> Iterator[Outcome]:
     """Segments this process's share, writes results and manifest, and tells of each picture.
 
-    The manifest names the model by its weights, so that results of others are made anew.
+    The manifest names the model by its weights and each input by its `Origin`, so that results of
+    other models and of other files of the same name are made anew.
     """
     model = predictor.fingerprint()
     suffix = f"-{share.rank}-of-{share.processes}" if share.processes > 1 else ""
-    finished = _finished(folder, model)
+    finished = _finished(folder, model, overlay=overlay)
     own = islice(pictures, share.rank, None, share.processes)
     with (
         _Manifest(folder / f"manifest{suffix}.jsonl") as manifest,
@@ -188,12 +217,12 @@ def segment_pictures(
                     continue
                 largest = max(waiting, key=lambda size: len(waiting[size]))
                 outcomes = _segment_batch(predictor, waiting.pop(largest), folder, overlay, pool)
-            yield from _noted(outcomes, manifest, model)
+            yield from _noted(outcomes, manifest, model, overlay=overlay)
         for batch in waiting.values():
             for first in range(0, len(batch), BATCH):
                 part = batch[first : first + BATCH]
                 outcomes = _segment_batch(predictor, part, folder, overlay, pool)
-                yield from _noted(outcomes, manifest, model)
+                yield from _noted(outcomes, manifest, model, overlay=overlay)
 
 
 class _Manifest:
@@ -220,7 +249,7 @@ class _Manifest:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
-    def write(self, entry: dict[str, str]) -> None:
+    def write(self, entry: dict[str, str | int]) -> None:
         line = self._separator + json.dumps(entry).encode() + b"\n"
         with explaining(self.path):
             if os.write(self._file, line) < len(line):
@@ -228,42 +257,66 @@ class _Manifest:
         self._separator = b""
 
 
-def _noted(outcomes: Sequence[Outcome], manifest: _Manifest, model: str) -> Iterator[Outcome]:
+def _noted(
+    outcomes: Sequence[Outcome], manifest: _Manifest, model: str, *, overlay: bool
+) -> Iterator[Outcome]:
     for outcome in outcomes:
         if outcome.written or outcome.error is not None:
-            line = {"input": outcome.picture.name, "model": model}
-            line |= (
-                {"status": "ok", "mask": f"{outcome.picture.stem}.png"}
-                if outcome.error is None
-                else {"status": "error", "error": outcome.error}
-            )
+            picture = outcome.picture
+            line: dict[str, str | int] = {"input": picture.name, "model": model}
+            if outcome.error is None:
+                line |= {"status": "ok", "mask": picture.mask}
+                line |= {"overlay": picture.overlay} if overlay else {}
+            else:
+                line |= {"status": "error", "error": outcome.error}
+            line["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+            line |= {} if picture.origin is None else picture.origin._asdict()
             manifest.write(line)
         yield outcome
 
 
-def _finished(folder: Path, model: str) -> set[str]:
-    """What earlier runs' manifests say this model segmented."""
-    return {
-        entry["input"]
-        for path in folder.glob("manifest*.jsonl")
-        for entry in read_whole_lines(path)
-        if entry.get("status") == "ok" and entry.get("model") == model and "input" in entry
-    }
+def _finished(folder: Path, model: str, *, overlay: bool) -> dict[str, Origin]:
+    """The masks that this model made last, and of what, as earlier runs' manifests say.
+
+    A mask's last line counts, whichever manifest it is in: another model, or another input of the
+    same name, may have written over what an earlier line tells of. Lines of danet before it noted
+    an input's origin prove nothing, so what they tell of is segmented again.
+
+    Args:
+        overlay: leave out masks that were made without an overlay.
+    """
+    last: dict[str, tuple[str, Origin | None]] = {}
+    for path in folder.glob("manifest*.jsonl"):
+        for entry in read_whole_lines(path):
+            mask, time = str(entry.get("mask")), str(entry.get("time", ""))
+            if entry.get("status") != "ok" or time < last.get(mask, ("", None))[0]:
+                continue
+            valid = entry.get("model") == model and (not overlay or "overlay" in entry)
+            last[mask] = time, _origin(entry) if valid else None
+    return {mask: origin for mask, (_, origin) in last.items() if origin is not None}
+
+
+def _origin(entry: dict[str, Any]) -> Origin | None:
+    known = all(name in entry for name in Origin._fields)
+    return Origin(*(entry[name] for name in Origin._fields)) if known else None
 
 
 def _decoded(
     pictures: Iterator[Picture],
     folder: Path,
-    finished: set[str],
+    finished: dict[str, Origin],
     overlay: bool,
     pool: ThreadPoolExecutor,
 ) -> Iterator[tuple[Picture, Image.Image | str | None]]:
     """Each picture decoded, or what is wrong with it, or None if it was finished before."""
     ahead: deque[tuple[Picture, Future[Image.Image | str] | None]] = deque()
     for picture in pictures:
-        results = [folder / f"{picture.stem}.png"]
-        results += [folder / f"{picture.stem}_overlay.jpg"] if overlay else []
-        done = picture.name in finished and all(_is_newer(path, picture) for path in results)
+        results = [picture.mask, picture.overlay] if overlay else [picture.mask]
+        done = (
+            picture.origin is not None
+            and finished.get(picture.mask) == picture.origin
+            and all((folder / result).exists() for result in results)
+        )
         ahead.append((picture, None if done else pool.submit(_decode, picture)))
         if len(ahead) >= BATCH * 2:
             first, future = ahead.popleft()
@@ -280,10 +333,6 @@ def _decode(picture: Picture) -> Image.Image | str:
     except UserError as error:
         message = str(error)
         return message if picture.name in message else f"{picture.name}: {message}"
-
-
-def _is_newer(result: Path, picture: Picture) -> bool:
-    return result.exists() and result.stat().st_mtime >= picture.modified
 
 
 def _segment_batch(

@@ -25,19 +25,25 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: the device is not there.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
     }
     if name == "auto":
-        name = next(candidate for candidate, there in available.items() if there)
-    kind = name.partition(":")[0]
-    if kind not in available:
-        raise UserError(f"device {name!r} is unknown; use auto, {', '.join(available)}")
-    if not available[kind]:
+        name = next(candidate for candidate, count in counts.items() if count)
+    kind, colon, index = name.partition(":")
+    if kind not in counts:
+        raise UserError(f"device {name!r} is unknown; use auto, {', '.join(counts)}")
+    count = counts[kind]
+    if not count:
         raise UserError(f"device {name}: PyTorch sees none on this machine; use auto or cpu")
-    return torch.device(name)
+    if not colon:
+        return torch.device(kind)
+    if not (index.isdecimal() and int(index) < count):
+        known = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+        raise UserError(f"device {name}: no such device on this machine; use {kind} or {known}")
+    return torch.device(kind, int(index))
 
 
 def local_device() -> str:

@@ -1,12 +1,23 @@
 """The errors that are the user's to mend; the command prints them as one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(ValueError):
     """The input is wrong. The message says what, where, and what to do (exit status 2)."""
 
 
+class LogitsNotFinite(UserError):
+    """The network gave infinite or undefined logits. The message says what to change."""
+
+
 class TrainingDiverged(RuntimeError):
-    """The loss stopped being finite. The message names the step and the last good checkpoint."""
+    """The loss or the logits stopped being finite.
+
+    The message names the step and the last good checkpoint.
+    """
 
 
 class TrainingStopped(RuntimeError):
@@ -19,6 +30,25 @@ class OutOfMemory(RuntimeError):
 
 class ExportDiffers(RuntimeError):
     """What was exported computes something else than the model; nothing was written."""
+
+
+@contextmanager
+def explaining_lookup(path: Path | str) -> Iterator[None]:
+    """Tells why the system cannot say whether there is such a file.
+
+    Its name may be too long, or lie in a folder that this user may not enter. Python up to 3.13
+    raises this where it looks for a file; later ones say that there is none.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be looked for ({error.strerror or error}); check the name, and that "
+            "you may enter its folder"
+        ) from error
 
 
 def first_line(error: Exception) -> str:

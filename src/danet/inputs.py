@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from danet.data.images import IMAGE_SUFFIXES
-from danet.errors import UserError
+from danet.errors import UserError, explaining_lookup
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"}
@@ -29,23 +29,47 @@ def find_inputs(inputs: Sequence[str], results: Path | None = None) -> tuple[lis
     found: dict[Path, None] = {}
     problems: list[str] = []
     for text in _unlisted(inputs, problems):
-        path = Path(text)
+        try:
+            matches = _matches(text)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if results is not None:
+            matches = _outside(matches, results.resolve(), Path(text).resolve())
+        found.update(dict.fromkeys(matches))
+        problems += [] if matches else [f"{text}: holds only results of earlier runs"]
+    return list(found), problems
+
+
+def _matches(text: str) -> list[Path]:
+    """The files that a path, folder or glob names; raises a UserError if there are none."""
+    path = Path(text)
+    with explaining_lookup(text):
         if path.is_dir():
             matches = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-            problem = f"{text}: no pictures in this folder"
+            problem = "no pictures in this folder"
         elif path.exists() or not _GLOB_CHARACTERS & set(text):
             matches = [path] if path.exists() else []
-            problem = f"{text}: no such file or folder"
+            problem = "no such file or folder"
         else:
             anchor = Path(path.anchor)
-            matches = sorted(anchor.glob(str(path.relative_to(anchor))))
-            problem = f"{text}: nothing matches"
-        matches = [match for match in matches if match.is_file()]
-        if results is not None:
-            matches = _outside(matches, results.resolve(), path.resolve())
-        found.update(dict.fromkeys(matches))
-        problems += [] if matches else [problem]
-    return list(found), problems
+            try:
+                matches = sorted(anchor.glob(str(path.relative_to(anchor))))
+            except ValueError as error:
+                raise UserError(f"{text}: no pattern that can be searched for ({error})") from error
+            problem = "nothing matches"
+    files = [match for match in matches if _may_be_file(match)]
+    if not files:
+        raise UserError(f"{text}: {problem}")
+    return files
+
+
+def _may_be_file(path: Path) -> bool:
+    """False of what is known to be none; what cannot be looked at is reported when it is read."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def _outside(matches: list[Path], results: Path, searched: Path) -> list[Path]:

@@ -255,11 +255,14 @@ class _Pass(NamedTuple):
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[list[_Pass]]:
-    """Lists the passes through the attention modules."""
+    """Lists this thread's passes through the attention modules."""
     passes: list[_Pass] = []
+    recorder = threading.get_ident()
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        passes.append(_Pass(module, inputs[0], output))
+        # Meanwhile another thread may segment another picture with the same network.
+        if threading.get_ident() == recorder:
+            passes.append(_Pass(module, inputs[0], output))
 
     with _hooked:
         handles = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from danet.atomic import replacing
 from danet.config import DataConfig, ModelConfig, Section, TestConfig, explain
-from danet.errors import UserError, first_line
+from danet.errors import UserError, explaining_lookup, first_line
 from danet.palette import default_palette
 
 CONFIG_FILE = "config.json"
@@ -135,15 +135,16 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
         UserError: neither a folder nor a repository that can be reached, or an unfinished run.
     """
     folder = Path(folder_or_hub_id)
-    if (folder / RECIPE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
-        if not (folder / MODEL_FOLDER).is_dir():
-            raise UserError(
-                f"{folder}: this run has no model yet; finish it with danet train --resume"
-            )
-        return folder / MODEL_FOLDER
-    if folder.is_dir():
-        return folder
     name = str(folder_or_hub_id)
+    with explaining_lookup(f"model {name}"):
+        if (folder / RECIPE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+            if not (folder / MODEL_FOLDER).is_dir():
+                raise UserError(
+                    f"{folder}: this run has no model yet; finish it with danet train --resume"
+                )
+            return folder / MODEL_FOLDER
+        if folder.is_dir():
+            return folder
     shipped = shipped_models()
     if name in shipped:
         return shipped[name]

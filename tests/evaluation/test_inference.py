@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import Tensor
 
 import danet
 from danet.config import TestConfig
+from danet.errors import LogitsNotFinite
 from danet.evaluation.inference import predict_classes, predict_probabilities, view_sizes
 from networks import tiny_danet
 
@@ -41,6 +44,26 @@ def test_whole_picture(model: danet.DANet, image: Tensor) -> None:
         classes = predict_classes(model, image, TestConfig())[0]
     torch.testing.assert_close(actual, expected.softmax(0), rtol=1e-4, atol=1e-5)
     assert torch.equal(classes.long(), expected.argmax(0))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "test",
+    [
+        TestConfig(),
+        TestConfig(flip=True, ratios=(0.5, 1.0)),
+        TestConfig(mode="slide", window=(32, 32), stride=(24, 24)),
+    ],
+)
+def test_logits_that_are_not_finite_are_refused(
+    model: danet.DANet, image: Tensor, test: TestConfig, value: float
+) -> None:
+    """Of one class suffice: interpolation makes infinite ones undefined."""
+    damaged = copy.deepcopy(model)
+    damaged.head.fused_classifier[1].bias.data[1] = value
+    for predict in (predict_classes, predict_probabilities):
+        with pytest.raises(LogitsNotFinite, match=r"not finite.*--precision fp32"):
+            predict(damaged, image, test)
 
 
 def test_branches_are_their_classifiers(model: danet.DANet, image: Tensor) -> None:

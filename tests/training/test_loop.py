@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import danet
 from danet.bench import cost
 from danet.bench.workload import Workload
-from danet.config import load_recipe
+from danet.config import TrainConfig, load_recipe
 from danet.data.loader import Batch
 from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserError
 from danet.training import loop
@@ -132,6 +132,25 @@ def test_nan_stops_with_a_checkpoint_from_before(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
     assert not (tmp_path / "run/model").exists()
+
+
+def test_logits_that_are_not_finite_stop_a_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is of the weights before an update, so the validation after it sees it first."""
+    real = loop.build_optimizer
+
+    def damaging(model: danet.DANet, settings: TrainConfig) -> torch.optim.Optimizer:
+        optimizer = real(model, settings)
+        weight = model.head.fused_classifier[1].weight
+        optimizer.register_step_post_hook(lambda *_: weight.data.fill_(float("nan")))
+        return optimizer
+
+    monkeypatch.setattr(loop, "build_optimizer", damaging)
+    with pytest.raises(TrainingDiverged, match=r"validation after step 1;.*last\.ckpt.*train\.lr"):
+        run(tmp_path / "run", "train.steps=1")
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from danet.data.archives import Location, ZipPath, locate
 from danet.data.images import IMAGE_SUFFIXES, open_image, open_label
 from danet.data.spec import IGNORE_INDEX, DatasetSpec, Sample
-from danet.errors import UserError
+from danet.errors import UserError, explaining_lookup
 
 
 class LabelMap(NamedTuple):
@@ -48,10 +48,11 @@ def require_root(name: str, root: Path | None) -> Location:
     """The dataset's folder or .zip archive; raises a UserError where there is none."""
     if root is None:
         raise UserError(f"dataset {name} is read from disk: say where it is with data.root=DIR")
-    if root.suffix == ".zip" and root.is_file():
-        return ZipPath(root)
-    if not root.is_dir():
-        raise UserError(f"data.root: {root} is not a folder; give the folder that holds {name}")
+    with explaining_lookup(f"data.root: {root}"):
+        if root.suffix == ".zip" and root.is_file():
+            return ZipPath(root)
+        if not root.is_dir():
+            raise UserError(f"data.root: {root} is not a folder; give the folder that holds {name}")
     return root
 
 

@@ -22,6 +22,7 @@ from danet.evaluation.strips import (
     Stored,
     average_probabilities,
     most_likely_classes,
+    require_finite,
 )
 from danet.model import DANet
 
@@ -65,6 +66,9 @@ def views(
 
     Args:
         images: uint8 RGB P 3 H W on the model's device; they go through the network together.
+
+    Raises:
+        LogitsNotFinite: the weights are damaged, or the precision is too low for them.
     """
     metadata = model.metadata
     own_height, own_width = images.shape[-2:]
@@ -93,14 +97,16 @@ def _whole(
 
 
 def _feature_logits(model: DANet, images: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
-    """B 3 height width -> for each of B float32 logits R K h w."""
+    """B 3 height width -> for each of B float32 logits R K h w, which are finite."""
     images = images.contiguous(memory_format=torch.channels_last)
     if tuple(branches) == ("fused",):
         logits = [model.fused_logits(images)]
     else:
         output = model(images)
         logits = [getattr(output, branch) for branch in branches]
-    return list(torch.stack(logits, 1).float())
+    found = torch.stack(logits, 1).float()
+    require_finite(found)
+    return list(found)
 
 
 def _slide(

@@ -10,8 +10,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from danet.devices import is_out_of_memory, uses_bfloat16
-from danet.errors import UserError, first_line
-from danet.evaluation.strips import Stored, most_likely_classes
+from danet.errors import UserError, explaining_lookup, first_line
+from danet.evaluation.strips import Stored, most_likely_classes, require_finite
 from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, Format, load
 from danet.model_folder import Metadata
 from danet.predict import FINGERPRINT_DIGITS, Segmentation, as_rgb
@@ -23,7 +23,8 @@ _FORMATS = {suffix: name for name, suffix in SUFFIXES.items() if name != "torch"
 def is_exported(model: str) -> bool:
     """Whether a model is named by a file rather than by a folder or a hub id."""
     path = Path(model)
-    return path.suffix.lower() in SUFFIXES.values() and not path.is_dir()
+    with explaining_lookup(f"model {model}"):
+        return path.suffix.lower() in SUFFIXES.values() and not path.is_dir()
 
 
 class ExportedPredictor:
@@ -44,8 +45,9 @@ class ExportedPredictor:
 
     def __init__(self, path: str | Path, precision: str = "auto") -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file")
+        with explaining_lookup(self.path):
+            if not self.path.is_file():
+                raise UserError(f"{path}: no such file")
         file_format = _FORMATS.get(self.path.suffix.lower())
         if file_format is None:
             raise UserError(f"{path}: takes .onnx and .xml files; else give the model folder")
@@ -104,13 +106,15 @@ class ExportedPredictor:
         expected = (len(images), len(names), *pixels.shape[2:])
         if logits.shape != expected:
             raise UserError(f"{self.path}: gives {logits.shape} where {expected} is expected")
+        found = torch.from_numpy(logits)
+        require_finite(found)
         return [
             Segmentation(
                 most_likely_classes([Stored(of_picture)])[0, :height, :width].numpy(),
                 names,
                 palette,
             )
-            for of_picture in torch.from_numpy(logits).unsqueeze(1)
+            for of_picture in found.unsqueeze(1)
         ]
 
     def _logits(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from danet.errors import UserError, first_line
+from danet.errors import UserError, explaining_lookup, first_line
 
 _NO_LITERAL = (ValueError, TypeError, SyntaxError, RecursionError)
 """What `ast.literal_eval` raises on other expressions."""
@@ -45,8 +45,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, damaged, or not a dictionary.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a checkpoint (.pth, .safetensors)")
+    with explaining_lookup(path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a checkpoint (.pth, .safetensors)")
     try:
         content: Any
         if path.suffix == ".safetensors":

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from danet.atomic import explaining, replacing
-from danet.errors import UserError, first_line
+from danet.errors import UserError, explaining_lookup, first_line
 from danet.jsonl import read_whole_lines
 from danet.model_folder import METRICS_FILE, MODEL_FOLDER, RECIPE_FILE
 
@@ -29,7 +29,8 @@ class RunFolder:
         self.best = path / "checkpoints" / "best.ckpt"
 
     def exists(self) -> bool:
-        return self.recipe.exists() or self.last.exists()
+        with explaining_lookup(self.path):
+            return self.recipe.exists() or self.last.exists()
 
     def lock(self) -> FileLock:
         """Keeps other processes from writing to this run until it is released, or this one ends.

@@ -21,7 +21,7 @@ from danet.config import RunConfig, differing_keys, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
-from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserError
+from danet.errors import LogitsNotFinite, OutOfMemory, TrainingDiverged, TrainingStopped, UserError
 from danet.evaluation.evaluate import evaluate, segment_with
 from danet.evaluation.metrics import scores
 from danet.model import DANet
@@ -57,7 +57,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
 
     Raises:
         UserError: the data, the folder or a setting is wrong.
-        TrainingDiverged: a loss was not finite.
+        TrainingDiverged: a loss, or the logits of a validation, were not finite.
         TrainingStopped: SIGTERM arrived, or a data worker or another process died.
         OutOfMemory: the device, the machine or a limit had no memory left.
     """
@@ -274,11 +274,7 @@ class _Trainer:
         for offset, loss in enumerate(losses["loss"]):
             if not math.isfinite(loss):
                 step = done - len(history) + offset + 1
-                raise TrainingDiverged(
-                    f"training: the loss became {loss} at step {step}; the checkpoint before is "
-                    f"{self.run.last}. Lower train.lr (now {settings.lr:g}) or set "
-                    "train.precision=fp32, then go on with --resume"
-                )
+                raise self._diverged(f"the loss became {loss} at step {step}")
         rate = learning_rate(done - 1, settings)
         images = len(history) * settings.batch_size
         images_per_second = images / max(time.monotonic() - since, 1e-9)
@@ -291,6 +287,12 @@ class _Trainer:
         }
         self._write_metrics(row)
         return f"loss {row['loss']:.3f}  lr {rate:.4g}  {images_per_second:.1f} images/s"
+
+    def _diverged(self, finding: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"training: {finding}; the checkpoint before is {self.run.last}. Lower train.lr (now "
+            f"{self.config.train.lr:g}) or set train.precision=fp32, then go on with --resume"
+        )
 
     def _residual_weights(self) -> dict[str, float]:
         """How much of each attention is added to its branch (alpha and beta, equations 2 and 4)."""
@@ -310,14 +312,20 @@ class _Trainer:
         model = self._kept_model().eval()
         scored = itertools.count(1)
         rank, processes = self.fabric.global_rank, self.fabric.world_size
-        evaluation = evaluate(
-            segment_with(model, config.test, config.train.precision),
-            self.validation_data,
-            indices=range(rank, count, processes),
-            on_picture=lambda: self.progress.advance(
-                f"validating {next(scored) * processes}/{count}", steps=0
-            ),
-        )
+        try:
+            evaluation = evaluate(
+                segment_with(model, config.test, config.train.precision),
+                self.validation_data,
+                indices=range(rank, count, processes),
+                on_picture=lambda: self.progress.advance(
+                    f"validating {next(scored) * processes}/{count}", steps=0
+                ),
+            )
+        # The loss is of the weights before the last update, so this may be the first to tell.
+        except LogitsNotFinite as error:
+            raise self._diverged(
+                f"the network's logits were not finite in the validation after step {done}"
+            ) from error
         confusion = evaluation.confusion["fused"].to(self.fabric.device)
         result = scores(self._reduce(confusion, "sum"))
         row = {

@@ -95,11 +95,10 @@ def test_checkpointed_activations_in_two_processes(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_and_without_sharded_weights(optimizer: str, tmp_path: Path) -> None:
     settings = (f"train.optimizer={optimizer}", "train.lr_power=1e-9", "train.ema_decay=null")
     sharded = "train.strategy=fsdp"
-    alone = train(tmp_path / "alone", 1, *settings, "train.steps=12")
+    alone = train(tmp_path / "alone", 1, *settings, "train.steps=9")
     train(tmp_path / "changed", 1, *settings, "train.steps=3")
     train(tmp_path / "changed", 2, *settings, sharded, "train.steps=6")
-    train(tmp_path / "changed", 1, *settings, "train.steps=9")
-    changed = train(tmp_path / "changed", 2, *settings, sharded, "train.steps=12")
+    changed = train(tmp_path / "changed", 1, *settings, "train.steps=9")
     expected, losses = ([row["loss"] for row in rows if "loss" in row] for rows in (alone, changed))
     np.testing.assert_allclose(losses, expected, rtol=2e-3)
     scores = [rows[-1]["val/aAcc"] for rows in (alone, changed)]

@@ -5,26 +5,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from danet.errors import UserError
+from danet.errors import explaining_os_error
 
 
-@contextmanager
-def explaining(path: Path) -> Iterator[None]:
-    """Tells what cannot be written.
-
-    Raises:
-        UserError: in place of an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); choose a folder with space "
-            "that you may write to"
-        ) from error
+def explaining(path: Path) -> AbstractContextManager[None]:
+    """Tells what cannot be written."""
+    return explaining_os_error(
+        path, "cannot be written", "choose a folder with space that you may write to"
+    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The errors that are the user's to mend; the command prints them as one line."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 
@@ -33,11 +33,8 @@ class ExportDiffers(RuntimeError):
 
 
 @contextmanager
-def explaining_lookup(path: Path | str) -> Iterator[None]:
-    """Tells why the system cannot say whether there is such a file.
-
-    Its name may be too long, or lie in a folder that this user may not enter. Python up to 3.13
-    raises this where it looks for a file; later ones say that there is none.
+def explaining_os_error(path: Path | str, problem: str, remedy: str) -> Iterator[None]:
+    """Tells what the system refused to do with a path, and what to do.
 
     Raises:
         UserError: in place of an OSError.
@@ -45,10 +42,18 @@ def explaining_lookup(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be looked for ({error.strerror or error}); check the name, and that "
-            "you may enter its folder"
-        ) from error
+        raise UserError(f"{path}: {problem} ({error.strerror or error}); {remedy}") from error
+
+
+def explaining_lookup(path: Path | str) -> AbstractContextManager[None]:
+    """Tells why the system cannot say whether there is such a file.
+
+    Its name may be too long, or lie in a folder that this user may not enter. Python up to 3.13
+    raises this where it looks for a file; later ones say that there is none.
+    """
+    return explaining_os_error(
+        path, "cannot be looked for", "check the name, and that you may enter its folder"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from danet.atomic import replacing, require_writable, require_writable_file
+from danet.atomic import replacing, require_writable, require_writable_files
 from danet.errors import UserError
 
 
@@ -47,13 +47,12 @@ def test_probing_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_file_is_probed_without_touching_it(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("old")
-    for name in ("old", "new/new"):
-        require_writable_file(tmp_path / name)
+    require_writable_files(tmp_path / "old", None, tmp_path / "new/new")
     assert (tmp_path / "old").read_text() == "old"
     assert list((tmp_path / "new").iterdir()) == []
     for name in ("new", "old/a", "x" * 300, "."):
         with pytest.raises(UserError, match="cannot be written"):
-            require_writable_file(tmp_path / name)
+            require_writable_files(tmp_path / "old", tmp_path / name)
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

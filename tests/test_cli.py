@@ -282,6 +282,7 @@ def test_unwritable_output(model: Path, tmp_path: Path, fails: Callable[..., str
         ("evaluate", "--report"),
         ("explain", "--point=0,0", "--arrays=a.npz", "--out"),
         ("explain", "--point=0,0", "--out=a.png", "--arrays"),
+        ("export", "--format=onnx", "--out"),
     ],
 )
 def test_output_files_are_probed_before_the_model_is_read(
@@ -295,8 +296,9 @@ def test_output_files_are_probed_before_the_model_is_read(
     Path("file").touch()
     command, *options = arguments
     picture = ["picture.png"] if command == "explain" else []
-    line = fails(command, "/nowhere", *picture, *options, "file/out.png")
-    assert line.startswith("error: file/out.png: cannot be written")
+    out = f"file/out.{'onnx' if command == 'export' else 'png'}"
+    line = fails(command, "/nowhere", *picture, *options, out)
+    assert line.startswith(f"error: {out}: cannot be written")
 
 
 def test_only_the_first_process_probes_what_it_writes(

@@ -80,14 +80,20 @@ def require_writable(folder: Path) -> None:
             pass
 
 
-def require_writable_file(path: Path) -> None:
-    """Makes the file's folder, or tells before any work is done that it cannot be written.
+def require_writable_files(*paths: Path | None) -> None:
+    """Makes the files' folders, or tells before any work is done that one cannot be written.
 
-    A file that is there already stays as it is.
+    A file that is there already stays as it is, and None is passed over.
 
     Raises:
-        UserError: it is a folder, or its folder cannot be made or written to.
+        UserError: one is a folder, or its folder cannot be made or written to.
     """
+    for path in paths:
+        if path is not None:
+            _require_writable_file(path)
+
+
+def _require_writable_file(path: Path) -> None:
     with explaining(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

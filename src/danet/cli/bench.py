@@ -42,7 +42,7 @@ def bench(
     compile_graph: Compile = False,
 ) -> None:
     """Measure parameters, operations, memory and speed of a recipe's network."""
-    from danet.atomic import require_writable_file
+    from danet.atomic import require_writable_files
     from danet.bench import report
     from danet.bench.workload import Workload
     from danet.config import load_recipe
@@ -53,8 +53,7 @@ def bench(
     # A million GiB is more than any machine has; nan is in no range.
     if memory is not None and not 0 < memory <= 1e6:
         raise UserError(f"--memory {memory:g}: give GiB above 0, such as 24")
-    if json_file is not None:
-        require_writable_file(json_file)
+    require_writable_files(json_file)
     chosen = choose_device(device)
     bfloat16 = uses_bfloat16(precision, chosen)
     config = load_recipe(recipe, overrides or ())

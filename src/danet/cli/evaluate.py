@@ -57,7 +57,7 @@ def evaluate(
 
     An exported .onnx or .xml file is scored as it predicts: whole pictures at its own scale.
     """
-    from danet.atomic import require_writable_file
+    from danet.atomic import require_writable_files
     from danet.data import open_dataset
     from danet.evaluation import evaluate as evaluation
     from danet.evaluation.submission import submission_writer
@@ -68,9 +68,8 @@ def evaluate(
 
     check_precision(precision)
     share = Share.from_environment()
-    for file in (json_file, report):
-        if file is not None and share.rank == 0:
-            require_writable_file(file)
+    if share.rank == 0:
+        require_writable_files(json_file, report)
     exported = open_exported(model, device, precision, compile_graph=compile_graph)
     if exported is None:
         device = own_device(device, share)

@@ -23,7 +23,7 @@ def explain(
     precision: Precision = "auto",
 ) -> None:
     """Draw what attention looks at: from one pixel, from all, in the channels; and the branches."""
-    from danet.atomic import require_writable_file
+    from danet.atomic import require_writable_files
     from danet.data.images import open_image
     from danet.explanation import explain as explain_image
     from danet.figure import check_figure_path
@@ -33,9 +33,7 @@ def explain(
     pixel = _parse_point(point)
     check_figure_path(out)
     picture = open_image(image)
-    for file in (out, arrays):
-        if file is not None:
-            require_writable_file(file)
+    require_writable_files(out, arrays)
     predictor = Predictor(model, device, precision)
     note_protocol(predictor.test)
     explanation = explain_image(predictor, picture, pixel)

@@ -22,6 +22,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the network as one file for other programs, checked against the model."""
+    from danet.atomic import require_writable_files
     from danet.export import CHECKED_SIZES, calibration_pictures, check_format
     from danet.export import export as export_model
     from danet.model import DANet
@@ -30,6 +31,7 @@ def export(
     if int8 != bool(calibration):
         raise UserError("--int8 goes with --calibration INPUT: some typical pictures, 20 or more")
     pictures = calibration_pictures(calibration) if calibration else None
+    require_writable_files(out)
     network = DANet.from_pretrained(model)
     note_protocol(network.metadata.test)
     agreement = export_model(network, out, chosen, pictures)

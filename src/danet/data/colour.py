@@ -74,7 +74,8 @@ def _scale_saturation(rgb: Tensor, factor: float) -> None:
     factors = torch.div(value, chroma.clamp_(min=1e-6), out=chroma).clamp_(max=factor)
     torch.sub(value, rgb, out=rgb)
     torch.addcmul(value, rgb, factors, value=-1, out=rgb)
-    rgb.trunc_()  # not floor: the least of a fully saturated colour may be a rounding below 0
+    # The least of a fully saturated colour may be a rounding below 0. (trunc_ is not vectorised.)
+    rgb.clamp_(min=0).floor_()
 
 
 def _turn_hue(rgb: Tensor, turn: float) -> None:

@@ -326,6 +326,9 @@ class TestChannelAttention:
             channel_attention(torch.randn(2, 3))
         with pytest.raises(ValueError, match="affinity"):
             danet.ChannelAttention("cosine")
+        for module in (danet.ChannelAttention(), danet.PositionAttention(8, 8)):
+            with pytest.raises(ValueError, match="B C H W"):
+                module(torch.randn(8, 5, 5))
 
 
 @pytest.mark.parametrize("module", [danet.PositionAttention(16), danet.ChannelAttention("paper")])

@@ -200,12 +200,45 @@ def test_inputs_are_never_written_over(model: Path, photos: Path, tmp_path: Path
     before = masks(photos)
     for inputs in ((photos,), (photos / "00.png",), (f"{photos}/*.png",)):
         failed = predict(model, *inputs, "--out", photos)
-        assert isinstance(failed.exception, UserError)
-        assert "choose another --out" in str(failed.exception)
+        assert failed.exit_code == 2
+        assert "00.png: results would be written over it; choose another --out" in failed.output
     assert masks(photos) == before
-    # Results within the searched folder are no inputs of the next run.
-    assert "13 of 13" in predict(model, photos, "--out", photos / "out", "--overlay").output
-    assert "13 were before" in predict(model, photos, "--out", photos / "out", "--overlay").output
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.png"])
+def test_results_are_no_inputs_of_the_next_run(
+    model: Path, photos: Path, tmp_path: Path, pattern: str
+) -> None:
+    out = photos / "out"
+    assert "13 of 13" in predict(model, f"{photos}{pattern}", "--out", out, "--overlay").output
+    again = predict(model, f"{photos}{pattern}", "--out", out, "--overlay")
+    assert "13 were before" in again.output
+    assert again.exit_code == 0
+
+
+@pytest.mark.parametrize("given", ["a.jpg", "", "*.jpg", "in"])
+def test_results_may_lie_beside_their_pictures(model: Path, tmp_path: Path, given: str) -> None:
+    (tmp_path / "in").mkdir()
+    picture(0).save(tmp_path / "in/a.jpg")
+    picture(0).save(tmp_path / "a.jpg")
+    inputs = str(tmp_path / given)
+    first = predict(model, inputs, "--out", tmp_path, "--overlay")
+    assert first.exit_code == 0, first.output
+    pictures = sorted(tmp_path.rglob("*"))
+    again = predict(model, inputs, "--out", tmp_path, "--overlay")
+    assert again.exit_code == 0, again.output
+    assert sorted(tmp_path.rglob("*")) == pictures
+
+
+def test_a_name_that_is_too_long_for_its_results(model: Path, photos: Path, tmp_path: Path) -> None:
+    picture(0).save(photos / f"{'n' * 245}.png")
+    done = predict(model, photos, "--out", tmp_path / "out", "--overlay")
+    assert done.exit_code == 2
+    assert "13 of 14" in done.output
+    errors = [line for line in manifest(tmp_path / "out") if line["status"] == "error"]
+    assert [line["error"].partition(": ")[2] for line in errors] == [
+        "its results' names would be too long; give it a shorter one"
+    ]
 
 
 def test_a_file_that_vanishes_is_an_error_line(

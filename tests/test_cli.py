@@ -321,9 +321,28 @@ def test_bench_probes_its_file_before_it_measures(
     assert not measured
 
 
-def test_unknown_options_end_with_status_2(run: Command) -> None:
-    run("train", "demo", "--wrong", status=2)
-    run("nonsense", status=2)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "demo", "--wrong"), "No such option: --wrong; see danet train --help"),
+        (("nonsense",), "No such command 'nonsense'; see danet --help"),
+        (("export", "model"), "Missing option '--format'; see danet export --help"),
+        (("bench", "--rounds", "abc"), "Invalid value for '--rounds'"),
+        (("data", "check"), "see danet data check --help"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    arguments: tuple[str, ...], message: str, run: Command
+) -> None:
+    said = run(*arguments, status=2).stderr
+    assert said.startswith("error: ")
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_without_a_command_the_help_is_shown(run: Command) -> None:
+    outcome = run(status=2)
+    assert "Usage: danet" in outcome.stdout + outcome.stderr
 
 
 def test_help_does_not_import_what_it_does_not_need() -> None:

@@ -116,6 +116,17 @@ def test_the_published_protocols() -> None:
     assert not plain.model.position
     assert not plain.model.channel
     assert plain.model.multi_grid is None
+    assert plain.data.scale_range == (1, 1)
+
+
+@pytest.mark.parametrize("path", ["run #2", "2024", "my: set", "@x", "[a]"])
+def test_paths_are_taken_as_they_stand(path: str) -> None:
+    assert load_recipe("demo", [f"data.root={path}"]).data.root == Path(path)
+
+
+def test_a_path_can_be_taken_back() -> None:
+    for nothing in ("", "null"):
+        assert load_recipe("demo", ["data.root=a", f"data.root={nothing}"]).data.root is None
 
 
 def test_bases_are_not_offered_but_can_be_extended(tmp_path: Path) -> None:

@@ -192,6 +192,14 @@ def test_a_point_outside_is_refused(
         danet.explain(predictor, image, point)
 
 
+@pytest.mark.parametrize("point", [(1.5, 2), (1, 2, 3)])
+def test_points_are_whole_pixels(
+    predictor: danet.Predictor, image: Image.Image, point: tuple[float, ...]
+) -> None:
+    with pytest.raises(UserError, match="column and row in whole pixels"):
+        danet.explain(predictor, image, point)
+
+
 def test_a_network_without_attention_is_refused(image: Image.Image) -> None:
     with pytest.raises(UserError, match="no attention branch"):
         danet.explain(network(position=False, channel=False), image, (0, 0))

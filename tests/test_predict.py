@@ -27,17 +27,17 @@ def noise(width: int = 50, height: int = 30, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(pixels).convert(mode)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "1", "I;16", "LA"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "1", "I", "I;16", "LA"])
 def test_every_mode_is_segmented_at_its_own_size(predictor: danet.Predictor, mode: str) -> None:
-    image = noise() if mode in ("I;16", "LA") else noise(mode=mode)
+    grey = noise(mode="L")
+    image = grey.convert(mode) if mode in ("LA", "I") else noise(mode=mode.partition(";")[0])
     if mode == "I;16":
-        image = Image.fromarray(np.asarray(noise(mode="L")).astype(np.uint16) * 256)
-    elif mode == "LA":
-        image = noise(mode="L").convert("LA")
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256)
+    expected = predictor((grey if mode in ("LA", "I", "I;16") else image).convert("RGB"))
     segmentation = predictor(image)
     assert segmentation.classes.shape == (30, 50)
     assert segmentation.classes.dtype == np.uint8
-    assert segmentation.classes.max() < 5
+    np.testing.assert_array_equal(segmentation.classes, expected.classes)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 2)])
@@ -62,12 +62,21 @@ def test_exif_orientation_of_a_picture_in_memory(predictor: danet.Predictor) -> 
     assert segmentation.overlay(image).size == (30, 50)
 
 
-def test_probabilities_on_request(predictor: danet.Predictor) -> None:
-    assert predictor(noise()).probabilities is None
+def test_probabilities_when_asked_for_at_once_or_later(predictor: danet.Predictor) -> None:
     segmentation = predictor(noise(), probabilities=True)
+    np.testing.assert_array_equal(predictor(noise()).probabilities, segmentation.probabilities)
     assert segmentation.probabilities.shape == (5, 30, 50)
     np.testing.assert_allclose(segmentation.probabilities.sum(0), 1, rtol=1e-4)
     np.testing.assert_array_equal(segmentation.probabilities.argmax(0), segmentation.classes)
+
+
+def test_a_result_keeps_its_picture(predictor: danet.Predictor) -> None:
+    image = noise()
+    image.getexif()[0x0112] = 6
+    segmentation = predictor(image)
+    assert segmentation.overlay() == segmentation.overlay(image)
+    with pytest.raises(UserError, match="was not kept"):
+        predictor.segment_batch(np.array(noise())[None])[0].overlay()
 
 
 def test_overlay_blends_the_class_colours() -> None:
@@ -97,6 +106,19 @@ def test_masks_are_palette_images(tmp_path: Path) -> None:
 def test_wrong_arrays(predictor: danet.Predictor, image: np.ndarray) -> None:
     with pytest.raises(UserError, match="H W 3 uint8"):
         predictor(image)
+
+
+@pytest.mark.parametrize(
+    "image", [None, b"bytes", np.zeros((0, 0, 3), np.uint8), Image.new("RGB", (0, 3))]
+)
+def test_what_is_no_picture(predictor: danet.Predictor, image: object) -> None:
+    with pytest.raises(UserError, match="H W 3 uint8"):
+        predictor(image)
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(UserError, match="auto, fp32 or bf16"):
+        danet.Predictor(tiny_danet(), device="cpu", precision="fp16")
 
 
 def test_floating_pictures_are_refused(predictor: danet.Predictor) -> None:
@@ -136,6 +158,11 @@ class TestInputs:
 
     def test_folders_with_their_subfolders(self, folder: Path) -> None:
         assert self.names(str(folder)) == (["a.png", "b.JPG", "a.png"], [])
+
+    def test_hidden_files_are_none_and_links_to_nothing_are_told_of(self, folder: Path) -> None:
+        (folder / "._a.png").touch()
+        (folder / "gone.png").symlink_to("nowhere")
+        assert self.names(str(folder)) == (["a.png", "b.JPG", "gone.png", "a.png"], [])
 
     def test_globs_and_files(self, folder: Path) -> None:
         assert self.names(f"{folder}/*.png", f"{folder}/b.JPG") == (["a.png", "b.JPG"], [])

@@ -81,6 +81,17 @@ def test_a_global_batch_is_the_same_run_on_any_number_of_processes(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_recipe_starts_its_processes_itself(tmp_path: Path) -> None:
+    settings = ("train.steps=4", "train.devices=2")
+    script = torchrun(tmp_path, 2)[-1]
+    said = run([sys.executable, script, *training(tmp_path / "own", *settings)])
+    assert said.count("model: ") == 1
+    own = json.loads((tmp_path / "own" / "metrics.jsonl").read_text().splitlines()[3])
+    by_torchrun = train(tmp_path / "other", 2, "train.steps=4")[3]
+    assert own["loss"] == pytest.approx(by_torchrun["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_checkpointed_activations_in_two_processes(tmp_path: Path) -> None:
     rows = [
         train(tmp_path / str(flag), 2, "train.steps=4", f"train.activation_checkpointing={flag}")

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import danet
+from danet.data import open_dataset
 from danet.model_folder import Metadata, read_folder, shipped_models
 from danet.palette import default_palette
 from hub import serving_hub
@@ -108,5 +109,13 @@ def test_half_precision_is_half_the_size_and_nearly_the_same(tmp_path: Path) -> 
 def test_a_model_that_is_nowhere_names_those_that_come_along() -> None:
     with pytest.raises(danet.UserError, match="that comes with danet"):
         danet.DANet.from_pretrained("no-such-model")
+    assert "street-small" in shipped_models()
     for name, folder in shipped_models().items():
         assert danet.DANet.from_pretrained(name).metadata == read_folder(folder)[0].metadata
+
+
+def test_the_model_that_comes_along_knows_streets() -> None:
+    predictor = danet.Predictor("street-small", device="cpu")
+    scenes = open_dataset("scenes", split="val")
+    right = [(predictor(scenes[i].image).classes == scenes[i].label).mean() for i in range(3)]
+    assert min(right) > 0.85

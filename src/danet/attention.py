@@ -138,6 +138,7 @@ class PositionAttention(nn.Module):
         self.residual_weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, features: Tensor) -> Tensor:
+        _check_features(features)
         attended = self.attend(
             self.query(features).flatten(2),
             self.key(features).flatten(2),
@@ -163,11 +164,18 @@ class ChannelAttention(nn.Module):
         self.residual_weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, features: Tensor) -> Tensor:
+        _check_features(features)
         attended = channel_attention(features.flatten(2), self.affinity)
         return _add_residual(attended, self.residual_weight, features)
 
     def extra_repr(self) -> str:
         return f"affinity={self.affinity!r}"
+
+
+def _check_features(features: Tensor) -> None:
+    """C H W would be taken for a batch of other features, silently."""
+    if features.ndim != 4:
+        raise ValueError(f"attention modules take B C H W, not {tuple(features.shape)}")
 
 
 def _add_residual(attended_BCN: Tensor, weight: Tensor, features_BCHW: Tensor) -> Tensor:

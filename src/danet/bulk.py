@@ -362,6 +362,17 @@ def _segment_batch(
         pool.submit(write_segmentation, one, image if overlay else None, folder, picture.stem)
         for one, (picture, image) in zip(found, batch, strict=True)
     ]
-    for future in written:
+    return [_written(picture, one) for (picture, _), one in zip(batch, written, strict=True)]
+
+
+def _written(picture: Picture, future: Future[None]) -> Outcome:
+    """What became of a picture; raises a UserError if the next one would fare the same."""
+    try:
         future.result()
-    return [Outcome(picture, None, written=True) for picture, _ in batch]
+    except UserError as error:
+        reason = error.__cause__
+        if not (isinstance(reason, OSError) and reason.errno == errno.ENAMETOOLONG):
+            raise
+        problem = f"{picture.name}: its results' names would be too long; give it a shorter one"
+        return Outcome(picture, problem, written=False)
+    return Outcome(picture, None, written=True)

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -269,7 +269,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         recipe: a built-in name, or the path of a YAML file. `extends: NAME` in it names the
             recipe (built-in, or a path relative to the file) that it changes.
-        overrides: `section.key=value`, the value as YAML.
+        overrides: `section.key=value`, the value as YAML, but a path as it stands.
 
     Raises:
         UserError: no such recipe, no YAML, an unknown key or a value out of range.
@@ -280,11 +280,24 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if not equals or key.count(".") != 1:
             raise UserError(f"--set {override}: write SECTION.KEY=VALUE, such as train.steps=100")
         section, name = key.split(".")
-        tree = _merge(tree, {section: {name: _parse(value, f"--set {override}")}})
+        if _is_path(section, name):
+            parsed = None if value in ("", "null") else value
+        else:
+            parsed = _parse(value, f"--set {override}")
+        tree = _merge(tree, {section: {name: parsed}})
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"recipe {recipe}: {explain(error, RunConfig)}") from error
+
+
+def _is_path(section: str, name: str) -> bool:
+    """Whether a setting is a path, whose text may be anything."""
+    fields = RunConfig.model_fields
+    if section not in fields:
+        return False
+    known = cast(type[BaseModel], fields[section].annotation).model_fields
+    return name in known and Path in get_args(known[name].annotation)
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:

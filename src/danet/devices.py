@@ -54,7 +54,13 @@ def local_device() -> str:
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: as told, or where it makes the device faster."""
+    """Whether to compute in bfloat16: as told, or where it makes the device faster.
+
+    Raises:
+        UserError: the precision is none of auto, fp32 and bf16.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"precision {precision}: use auto, fp32 or bf16")
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from danet.data.images import IMAGE_SUFFIXES
 from danet.errors import UserError, explaining_lookup
+from danet.jsonl import read_whole_lines
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"}
@@ -21,24 +22,71 @@ def find_inputs(inputs: Sequence[str], results: Path | None = None) -> tuple[lis
     the file names, one a line.
 
     Args:
-        results: a folder whose files are no inputs when a folder around it is searched.
-
-    Raises:
-        UserError: results would be written over an input.
+        results: a folder whose files are no inputs where it is searched along with others, and of
+            which what earlier runs wrote, as their manifests say, never is. A picture that its own
+            or another's results would be written over is wrong.
     """
     found: dict[Path, None] = {}
     problems: list[str] = []
+    earlier = set() if results is None else _earlier_results(results)
     for text in _unlisted(inputs, problems):
         try:
             matches = _matches(text)
         except UserError as error:
             problems.append(str(error))
             continue
-        if results is not None:
-            matches = _outside(matches, results.resolve(), Path(text).resolve())
+        if results is not None and not _is_file(text):
+            matches = _without_results(matches, results.resolve(), _searched(text), earlier)
         found.update(dict.fromkeys(matches))
         problems += [] if matches else [f"{text}: holds only results of earlier runs"]
+    if results is not None:
+        stems = output_stems(list(found))
+        written = {results.resolve() / name for stem in stems.values() for name in outputs(stem)}
+        for path in [path for path in found if path.resolve() in written]:
+            del found[path]
+            problems.append(f"{path}: results would be written over it; choose another --out")
     return list(found), problems
+
+
+def outputs(stem: str) -> tuple[str, ...]:
+    """The files that results of this stem may be written to."""
+    return f"{stem}.png", f"{stem}_overlay.jpg", f"{stem}_overlay.mp4"
+
+
+def _earlier_results(folder: Path) -> set[Path]:
+    return {
+        folder.resolve() / str(line[kind])
+        for manifest in folder.glob("manifest*.jsonl")
+        for line in read_whole_lines(manifest)
+        for kind in ("mask", "overlay")
+        if kind in line
+    }
+
+
+def _is_file(text: str) -> bool:
+    with explaining_lookup(text):
+        return Path(text).is_file()
+
+
+def _searched(text: str) -> Path:
+    """The folder that is searched: itself, or what stands before a pattern; resolved."""
+    parts = Path(text).parts
+    plain = next((i for i, part in enumerate(parts) if _GLOB_CHARACTERS & set(part)), len(parts))
+    folder = Path(text) if Path(text).exists() else Path(*parts[:plain])
+    return folder.resolve()
+
+
+def _without_results(
+    matches: list[Path], results: Path, searched: Path, earlier: set[Path]
+) -> list[Path]:
+    """The matches that are not results of earlier runs; all paths but the matches are resolved."""
+    around = searched in results.parents
+    return [
+        match
+        for match in matches
+        if match.resolve() not in earlier
+        and not (around and match.resolve().is_relative_to(results))
+    ]
 
 
 def _matches(text: str) -> list[Path]:
@@ -46,7 +94,7 @@ def _matches(text: str) -> list[Path]:
     path = Path(text)
     with explaining_lookup(text):
         if path.is_dir():
-            matches = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+            matches = [p for p in sorted(path.rglob("*")) if _may_be_picture(p)]
             problem = "no pictures in this folder"
         elif path.exists() or not _GLOB_CHARACTERS & set(text):
             matches = [path] if path.exists() else []
@@ -64,28 +112,20 @@ def _matches(text: str) -> list[Path]:
     return files
 
 
+def _may_be_picture(path: Path) -> bool:
+    """By its name; hidden files, as some systems put beside pictures, are none."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
 def _may_be_file(path: Path) -> bool:
-    """False of what is known to be none; what cannot be looked at is reported when it is read."""
+    """False of what is known to be none.
+
+    What cannot be looked at, and a link to nothing, is reported when it is read.
+    """
     try:
-        return path.is_file()
+        return path.is_file() or (path.is_symlink() and not path.exists())
     except OSError:
         return True
-
-
-def _outside(matches: list[Path], results: Path, searched: Path) -> list[Path]:
-    """The matches that are not results; raises a UserError if these were asked for as inputs.
-
-    Args:
-        results, searched: resolved. Results of earlier runs may lie within a folder that is
-            searched.
-    """
-    within = {match for match in matches if match.resolve().is_relative_to(results)}
-    if within and searched not in results.parents:
-        raise UserError(
-            f"{min(within)}: lies in the folder of the results and would be written over; "
-            "choose another --out"
-        )
-    return [match for match in matches if match not in within]
 
 
 def _unlisted(inputs: Sequence[str], problems: list[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ Shapes: C channels, D key width, K classes, h w the features, N = h w, H W the p
 """
 
 import math
+import operator
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -222,7 +223,10 @@ class Inspection:
         return self._query_DN, self._key_DN
 
     def _check(self, point: Point) -> Point:
-        column, row = point
+        try:
+            column, row = map(operator.index, point)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"point {point}: give column and row in whole pixels") from error
         width, height = self.image.size
         if not (0 <= column < width and 0 <= row < height):
             raise UserError(

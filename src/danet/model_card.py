@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from danet.config import ModelConfig, TestConfig, load_recipe
+from danet.config import ModelConfig, RunConfig, TestConfig, load_recipe
 from danet.errors import UserError
 from danet.jsonl import read_whole_lines
 from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
@@ -60,7 +60,7 @@ def write_model_card(
         sections.append(f"![A picture and its classes]({PICTURE_FILE})")
     sections += [_facts(model, metadata, scores), _usage(name)]
     if run is not None:
-        sections.append(f"## Recipe\n\n```yaml\n{_public_recipe(run)}```")
+        sections.append(_recipe(load_recipe(run / RECIPE_FILE)))
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -103,12 +103,17 @@ def _validation(run: Path) -> dict[str, float]:
     return {name: round(100 * kept[f"val/{name}"], 2) for name in ("mIoU", "mAcc", "aAcc")}
 
 
-def _public_recipe(run: Path) -> str:
+def _recipe(recipe: RunConfig) -> str:
     """The run's recipe without its machine's paths."""
-    recipe = load_recipe(run / RECIPE_FILE)
-    return recipe.model_copy(
+    public = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"init_from": None, "backbone_weights": None}),
             "data": recipe.data.model_copy(update={"root": None}),
         }
-    ).to_yaml()
+    )
+    started = (
+        "Training went on from another model's weights, whose path is left out here.\n\n"
+        if recipe.model.init_from
+        else ""
+    )
+    return f"## Recipe\n\n{started}```yaml\n{public.to_yaml()}```"

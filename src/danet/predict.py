@@ -1,9 +1,12 @@
 """Segmenting photos."""
 
 import copy
+import dataclasses
+import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +28,34 @@ OVERLAY_OPACITY = 0.55
 FINGERPRINT_DIGITS = 16
 
 
-class Segmentation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
     """A segmented picture.
 
     Attributes:
         classes: H W uint8 class ids, at the picture's own upright size.
         class_names: in the order of the ids.
         palette: RGB colours in the order of the ids.
-        probabilities: K H W float32 softmax scores; None unless they were asked for.
+        image: the picture, upright RGB; None where it was not kept.
+        score: computes `probabilities`; None where nothing can.
     """
 
     classes: npt.NDArray[np.uint8]
     class_names: tuple[str, ...]
     palette: tuple[Color, ...]
-    probabilities: npt.NDArray[np.float32] | None = None
+    image: Image.Image | None = dataclasses.field(default=None, repr=False)
+    score: Callable[[], npt.NDArray[np.float32]] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def probabilities(self) -> npt.NDArray[np.float32] | None:
+        """K H W float32 softmax scores, None where only classes are known.
+
+        Of `Predictor`'s results they are computed when they are first asked for, which takes the
+        time of the segmentation again, unless it was told to give them at once.
+        """
+        return None if self.score is None else self.score()
 
     def mask(self) -> Image.Image:
         """A palette image of class ids, coloured by class."""
@@ -46,13 +63,21 @@ class Segmentation(NamedTuple):
         image.putpalette(palette_bytes(self.palette))
         return image
 
-    def overlay(self, image: Image.Image, opacity: float = OVERLAY_OPACITY) -> Image.Image:
+    def overlay(
+        self, image: Image.Image | None = None, opacity: float = OVERLAY_OPACITY
+    ) -> Image.Image:
         """The classes' colours over the picture.
 
         Args:
-            image: the picture that was segmented.
+            image: the picture that was segmented; the one that was kept where None.
             opacity: of the colours, 0..1.
+
+        Raises:
+            UserError: the picture is of another size, or is not given and was not kept.
         """
+        image = self.image if image is None else image
+        if image is None:
+            raise UserError("overlay: the picture was not kept; give the one that was segmented")
         upright = to_rgb(ImageOps.exif_transpose(image))
         colors = self.mask().convert("RGB")
         if upright.size != colors.size:
@@ -118,22 +143,28 @@ class Predictor:
         Args:
             image: a picture of any mode, an RGB array H W 3 of uint8, or a path. EXIF orientation
                 is honoured, so the result is upright.
-            probabilities: also give the softmax scores, K H W float32.
+            probabilities: compute the softmax scores at once, in the same pass.
 
         Raises:
             UserError: it is not a readable picture.
         """
-        array = np.array(as_rgb(image))
+        upright = as_rgb(image)
         if not probabilities:
-            return self.segment_batch(array[None])[0]
-        pixels = torch.from_numpy(array).permute(2, 0, 1).to(self.device)
+            found = self.segment_batch(np.array(upright)[None])[0]
+            score = functools.partial(self._probabilities, upright)
+            return dataclasses.replace(found, image=upright, score=score)
+        scores = self._probabilities(upright)
+        metadata = self.model.metadata
+        classes = scores.argmax(0).astype(np.uint8)
+        return Segmentation(classes, metadata.classes, metadata.palette, upright, lambda: scores)
+
+    @torch.inference_mode()
+    def _probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(self.device)
         with autocast(self.precision, self.device):
             scores = predict_probabilities(self.model, pixels, self.test)[0]
-        classes = scores.argmax(0).to(torch.uint8).cpu().numpy()
-        metadata = self.model.metadata
-        return Segmentation(
-            classes, metadata.classes, metadata.palette, scores.float().cpu().numpy()
-        )
+        found: npt.NDArray[np.float32] = scores.float().cpu().numpy()
+        return found
 
     @torch.inference_mode()
     def segment_batch(self, images: npt.NDArray[np.uint8]) -> list[Segmentation]:
@@ -171,9 +202,11 @@ def as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Ima
     if isinstance(image, str | Path):
         return open_image(Path(image))
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"an image array must be H W 3 uint8, not {image.dtype} {image.shape}")
         return Image.fromarray(image)
+    if not isinstance(image, Image.Image) or not image.width * image.height:
+        raise UserError("an image is a path, a Pillow picture with pixels, or an H W 3 uint8 array")
     try:
         return to_rgb(ImageOps.exif_transpose(image))
     except (ValueError, OSError) as error:

@@ -109,10 +109,9 @@ def test_keys_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     assert f"is {CLASSES}x7x1x1, not {CLASSES}x16x1x1" in message
 
 
-def test_classes_must_be_known_and_fit(tmp_path: Path) -> None:
+def test_classes_must_fit_and_have_numbers_for_names(tmp_path: Path) -> None:
     path = saved(tmp_path, authors_state(build()))
-    with pytest.raises(UserError, match="does not name its 11 classes; say --data NAME"):
-        convert(path)
+    assert convert(path).metadata.classes[::10] == ("class 0", "class 10")
     other = danet.data.DatasetSpec("other", ("a", "b"))
     with pytest.raises(UserError, match="has 11 classes, but 2 are named"):
         convert(path, other)

@@ -153,6 +153,12 @@ def test_logits_that_are_not_finite_stop_a_validation(
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
 
 
+def test_a_single_value_for_batch_norm_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="larger crops"):
+        run(tmp_path / "run", "data.crop_size=[8, 6]", "train.batch_size=1")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", "train.steps=1")
     before = weights(folder)
@@ -178,6 +184,7 @@ def test_a_resumed_run_goes_by_its_new_settings(
     said = " ".join(capsys.readouterr().err.split())
     expected = "train.steps, train.head_lr_factor, train.momentum, train.weight_decay: other than"
     assert f"note: {expected} in {folder.recipe}; the remaining steps" in said
+    assert load_recipe(folder.recipe).train.momentum == 0.5
     rates = [group["lr"] for group in load_checkpoint(folder.last)["optimizer"]["param_groups"]]
     assert rates[1] == pytest.approx(7 * rates[0])
 

@@ -276,6 +276,16 @@ def test_a_refused_visitor_may_finish_sending_and_gets_the_answer(studio: Studio
     assert left_when_done == [4, 4, 0]
 
 
+@pytest.mark.parametrize("listening", ["0.0.0.0", "[::]"])
+def test_addresses_are_served_where_every_one_is_listened_on(
+    studio: Studio, listening: str
+) -> None:
+    client = TestClient(build_application(studio, [listening]))
+    hosts = {"192.168.1.5:7860": 200, "[fe80::1]:7860": 200, "streets.example": 400}
+    for host, status in hosts.items():
+        assert client.get("/api/model", headers={"host": host}).status_code == status, host
+
+
 def test_other_sites_and_hosts_are_refused(client: TestClient) -> None:
     for host, status in {
         "evil.example": 400,

@@ -1,7 +1,10 @@
 """The command `danet`: parses, calls one function, prints. A module for each of its commands."""
 
+import errno
 import logging
+import os
 import sys
+from typing import Any
 
 import typer
 
@@ -15,6 +18,9 @@ from danet.errors import (
     first_line,
     printable,
 )
+
+# typer has click inside or beside it, by its version, and exports only some of these errors.
+_CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +40,13 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        app(standalone_mode=True)
+        sys.exit(app(prog_name="danet", standalone_mode=False))
+    except _CommandLineError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        message = error.format_message().rstrip(".")
+        _fail(UserError(f"{message}; see {error.ctx.command_path} --help"), 2)
     except UserError as error:
         _fail(error, 2)
     except (TrainingDiverged, TrainingStopped, ExportDiffers, OutOfMemory) as error:
@@ -46,6 +58,12 @@ def main() -> None:
             raise
         advice = "let this process have more, or use smaller pictures or --precision bf16"
         _fail(OutOfMemory(f"out of memory ({first_line(error)}); {advice}"), 1)
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            raise
+        # Who read the output, such as head, has seen enough. Nothing is left to be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _fail(error: Exception, status: int) -> None:

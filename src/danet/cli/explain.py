@@ -46,6 +46,6 @@ def explain(
 
 def _parse_point(text: str) -> tuple[int, int]:
     sides = text.split(",")
-    if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
+    if len(sides) != 2 or not all(s.strip().isdecimal() and len(s) < 20 for s in sides):
         raise UserError(f"--point {text}: write X,Y in pixels, such as 240,180")
     return int(sides[0]), int(sides[1])

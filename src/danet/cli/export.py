@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from danet.cli.options import Model, note_protocol
+from danet.cli.options import Model, note_protocol, say_on_stderr
 from danet.errors import UserError
 
 
@@ -53,8 +53,15 @@ def convert(
     from danet.atomic import require_writable
     from danet.data import dataset_spec
     from danet.interop.convert import convert as convert_checkpoint
+    from danet.model_folder import Metadata
 
     model = convert_checkpoint(checkpoint, None if data is None else dataset_spec(data))
     require_writable(out)
     model.save_pretrained(out)
+    names = model.metadata.classes
+    if names == Metadata.placeholder(len(names)).classes:
+        say_on_stderr(
+            f"note: the checkpoint does not name its classes; they are called {names[0]} to "
+            f"{names[-1]}. --data NAME gives them the names and colours of that dataset"
+        )
     print(f"model: {out} ({model.config.backbone}, {len(model.metadata.classes)} classes)")

@@ -18,6 +18,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in it.")] = False,
 ) -> None:
     """Train a network by a recipe."""
+    from lightning_fabric.utilities import rank_zero_only
+
     from danet.config import load_recipe
     from danet.training.loop import train as run_training
 
@@ -28,7 +30,7 @@ def train(
     except OutOfMemory as error:
         problem = str(error)
     else:
-        print(f"model: {run.model}")
+        rank_zero_only(print)(f"model: {run.model}")
         return
     # Only here, where the error no longer keeps the tensors that filled the memory.
     from danet.bench.cost import advise_after_running_out

@@ -47,7 +47,9 @@ def label_map(train_ids: Mapping[int, int]) -> LabelMap:
 def require_root(name: str, root: Path | None) -> Location:
     """The dataset's folder or .zip archive; raises a UserError where there is none."""
     if root is None:
-        raise UserError(f"dataset {name} is read from disk: say where it is with data.root=DIR")
+        raise UserError(
+            f"dataset {name} is read from disk: say where it is with data.root=DIR (--root)"
+        )
     with explaining_lookup(f"data.root: {root}"):
         if root.suffix == ".zip" and root.is_file():
             return ZipPath(root)

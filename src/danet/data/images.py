@@ -49,7 +49,7 @@ def open_image(source: Location | str | bytes, max_pixels: int | None = None) ->
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB from any mode; 16-bit greys keep their upper 8 bits.
+    """8-bit RGB from any mode; 16-bit greys keep their upper 8 bits. Transparency is dropped.
 
     Raises:
         ValueError: floating-point pixels, whose range is unknown.
@@ -59,8 +59,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it as 8 or 16 bit")
     if image.mode.startswith("I"):
-        upper_bits = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(np.clip(upper_bits, 0, 255).astype(np.uint8))
+        levels = np.asarray(image).astype(np.int64)
+        # In 32 bits Pillow also keeps pictures of 8.
+        if image.mode != "I" or levels.max(initial=0) > 255:
+            levels >>= 8
+        image = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+    # Pillow would warn of a palette's transparency, which is dropped like any other.
+    image.info.pop("transparency", None)
     return image.convert("RGB")
 
 

@@ -107,7 +107,7 @@ def check_format(name: str, path: Path) -> Format:
     """
     for file_format, suffix in SUFFIXES.items():
         if file_format == name:
-            if path.suffix != suffix:
+            if path.suffix != suffix and not (name == "torch" and path.suffix == ".pt"):
                 raise UserError(f"--out {path}: {name} files end in {suffix}")
             return file_format
     raise UserError(f"--format {name}: use {', '.join(SUFFIXES)}")

@@ -1,5 +1,6 @@
 """Segmenting with an exported file, in its own engine."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -89,7 +90,8 @@ class ExportedPredictor:
 
     def __call__(self, image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Segmentation:
         """Segments one picture, as `danet.Predictor` does."""
-        return self.segment_batch(np.array(as_rgb(image))[None])[0]
+        upright = as_rgb(image)
+        return dataclasses.replace(self.segment_batch(np.array(upright)[None])[0], image=upright)
 
     def segment_batch(self, images: npt.NDArray[np.uint8]) -> list[Segmentation]:
         """Segments pictures of one size together, uint8 RGB P H W 3.

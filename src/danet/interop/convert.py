@@ -112,7 +112,7 @@ def _metadata(
     classes = translated.classes if spec is None else spec.classes
     palette = translated.palette if spec is None else spec.palette
     if classes is None:
-        raise UserError(f"{path}: does not name its {num_classes} classes; say --data NAME")
+        classes = Metadata.placeholder(num_classes).classes
     if len(classes) != num_classes:
         raise UserError(
             f"{path}: has {num_classes} classes, but {len(classes)} are named; "

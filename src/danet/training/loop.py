@@ -141,6 +141,13 @@ class _Trainer:
                 f"train.batch_size={settings.batch_size} does not divide by {passes} "
                 "(processes times train.accumulate); choose a multiple"
             )
+        width, height = self.config.data.crop_size
+        one_cell = max(width, height) <= self.config.model.output_stride
+        if one_cell and settings.batch_size == settings.accumulate:
+            raise UserError(
+                f"data.crop_size={width}x{height} is one pixel of the feature map, and batch norm "
+                "needs more than one value; choose larger crops, or more of them at a time"
+            )
 
     def _start_average(self) -> ModelEmaV3 | None:
         decay = self.config.train.ema_decay
@@ -148,10 +155,13 @@ class _Trainer:
 
     def _start_folder(self) -> None:
         if self.fabric.is_global_zero:
-            with replacing(self.run.recipe) as path:
-                path.write_text(self.config.to_yaml(), encoding="utf-8")
+            self._write_recipe()
             self.run.forget_metrics_after(-1)
         self._save_last(step=0)
+
+    def _write_recipe(self) -> None:
+        with replacing(self.run.recipe) as path:
+            path.write_text(self.config.to_yaml(), encoding="utf-8")
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         load_optimizer(self.optimizer.optimizer, checkpoint["optimizer"])
@@ -212,6 +222,8 @@ class _Trainer:
                     f"note: {', '.join(changed)}: other than in {self.run.recipe}; the remaining "
                     "steps go by the new settings"
                 )
+                if self.fabric.is_global_zero:
+                    self._write_recipe()
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.progress.say(
             f"{parameters:.1f} M parameters on {self.fabric.device.type}"

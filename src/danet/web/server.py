@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import math
 import os
@@ -32,6 +33,8 @@ _LARGEST_JSON = 4 << 20
 _PAGE_UPLOAD = "/gradio_api/upload"
 _FILE_UPLOADS = (_PAGE_UPLOAD, SEGMENT)
 _LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
+_ANY_ADDRESS = {"0.0.0.0", "[::]"}  # noqa: S104 - names of hosts, not to bind to
+"""Listening there is listening on every address of the machine."""
 
 
 def serve(
@@ -77,7 +80,8 @@ def build_application(studio: Studio, names: Sequence[str]) -> FastAPI:
     """The page and the HTTP interface behind their limits.
 
     Args:
-        names: hosts that requests may name besides this machine's own; "*" for any.
+        names: hosts that requests may name besides this machine's own; "*" for any. Where one is
+            "0.0.0.0" or "[::]", any address in digits may be.
     """
     application = FastAPI(title="danet", docs_url=None, redoc_url=None)
     application.include_router(router(studio))
@@ -127,15 +131,25 @@ class TrustedHosts:
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
         self.application = app
         self.names = {name.lower() for name in names}
+        # A page's name can be bent to this machine, an address cannot.
+        self.any_address = not self.names.isdisjoint(_ANY_ADDRESS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket") and "*" not in self.names:
             host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
             name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-            if name not in self.names:
+            if name not in self.names and not (self.any_address and _is_address(name)):
                 await _refuse(receive, send, 400, "this host is not served here; see --host-name")
                 return
         await self.application(scope, receive, send)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 class SameOrigin:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
+UNSURE = re.compile(r"^# (?:unconfirmed|unresolved): (.*)$", re.MULTILINE)
+"""In a recipe's header."""
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -37,13 +39,15 @@ def recipes() -> str:
         score += f", seed {row['seed']})" if row["seed"] != "0" else ")"
         measured.setdefault(row["recipe"], []).append(score)
     published = {row["recipe"]: row for row in rows_of("published")}
-    names = (path.stem for path in (DOCS.parent / "src/danet/recipes").glob("[!_]*.yaml"))
     cells = []
-    for name in sorted(names):
+    for path in sorted((DOCS.parent / "src/danet/recipes").glob("[!_]*.yaml")):
+        name = path.stem
+        unsure = UNSURE.search(path.read_text(encoding="utf-8"))
         row = published.get(name, dict.fromkeys(rows_of("published")[0], ""))
         scores = " / ".join(filter(None, (row["mIoU"], row["mIoU_multi_scale_flip"])))
         here = "; ".join(measured.get(name, ["not run"]))
-        cells.append([f"`{name}`", scores or "-", row["source"] or "ours", row["note"], here])
+        source = row["source"] or "ours"
+        cells.append([f"`{name}`", scores or "-", source, unsure[1] if unsure else "", here])
     return markdown(["recipe", "published", "by", "unsure", "measured here"], cells)
 
 
@@ -161,6 +165,31 @@ def street() -> str:
     return markdown(["protocol", *scores], cells)
 
 
+def drives() -> str:
+    """mIoU on each drive that was left out, mean over seeds, and against the recipe."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in rows_of("drives"):
+        found = scores.setdefault(row["variant"], {}).setdefault(row["drive"], [])
+        found.append(100 * float(row["mIoU"]))
+    means = {
+        variant: {drive: statistics.mean(values) for drive, values in by_drive.items()}
+        for variant, by_drive in scores.items()
+    }
+    plain = means["recipe"]
+    cells = []
+    for variant, by_drive in means.items():
+        figures = [
+            f"{by_drive[drive]:.1f} ({by_drive[drive] - plain[drive]:+.1f})"
+            if drive in by_drive
+            else "not run"
+            for drive in plain
+        ]
+        cells.append(
+            [variant, *(figures if variant != "recipe" else (f.split()[0] for f in figures))]
+        )
+    return markdown(["variant", *(f"{drive} left out" for drive in plain)], cells)
+
+
 def page() -> str:
     """How soon the page answers."""
     columns = ("what", "median_ms", "largest_ms", "runs", "hardware")
@@ -233,6 +262,7 @@ MAKERS = {
         ablation,
         ablation_classes,
         street,
+        drives,
         page,
         export,
         film,

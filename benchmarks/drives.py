@@ -1,0 +1,107 @@
+"""What helps on a drive that training has not seen: CamVid with one drive left out.
+
+Every variant of the recipe `ablation_camvid` trains on the training pictures of the other drives
+and is scored on all labelled pictures of the one left out, by a small network, for many runs tell
+more than few. A run that was stopped goes on from its checkpoint, and what has its row is not run
+again.
+
+    python benchmarks/drives.py --camvid DIR
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from results_file import RESULTS, append_rows, commit, read_rows
+
+from danet.bench.report import hardware
+from danet.devices import choose_device
+
+DRIVES = ("0006R0", "0016E5")
+SCENES = "data.extra=[{name: scenes, images: 150}]"
+VARIANTS = {
+    "recipe": [],
+    "no photometric distortion": ["data.photometric_distortion=false"],
+    "degradation 0.5": ["data.degradation=0.5"],
+    "ClassMix 0.5": ["data.class_mix=0.5"],
+    "150 scenes": [SCENES],
+    "scale 0.5 to 2": ["data.scale_range=[0.5, 2.0]"],
+    "weight decay 0.1": ["train.weight_decay=0.1"],
+    "all data settings": [
+        "data.degradation=0.5",
+        "data.class_mix=0.5",
+        SCENES,
+        "data.scale_range=[0.5, 2.0]",
+    ],
+    "3000 steps": ["train.steps=3000"],
+    "no attention": ["model.position=false", "model.channel=false"],
+}
+"""What each changes in the recipe."""
+
+
+def leave_out(drive: str, camvid: Path, folder: Path) -> Path:
+    """A data set of links: to the training pictures of the other drives, and to all of this one."""
+    kinds = ("train", "trainannot", "val", "valannot")
+    for kind in kinds:
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for kind in kinds:
+        for file in sorted((camvid / kind).iterdir()):
+            left_out = file.name.startswith(drive)
+            if left_out or kind.startswith("train"):
+                link = folder / (kind.replace("train", "val") if left_out else kind) / file.name
+                link.unlink(missing_ok=True)
+                link.symlink_to(file.resolve())
+    return folder
+
+
+def run(drive: str, variant: str, seed: int, args: argparse.Namespace) -> None:
+    """Trains one variant without the drive, scores it there, and adds its row to the results."""
+    root = leave_out(drive, args.camvid, args.out / f"without_{drive}")
+    folder = args.out / f"{drive}_{variant.replace(' ', '_')}_{seed}"
+    settings = [*VARIANTS[variant], f"data.root={root}", f"train.seed={seed}", *args.set]
+    options = [part for setting in settings for part in ("--set", setting)]
+    _danet("train", "ablation_camvid", *options, "--out", str(folder), "--resume")
+    _danet("evaluate", str(folder), "--split", "val", "--json", str(folder / "scores.json"))
+    found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    row = {"commit": commit(), "drive": drive, "variant": variant, "seed": seed}
+    row |= {"hardware": hardware(str(choose_device("auto")))}
+    row |= {name: round(found[name], 5) for name in ("mIoU", "mAcc", "aAcc")}
+    row |= {name: round(score["IoU"], 5) for name, score in found["per_class"].items()}
+    append_rows(RESULTS / "drives.csv", [row])
+    print(f"{drive} left out, {variant}, seed {seed}: mIoU {found['mIoU']:.4f}", flush=True)
+
+
+def _danet(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "danet", *arguments], check=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--camvid", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--drives", nargs="+", choices=DRIVES, default=list(DRIVES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--out", type=Path, default=Path("runs/drives"), help="run folders")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe's key"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    finished = {
+        (row["drive"], row["variant"], int(row["seed"]))
+        for row in read_rows(RESULTS / "drives.csv")
+    }
+    for seed in args.seeds:
+        for variant in args.variants:
+            for drive in args.drives:
+                if (drive, variant, seed) not in finished:
+                    run(drive, variant, seed, args)
+
+
+if __name__ == "__main__":
+    main()

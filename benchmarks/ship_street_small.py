@@ -1,6 +1,6 @@
-"""Makes models/street-small from a finished run of recipe street_small_longer.
+"""Makes models/street-small from a finished run of recipe street_small_last.
 
-python benchmarks/ship_street_small.py runs/street_small_longer
+python benchmarks/ship_street_small.py runs/street_small_last
 """
 
 import argparse

@@ -9,14 +9,10 @@ equal. A run that was stopped goes on from its checkpoint, and what has its row 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-from results_file import RESULTS, append_rows, commit, read_rows
-
-from danet.bench.report import hardware
-from danet.devices import choose_device
+from results_file import RESULTS, append_rows, commit
+from training_runs import finished_runs, runs_parser, train_and_score
 
 VARIANTS = {
     "fcn": ["model.position=false", "model.channel=false"],
@@ -37,18 +33,13 @@ def run(data: str, variant: str, seed: int, args: argparse.Namespace) -> None:
     folder = args.out / f"{data}_{variant.replace(', ', '_').replace(' ', '_')}_{seed}"
     settings = [*VARIANTS[variant], f"train.seed={seed}", *args.set]
     settings += [f"data.root={args.camvid}"] if data == "camvid" else []
-    options = [part for setting in settings for part in ("--set", setting)]
-    _danet("train", f"ablation_{data}", *options, "--out", str(folder), "--resume")
-    _danet("evaluate", str(folder), "--split", SPLITS[data], "--json", str(folder / "scores.json"))
-    found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    scores = train_and_score(f"ablation_{data}", settings, folder, SPLITS[data])
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [row["images_per_second"] for row in logged if "images_per_second" in row]
     case = {"data": data, "variant": variant, "seed": seed}
     row = {"commit": commit(), **case, "steps": logged[-1]["step"], "split": SPLITS[data]}
     row |= {"images_per_second": round(statistics.median(rates), 2)}
-    row |= {"hardware": hardware(str(choose_device("auto")))}
-    row |= {name: round(found[name], 5) for name in ("mIoU", "mAcc", "aAcc")}
-    row |= {name: round(score["IoU"], 5) for name, score in found["per_class"].items()}
+    row |= scores
     append_rows(
         RESULTS / "ablation_curves.csv",
         [
@@ -64,11 +55,7 @@ def run(data: str, variant: str, seed: int, args: argparse.Namespace) -> None:
         ],
     )
     append_rows(RESULTS / "ablation.csv", [row])
-    print(f"{data}, {variant}, seed {seed}: mIoU {found['mIoU']:.4f}", flush=True)
-
-
-def _danet(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "danet", *arguments], check=True)
+    print(f"{data}, {variant}, seed {seed}: mIoU {row['mIoU']:.4f}", flush=True)
 
 
 def _rounded(weight: float | None) -> float | str:
@@ -76,23 +63,14 @@ def _rounded(weight: float | None) -> float | str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs_parser(__doc__.splitlines()[0], VARIANTS, seeds=[0, 1, 2], out="runs/ablation")
     parser.add_argument("--camvid", type=Path, metavar="DIR", help="without it, scenes only")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="run folders")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe's key"
-    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    finished = {
-        (row["data"], row["variant"], int(row["seed"]))
-        for row in read_rows(RESULTS / "ablation.csv")
-    }
+    finished = finished_runs(RESULTS / "ablation.csv", "data")
     for seed in args.seeds:
         for data in SPLITS if args.camvid else ["scenes"]:
             for variant in args.variants:

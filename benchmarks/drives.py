@@ -9,15 +9,10 @@ again.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-from results_file import RESULTS, append_rows, commit, read_rows
-
-from danet.bench.report import hardware
-from danet.devices import choose_device
+from results_file import RESULTS, append_rows, commit
+from training_runs import finished_runs, runs_parser, train_and_score
 
 DRIVES = ("0006R0", "0016E5")
 SCENES = "data.extra=[{name: scenes, images: 150}]"
@@ -61,41 +56,22 @@ def run(drive: str, variant: str, seed: int, args: argparse.Namespace) -> None:
     root = leave_out(drive, args.camvid, args.out / f"without_{drive}")
     folder = args.out / f"{drive}_{variant.replace(' ', '_')}_{seed}"
     settings = [*VARIANTS[variant], f"data.root={root}", f"train.seed={seed}", *args.set]
-    options = [part for setting in settings for part in ("--set", setting)]
-    _danet("train", "ablation_camvid", *options, "--out", str(folder), "--resume")
-    _danet("evaluate", str(folder), "--split", "val", "--json", str(folder / "scores.json"))
-    found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     row = {"commit": commit(), "drive": drive, "variant": variant, "seed": seed}
-    row |= {"hardware": hardware(str(choose_device("auto")))}
-    row |= {name: round(found[name], 5) for name in ("mIoU", "mAcc", "aAcc")}
-    row |= {name: round(score["IoU"], 5) for name, score in found["per_class"].items()}
+    row |= train_and_score("ablation_camvid", settings, folder, "val")
     append_rows(RESULTS / "drives.csv", [row])
-    print(f"{drive} left out, {variant}, seed {seed}: mIoU {found['mIoU']:.4f}", flush=True)
-
-
-def _danet(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "danet", *arguments], check=True)
+    print(f"{drive} left out, {variant}, seed {seed}: mIoU {row['mIoU']:.4f}", flush=True)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs_parser(__doc__.splitlines()[0], VARIANTS, seeds=[0], out="runs/drives")
     parser.add_argument("--camvid", type=Path, metavar="DIR", required=True)
     parser.add_argument("--drives", nargs="+", choices=DRIVES, default=list(DRIVES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--out", type=Path, default=Path("runs/drives"), help="run folders")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe's key"
-    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    finished = {
-        (row["drive"], row["variant"], int(row["seed"]))
-        for row in read_rows(RESULTS / "drives.csv")
-    }
+    finished = finished_runs(RESULTS / "drives.csv", "drive")
     for seed in args.seeds:
         for variant in args.variants:
             for drive in args.drives:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from danet import kernels
 from danet.functional import position_attention
-from danet.kernels.fused import attend_by_heads, attend_spread
+from danet.kernels.fused import attend_spread
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,13 +29,11 @@ def _backend(backend: SDPBackend, query: Tensor) -> SDPBackend:
     return backend if query.device.type == "cuda" else SDPBackend.MATH
 
 
-def _split(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return attend_by_heads(query, key, value, [_backend(backend, query)])
-
-
-def _unsplit(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _spread(backend: SDPBackend, width: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    # Of few channels, heads of about the width, which is how the package has them.
+    heads = -(-value.shape[1] // width)
     with sdpa_kernel([_backend(backend, query)]):
-        return attend_spread(query, key, value, value.shape[1])
+        return attend_spread(query, key, value, 8 * -(-value.shape[1] // (8 * heads)))
 
 
 def _triton(width: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -132,12 +130,13 @@ def candidates() -> dict[str, Attend]:
         "triton 512": functools.partial(_triton, 512),
         "triton 2x256": functools.partial(_triton, 256),
         "triton 4x128": functools.partial(_triton, 128),
-        "cudnn 4x128": functools.partial(_split, cudnn),
-        "efficient 4x128": functools.partial(_split, efficient),
-        "efficient 512": functools.partial(_unsplit, efficient),
-        "flex 512": Flex(),
+        "cudnn 4x128": functools.partial(_spread, cudnn, 128),
+        "cudnn 2x256": functools.partial(_spread, cudnn, 256),
+        "efficient 4x128": functools.partial(_spread, efficient, 128),
+        "efficient 512": functools.partial(_spread, efficient, 512),
         "blocks": _blocks,
         "eager N x N": materialized,
+        "flex 512": Flex(),
     }
 
 
@@ -161,6 +160,7 @@ def stand_in(name: str, device: torch.device) -> str:
     return {
         "danet": "blocks stand in",
         "cudnn 4x128": "math stands in",
+        "cudnn 2x256": "math stands in",
         "efficient 4x128": "math stands in",
         "efficient 512": "math stands in",
         "flex 512": "not compiled",

@@ -1,0 +1,119 @@
+"""Trains by a recipe for a given time, with all pictures in memory, and keeps the weights small.
+
+    PYTHONPATH=src python benchmarks/gpu/train.py street_small_gpu --set data.root=DIR --minutes 6
+
+The same steps as `danet train` takes, but every picture is read (or generated) once, by all cores,
+and the data workers share them; and the number of steps is what a short run says the time allows.
+Writes the recipe, metrics.jsonl and the weights in half precision to --out.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import ConcatDataset, Dataset
+
+from danet import DANet
+from danet.config import RunConfig, load_recipe
+from danet.data.loader import training_samples
+from danet.data.spec import Sample
+from danet.errors import TrainingStopped
+from danet.training import loop
+from danet.training.build import build_model
+from danet.training.checkpoint import RunFolder, load_checkpoint, model_weights
+
+TRIAL_STEPS = 150
+RESERVE_SECONDS = 15
+"""For starting the workers, validating and writing."""
+
+_samples: ConcatDataset[Sample]
+
+
+def read(indices: range) -> list[Sample]:
+    """Some of the training pictures."""
+    return [_samples[index] for index in indices]
+
+
+def in_memory(samples: ConcatDataset[Sample], processes: int) -> ConcatDataset[Sample]:
+    """The same pictures, read by several processes."""
+    global _samples
+    _samples = samples
+    parts = [range(start, len(samples), 8 * processes) for start in range(8 * processes)]
+    found: list[Sample | None] = [None] * len(samples)
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for indices, some in zip(parts, pool.map(read, parts), strict=True):
+            for index, sample in zip(indices, some, strict=True):
+                found[index] = sample
+    return ConcatDataset([_Listed(found)])
+
+
+class _Listed(Dataset[Sample]):
+    def __init__(self, samples: list[Sample | None]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        assert sample is not None
+        return sample
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The recipe with as many steps."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--trial", action="store_true", help="only the short run")
+    parser.add_argument("--run", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu/out")))
+    args = parser.parse_args()
+    start = time.monotonic()
+    torch.backends.cudnn.benchmark = True
+    config = load_recipe(args.recipe, args.set)
+    spec, samples = training_samples(config.data)
+    samples = in_memory(samples, os.cpu_count() or 1)
+    loop.training_samples = lambda _: (spec, samples)
+    print(f"{len(samples)} pictures in {time.monotonic() - start:.0f} s", flush=True)
+
+    trial = RunFolder(args.run / "trial")
+    shutil.rmtree(trial.path, ignore_errors=True)
+    quick = config.train.model_copy(update={"steps": TRIAL_STEPS, "validate_every": None})
+    loop.train(config.model_copy(update={"train": quick}), trial.path)
+    rate = trial.read_metrics()[-2]["images_per_second"]
+    left = 60 * args.minutes - (time.monotonic() - start) - RESERVE_SECONDS
+    steps = int(rate * left / config.train.batch_size)
+    print(f"{rate:.0f} pictures a second; {steps} steps in {left:.0f} s", flush=True)
+    if args.trial:
+        return
+
+    run = RunFolder(args.run / "whole")
+    shutil.rmtree(run.path, ignore_errors=True)
+    config = with_steps(config, steps)
+    try:
+        loop.train(config, run.path)
+    except TrainingStopped as error:
+        print(error, flush=True)
+    checkpoint = load_checkpoint(run.last)
+    weights = model_weights(checkpoint)
+    build_model(config, spec, weights, print).save_pretrained(args.out / "model", half=True)
+    shutil.copy(run.recipe, args.out)
+    shutil.copy(run.metrics, args.out)
+    DANet.from_pretrained(args.out / "model")
+    print(f"step {checkpoint['step']}; {time.monotonic() - start:.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,20 +8,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton_attention
+import tuned_attention
 from configurations import configurations
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from danet import kernels
 from danet.functional import position_attention
+from danet.kernels import blocks
 from danet.kernels.fused import attend_spread
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class _Blocks(torch.autograd.Function):
+    """The package's portable way, on a GPU where it has a faster one."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, logsumexp = blocks.forward(query, key, value)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return blocks.backward(grad, *ctx.saved_tensors)
+
+
 def _blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    output: Tensor = kernels.attend(query, key, value)[0]
+    output: Tensor = _Blocks.apply(query, key, value)
     return output
 
 
@@ -38,7 +52,7 @@ def _spread(backend: SDPBackend, width: int, query: Tensor, key: Tensor, value: 
 
 def _triton(width: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     choices = configurations(query.device, query.dtype, width)
-    return triton_attention.position_attention(query, key, value, choices)
+    return tuned_attention.position_attention(query, key, value, choices)
 
 
 def materialized(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -147,7 +161,7 @@ def triton_configurations(device: torch.device, dtype: torch.dtype) -> dict[str,
     def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # A kernel with fewer begins again.
         only = {name: [several[index % len(several)]] for name, several in choices.items()}
-        return triton_attention.position_attention(query, key, value, only)
+        return tuned_attention.position_attention(query, key, value, only)
 
     count = max(map(len, choices.values()))
     return {f"triton {i + 1} of {count}": functools.partial(attend, i) for i in range(count)}

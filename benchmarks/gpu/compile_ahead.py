@@ -32,12 +32,13 @@ def run_once(name: str, case: Case) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--configurations", action="store_true", help="only each of the list")
     parser.add_argument("--tiny", action="store_true", help="small enough for a CPU")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = TINY_CONFIGURATION_CASES if args.tiny else CONFIGURATION_CASES
     jobs = [(n, case) for n in triton_configurations(device, torch.bfloat16) for case in cases]
-    if not args.tiny:
+    if not (args.tiny or args.configurations):
         small = [case for case in CASES if case.queries <= LARGEST]
         compiled = [name for name in candidates() if name.startswith(("triton", "flex"))]
         jobs += [(name, case) for name in compiled for case in small]

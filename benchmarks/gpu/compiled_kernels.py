@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-import triton_kernels
-from configurations import FLOAT32, HALF_PRECISION, Configuration
+from configurations import FLOAT32, HALF_PRECISION
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.append(str(Path(__file__).parents[1]))
 from results_file import RESULTS, read_rows, write_rows
+
+from danet.kernels import triton_kernels
+from danet.kernels.triton_attention import Configuration
 
 KEY_WIDTH, CHANNELS = 64, 512
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -5,30 +5,10 @@ spills registers, but for one that does with one of two Triton versions (see the
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
-
-class Configuration(NamedTuple):
-    """How a kernel is built.
-
-    Attributes:
-        rows: positions that a program has.
-        columns: positions that its loop takes at a time.
-        width: channels that a program has.
-        warps: of 32 threads.
-        stages: tiles in flight.
-        descriptors: tiles come through tensor descriptors where alignment allows.
-    """
-
-    rows: int
-    columns: int
-    width: int
-    warps: int
-    stages: int
-    descriptors: bool = False
-
+from danet.kernels.triton_attention import Configuration
 
 Choices = dict[str, Sequence[Configuration]]
 """For each of the kernels "forward", "key_value" and "query" the configurations to choose from."""
@@ -59,6 +39,8 @@ _HOPPER: Choices = {
         Configuration(64, 32, 512, 8, 3, descriptors=True),
         Configuration(128, 64, 256, 8, 3, descriptors=True),
         Configuration(128, 64, 256, 8, 3),
+        Configuration(128, 64, 256, 8, 4),
+        Configuration(128, 64, 256, 8, 2),
         Configuration(128, 128, 256, 8, 2, descriptors=True),
         Configuration(64, 64, 256, 4, 3, descriptors=True),
         Configuration(128, 128, 128, 8, 3, descriptors=True),
@@ -67,8 +49,12 @@ _HOPPER: Choices = {
     "key_value": [
         Configuration(64, 32, 512, 8, 3, descriptors=True),  # Triton 3.9 spills 100 bytes, 3.6 none
         Configuration(128, 32, 256, 8, 3, descriptors=True),
+        Configuration(128, 32, 256, 8, 3),
+        Configuration(128, 32, 256, 8, 4, descriptors=True),
+        Configuration(128, 64, 256, 8, 2, descriptors=True),  # Triton spills 100 to 150 bytes
         Configuration(64, 64, 256, 8, 3, descriptors=True),
         Configuration(64, 32, 256, 4, 2, descriptors=True),
+        Configuration(64, 32, 256, 4, 3, descriptors=True),
         Configuration(128, 64, 128, 8, 2, descriptors=True),
     ],
     "query": [
@@ -76,6 +62,7 @@ _HOPPER: Choices = {
         Configuration(64, 32, 512, 4, 3, descriptors=True),
         Configuration(128, 32, 512, 8, 2, descriptors=True),
         Configuration(128, 64, 256, 8, 3, descriptors=True),
+        Configuration(128, 64, 256, 8, 3),
         Configuration(64, 64, 256, 4, 3, descriptors=True),
         Configuration(128, 128, 128, 8, 3, descriptors=True),
     ],

@@ -25,17 +25,27 @@ from results_file import append_rows
 
 from danet.bench.workload import Runner, Workload
 from danet.config import Size, load_recipe
+from danet.model import DANet
 
 FORMS: dict[str, dict[str, bool]] = {
     "eager, N x N": {"bfloat16": False, "materialized": True},
     "eager, N x N, autocast": {"bfloat16": True, "materialized": True},
     "danet": {"bfloat16": True},
     "danet, compiled": {"bfloat16": True, "compile_graph": True},
+    "danet, compiled, CUDA graphs": {"bfloat16": True, "compile_graph": True},
+    "eager, N x N, no TF32": {"bfloat16": False, "materialized": True},
 }
 RECIPES = {
     "resnet50c": "cityscapes_r50_512x1024_40k",
     "resnet101c": "cityscapes_r101_512x1024_40k",
 }
+
+compile_parts = DANet.compile_parts
+
+
+def with_graphs(model: DANet) -> None:
+    for part in (model.backbone, model.head.position_branch, model.head.channel_branch):
+        part.compile(mode="reduce-overhead")
 
 
 class Case(NamedTuple):
@@ -73,6 +83,9 @@ TINY_CASES = [
 def prepare(case: Case, form: str, device: torch.device, tiny: bool) -> Runner:
     """The form, ready to run; compiled ones have run once."""
     torch._dynamo.reset()
+    # PyTorch lets convolutions of float32 round to TF32, unless told not to.
+    torch.backends.cudnn.allow_tf32 = "no TF32" not in form
+    DANet.compile_parts = with_graphs if "graphs" in form else compile_parts
     to_labels = case.mode != "logits"
     return case.workload(tiny).prepare(device, **FORMS[form], to_labels=to_labels)
 
@@ -90,6 +103,9 @@ def measured(
         runner = prepare(case, form, device, args.tiny)
         for _ in range(args.warmup):
             runner.run()
+        if on_gpu:  # what trying algorithms out took is no part of a step
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         seconds = []
         for _ in range(args.repeats):
             _synchronize(device)
@@ -101,12 +117,21 @@ def measured(
             profile(runner, args.out / "profile.txt")
     except torch.OutOfMemoryError:
         return {"note": "out of memory"}
+    except Exception as error:  # the other forms are still to be measured
+        return {"note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     taken = statistics.median(seconds)
     return {
         "milliseconds": f"{1000 * taken:.2f}",
         "images_per_second": f"{case.batch / taken:.2f}",
         "peak_GiB": f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if on_gpu else "",
+        "weights_norm": weights_norm(runner.model),
     }
+
+
+def weights_norm(model: DANet) -> str:
+    """By which forms that train alike can be told from one that does not."""
+    squares = [parameter.detach().double().square().sum() for parameter in model.parameters()]
+    return f"{float(torch.stack(squares).sum().sqrt()):.5g}"
 
 
 def profile(runner: Runner, path: Path) -> None:
@@ -154,6 +179,7 @@ def main() -> None:
             compiles = FORMS[form].get("compile_graph", False)
             # The eager form always goes on to the label maps.
             left_out = case.mode == "logits" and FORMS[form].get("materialized", False)
+            left_out |= "no TF32" in form and case != CASES[1]
             if left_out or (compiles and not case.compiled) or time.monotonic() > deadline:
                 continue
             if args.compile_only:
@@ -168,6 +194,7 @@ def main() -> None:
                 "milliseconds": "",
                 "images_per_second": "",
                 "peak_GiB": "",
+                "weights_norm": "",
                 "note": "",
                 **measured(case, form, device, args),
                 "trying_algorithms": not args.fixed_algorithms,
@@ -176,7 +203,7 @@ def main() -> None:
                 "date": datetime.date.today().isoformat(),
             }
             append_rows(args.out / "network.csv", [row])
-            print("  ".join(map(str, list(row.values())[:9])), flush=True)
+            print("  ".join(map(str, list(row.values())[:10])), flush=True)
 
 
 if __name__ == "__main__":

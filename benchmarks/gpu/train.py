@@ -9,9 +9,11 @@ Writes the recipe, metrics.jsonl and the weights in half precision to --out.
 
 import argparse
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 import shutil
+import statistics
 import time
 from pathlib import Path
 
@@ -31,23 +33,21 @@ TRIAL_STEPS = 150
 RESERVE_SECONDS = 15
 """For starting the workers, validating and writing."""
 
-_samples: ConcatDataset[Sample]
 
-
-def read(indices: range) -> list[Sample]:
+def read(samples: ConcatDataset[Sample], indices: range) -> list[Sample]:
     """Some of the training pictures."""
-    return [_samples[index] for index in indices]
+    return [samples[index] for index in indices]
 
 
 def in_memory(samples: ConcatDataset[Sample], processes: int) -> ConcatDataset[Sample]:
     """The same pictures, read by several processes."""
-    global _samples
-    _samples = samples
     parts = [range(start, len(samples), 8 * processes) for start in range(8 * processes)]
     found: list[Sample | None] = [None] * len(samples)
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for indices, some in zip(parts, pool.map(read, parts), strict=True):
+        for indices, some in zip(
+            parts, pool.map(functools.partial(read, samples), parts), strict=True
+        ):
             for index, sample in zip(indices, some, strict=True):
                 found[index] = sample
     return ConcatDataset([_Listed(found)])
@@ -92,7 +92,8 @@ def main() -> None:
     shutil.rmtree(trial.path, ignore_errors=True)
     quick = config.train.model_copy(update={"steps": TRIAL_STEPS, "validate_every": None})
     loop.train(config.model_copy(update={"train": quick}), trial.path)
-    rate = trial.read_metrics()[-2]["images_per_second"]
+    rates = [row["images_per_second"] for row in trial.read_metrics() if "loss" in row]
+    rate = statistics.median(rates[len(rates) // 2 :])
     left = 60 * args.minutes - (time.monotonic() - start) - RESERVE_SECONDS
     steps = int(rate * left / config.train.batch_size)
     print(f"{rate:.0f} pictures a second; {steps} steps in {left:.0f} s", flush=True)

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 import triton
-import triton_attention
+import tuned_attention
 from candidates import Attend, candidates, stand_in, triton_configurations
-from configurations import Configuration
 from exactness import (
     CASES,
     CONFIGURATION_CASES,
@@ -34,8 +33,7 @@ from results_file import append_rows, read_rows
 from stopwatch import extra_bytes, milliseconds, product_rate
 from torch import Tensor
 
-WIDTHS, TINY_WIDTHS = (64, 512), (16, 64)
-"""Of keys and values."""
+from danet.kernels.triton_attention import Configuration
 
 DIRECTIONS = ("forward", "forward+backward")
 ERROR_COLUMNS = ("output_error", "query_error", "key_error", "value_error")
@@ -61,8 +59,8 @@ class Visit:
                 self.broken[found["candidate"]] = found["why"]
             else:
                 kernel, numbers = found["configuration"]
-                triton_attention.refused.add((kernel, Configuration(*numbers)))
-        triton_attention.on_trying.append(self._note_configuration)
+                tuned_attention.refused.add((kernel, Configuration(*numbers)))
+        tuned_attention.on_trying.append(self._note_configuration)
         self.left_out = 0
         self.tuned = 0
 
@@ -100,7 +98,7 @@ class Visit:
         except torch.OutOfMemoryError:
             found = {"failure": "out of memory"}
         except Exception as error:  # a candidate that fails is a row, not the end
-            if triton_attention.is_fatal(error):
+            if tuned_attention.is_fatal(error):
                 print(f"{name}: {error}", flush=True)
                 os._exit(3)
             found = {"failure": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
@@ -180,7 +178,7 @@ class Visit:
                         )
 
     def _timed(self, name: str, batch: int, positions: int, direction: str) -> dict[str, Any]:
-        key_width, channels = TINY_WIDTHS if self.args.tiny else WIDTHS
+        key_width, channels = self.args.widths
         case = Case(self.dtype, batch, positions, positions, key_width, channels)
         inputs, grad = random_inputs(case, self.device)
         attend = self.candidates[name]
@@ -215,6 +213,8 @@ class Visit:
         on_gpu = self.device.type == "cuda"
         return {
             **key,
+            "key_width": self.args.widths[0],
+            "channels": self.args.widths[1],
             "dtype": self.args.dtype,
             "milliseconds": "" if taken is None else f"{taken:.4g}",
             "tflops": "" if tflops is None else f"{tflops:.4g}",
@@ -230,7 +230,7 @@ class Visit:
 
     def _write_tuning(self) -> None:
         """Adds what was tuned since the last call."""
-        for timing in list(triton_attention.timings.values())[self.tuned :]:
+        for timing in list(tuned_attention.timings.values())[self.tuned :]:
             taken = timing.milliseconds
             row = {
                 "kernel": timing.kernel,

@@ -38,7 +38,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ValueError: shapes do not fit, M is 0, or dtypes or devices differ.
     """
     device_type = query.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if kernels.has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         # As torch's autocast, which leaves float64 alone.
         query, key, value = (

@@ -8,11 +8,12 @@ import json
 
 import numpy as np
 import torch
-from configurations import Choices, Configuration
+from configurations import Choices
 from torch import Tensor
-from triton_attention import position_attention
+from tuned_attention import position_attention
 
 import oracle
+from danet.kernels.triton_attention import Configuration
 
 
 def everywhere(

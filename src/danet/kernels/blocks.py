@@ -125,9 +125,16 @@ def fast_exact_float32(device: torch.device) -> Iterator[None]:
         yield
 
 
+# Older compilers cannot trace torch's own, and would break the graph, and compile in every call.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_autocast(device_type: str) -> bool:
+    """Whether torch has an autocast for a type of device."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """For arithmetic that chooses its own dtypes."""
-    if torch.amp.is_autocast_available(device_type):
+    if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

@@ -96,6 +96,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--candidates", nargs="+", help="all where left out")
     parser.add_argument("--positions", type=int, nargs="+", default=[32768, 9409, 8192, 4096])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--times-only", action="store_true", help="check nothing")
     parser.add_argument("--widths", type=int, nargs=2, default=[64, 512], help="of keys, values")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -66,7 +66,8 @@ class Visit:
 
     def run(self) -> None:
         """All of it, as far as time allows."""
-        self._check()
+        if not self.args.times_only:
+            self._check()
         self._time()
         if self.left_out:
             print(f"left out for want of time: {self.left_out} measurements", flush=True)

@@ -70,6 +70,22 @@ def position_attention() -> str:
     return markdown([*header, "faster, memory"], cells)
 
 
+def gpu_attention() -> str:
+    """Every way to position attention on a GPU: time, rate and memory."""
+    columns = ("candidate", "batch", "positions", "key_width", "channels", "direction")
+    columns += ("milliseconds", "tflops", "extra_MiB")
+    cells = [[row[column] for column in columns] for row in rows_of("gpu_attention")]
+    header = ["way", "batch", "N", "key width", "value width", "what", "ms", "TFLOP/s"]
+    return markdown([*header, "extra MiB"], cells)
+
+
+def gpu_network() -> str:
+    """The whole network on a GPU, in the forms that were run."""
+    columns = ("mode", "batch", "size", "form", "milliseconds", "images_per_second", "peak_GiB")
+    cells = [[row[column] for column in columns] for row in rows_of("gpu_network")]
+    return markdown(["what", "batch", "size", "form", "ms", "images/s", "peak GiB"], cells)
+
+
 def mmsegmentation() -> str:
     """Time and memory of prediction, training, evaluation and augmentation, side by side."""
     by_case: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -256,6 +272,8 @@ MAKERS = {
     for maker in (
         recipes,
         position_attention,
+        gpu_attention,
+        gpu_network,
         mmsegmentation,
         logits_to_labels,
         timm_families,

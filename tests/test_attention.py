@@ -207,6 +207,15 @@ class TestPositionAttention:
         inputs = [tensor.float() for tensor in random_inputs()]
         torch.testing.assert_close(compiled(*inputs), position_attention(*inputs))
 
+    def test_traces_into_one_graph_under_autocast(self) -> None:
+        """A graph that breaks is slow, and with torch 2.11 was compiled anew in every call."""
+        features = torch.randn(1, 16, 6, 5)
+        for module in (danet.PositionAttention(16), danet.ChannelAttention()):
+            module.requires_grad_(False).residual_weight.fill_(1)
+            traced = torch.compile(module, backend="eager", fullgraph=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(traced(features), module(features))
+
     def test_exports_with_free_sizes(self) -> None:
         module = danet.PositionAttention(16).eval()
         sides = {2: torch.export.Dim("h", min=2), 3: torch.export.Dim("w", min=2)}

@@ -39,8 +39,6 @@ _HOPPER: Choices = {
         Configuration(64, 32, 512, 8, 3, descriptors=True),
         Configuration(128, 64, 256, 8, 3, descriptors=True),
         Configuration(128, 64, 256, 8, 3),
-        Configuration(128, 64, 256, 8, 4),
-        Configuration(128, 64, 256, 8, 2),
         Configuration(128, 128, 256, 8, 2, descriptors=True),
         Configuration(64, 64, 256, 4, 3, descriptors=True),
         Configuration(128, 128, 128, 8, 3, descriptors=True),
@@ -49,9 +47,6 @@ _HOPPER: Choices = {
     "key_value": [
         Configuration(64, 32, 512, 8, 3, descriptors=True),  # Triton 3.9 spills 100 bytes, 3.6 none
         Configuration(128, 32, 256, 8, 3, descriptors=True),
-        Configuration(128, 32, 256, 8, 3),
-        Configuration(128, 32, 256, 8, 4, descriptors=True),
-        Configuration(128, 64, 256, 8, 2, descriptors=True),  # Triton spills 100 to 150 bytes
         Configuration(64, 64, 256, 8, 3, descriptors=True),
         Configuration(64, 32, 256, 4, 2, descriptors=True),
         Configuration(64, 32, 256, 4, 3, descriptors=True),
@@ -62,7 +57,6 @@ _HOPPER: Choices = {
         Configuration(64, 32, 512, 4, 3, descriptors=True),
         Configuration(128, 32, 512, 8, 2, descriptors=True),
         Configuration(128, 64, 256, 8, 3, descriptors=True),
-        Configuration(128, 64, 256, 8, 3),
         Configuration(64, 64, 256, 4, 3, descriptors=True),
         Configuration(128, 128, 128, 8, 3, descriptors=True),
     ],

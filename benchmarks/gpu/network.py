@@ -32,20 +32,12 @@ FORMS: dict[str, dict[str, bool]] = {
     "eager, N x N, autocast": {"bfloat16": True, "materialized": True},
     "danet": {"bfloat16": True},
     "danet, compiled": {"bfloat16": True, "compile_graph": True},
-    "danet, compiled, CUDA graphs": {"bfloat16": True, "compile_graph": True},
     "eager, N x N, no TF32": {"bfloat16": False, "materialized": True},
 }
 RECIPES = {
     "resnet50c": "cityscapes_r50_512x1024_40k",
     "resnet101c": "cityscapes_r101_512x1024_40k",
 }
-
-compile_parts = DANet.compile_parts
-
-
-def with_graphs(model: DANet) -> None:
-    for part in (model.backbone, model.head.position_branch, model.head.channel_branch):
-        part.compile(mode="reduce-overhead")
 
 
 class Case(NamedTuple):
@@ -85,7 +77,6 @@ def prepare(case: Case, form: str, device: torch.device, tiny: bool) -> Runner:
     torch._dynamo.reset()
     # PyTorch lets convolutions of float32 round to TF32, unless told not to.
     torch.backends.cudnn.allow_tf32 = "no TF32" not in form
-    DANet.compile_parts = with_graphs if "graphs" in form else compile_parts
     to_labels = case.mode != "logits"
     return case.workload(tiny).prepare(device, **FORMS[form], to_labels=to_labels)
 

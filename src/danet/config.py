@@ -52,13 +52,16 @@ class ModelConfig(Section):
 
 
 class ExtraData(Section):
-    """Pictures of another dataset of the same classes."""
+    """Pictures of another dataset of the same classes, or the same again to see them more often."""
 
     name: str
     root: Path | None = None
+    """Its folder; none for generated data, or for the main dataset's own."""
     split: str = "train"
     images: int | None = Field(None, ge=1)
     """The first so many pictures; none: all."""
+    repeat: int = Field(1, ge=1, le=1000)
+    """How often an epoch shows each."""
 
 
 class DataConfig(Section):

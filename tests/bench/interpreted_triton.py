@@ -5,6 +5,7 @@ tests and benchmarks/gpu on PYTHONPATH.
 """
 
 import json
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 from tuned_attention import position_attention
 
 import oracle
+from danet import functional, kernels
+from danet.kernels import triton_attention
 from danet.kernels.triton_attention import Configuration
+
+DIFFERENT = {
+    "forward": Configuration(32, 64, 64, 4, 1),
+    "key_value": Configuration(64, 16, 16, 4, 1),
+    "query": Configuration(16, 32, 32, 4, 1),
+}
 
 
 def everywhere(
@@ -39,11 +48,27 @@ def random_inputs(dtype: torch.dtype, sizes: tuple[int, ...], shift: float = 0) 
     return [tensor.to(dtype) for tensor in (query + shift, key - shift, value, grad)]
 
 
-def errors(inputs: list[Tensor], choices: Choices) -> list[float]:
-    """Largest difference over largest entry, of the output and of each gradient."""
+def operator_errors(inputs: list[Tensor]) -> list[float]:
+    """Of the package's own operator, as on a GPU that the kernels are for."""
+    with (
+        mock.patch.object(kernels, "_triton_fits", return_value=True),
+        mock.patch.object(triton_attention, "configurations", return_value=DIFFERENT),
+    ):
+        return errors(inputs, None)
+
+
+def errors(inputs: list[Tensor], choices: Choices | None) -> list[float]:
+    """Largest difference over largest entry, of the output and of each gradient.
+
+    Args:
+        choices: of the kernels; the package's operator where None.
+    """
     arrays = [tensor.double().numpy() for tensor in inputs]
     tensors = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
-    output = position_attention(*tensors, choices)
+    if choices is None:
+        output = functional.position_attention(*tensors)
+    else:
+        output = position_attention(*tensors, choices)
     output.backward(inputs[3])
     samples = [[array[sample] for array in arrays] for sample in range(2)]
     expected = [np.stack([oracle.position_attention(*s[:3]) for s in samples])]
@@ -59,11 +84,7 @@ def errors(inputs: list[Tensor], choices: Choices) -> list[float]:
 def main() -> None:
     odd, small, even = (97, 65, 20, 36), (33, 41, 20, 36), (64, 32, 16, 64)
     float32 = random_inputs(torch.float32, small)
-    several = {
-        "forward": [Configuration(32, 64, 64, 4, 1)],
-        "key_value": [Configuration(64, 16, 16, 4, 1)],
-        "query": [Configuration(16, 32, 32, 4, 1)],
-    }
+    several = {name: [configuration] for name, configuration in DIFFERENT.items()}
     expanded = [*float32[:3], torch.ones(()).expand(2, 36, 33)]
     found = {
         "float32": errors(random_inputs(torch.float32, odd), everywhere(32, 32, 32)),
@@ -75,6 +96,7 @@ def main() -> None:
         ),
         "channels first": errors([t.contiguous() for t in float32], everywhere(32, 32, 64)),
         "configurations that differ": errors(float32, several),
+        "the package's operator": operator_errors(float32),
         "expanded gradient": errors(expanded, everywhere(32, 32, 64)),
         # A key that is not there would have a score of 0, far above all others.
         "scores below zero": errors(

@@ -19,6 +19,7 @@ CASES = (
     "descriptors",
     "channels first",
     "configurations that differ",
+    "the package's operator",
     "expanded gradient",
     "scores below zero",
     "one query",

@@ -127,11 +127,23 @@ def test_train_images_limits_the_pictures_and_extra_ones_follow_them() -> None:
     assert spec.name == "scenes"
 
 
-def test_extra_pictures_of_other_classes_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("a\nb\n")
+def make_folder(root: Path) -> None:
+    """One picture of two classes."""
+    (root / "classes.txt").write_text("a\nb\n")
     for kind in ("images", "labels"):
-        (tmp_path / kind / "train").mkdir(parents=True)
-        Image.new("L", (4, 2)).save(tmp_path / kind / "train" / "0.png")
+        (root / kind / "train").mkdir(parents=True)
+        Image.new("L", (4, 2)).save(root / kind / "train" / "0.png")
+
+
+def test_extra_pictures_are_the_main_datasets_own_where_no_folder_is_named(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    config = DataConfig(name="folder", root=tmp_path, extra=(ExtraData(name="folder", repeat=3),))
+    _, samples = training_samples(config)
+    assert [sample.name for sample in samples] == ["0"] * 4
+
+
+def test_extra_pictures_of_other_classes_are_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path)
     extra = ExtraData(name="folder", root=tmp_path)
     with pytest.raises(UserError, match=r"data.extra: folder has other classes than scenes"):
         training_samples(DataConfig(extra=(extra,)))

@@ -33,13 +33,14 @@ def training_samples(config: DataConfig) -> tuple[DatasetSpec, ConcatDataset[Sam
     main = open_dataset(config.name, config.root, config.train_split)
     parts = [_first(main, config.train_images)]
     for extra in config.extra:
-        dataset = open_dataset(extra.name, extra.root, extra.split)
+        same = extra.root is None and extra.name == config.name
+        dataset = open_dataset(extra.name, config.root if same else extra.root, extra.split)
         if dataset.spec.classes != main.spec.classes:
             raise UserError(
                 f"data.extra: {extra.name} has other classes than {config.name}; "
                 "pictures can be added only where the classes agree"
             )
-        parts.append(_first(dataset, extra.images))
+        parts += extra.repeat * [_first(dataset, extra.images)]
     return main.spec, ConcatDataset(parts)
 
 

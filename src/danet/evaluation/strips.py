@@ -82,6 +82,8 @@ class Resized:
         return ((row + 0.5) * torch.tensor(self.source.height / self.height) - 0.5).clamp(min=0)
 
     def rows(self, first: int, last: int) -> Tensor:
+        if (first, last) == (0, self.height):  # the same, in one pass
+            return self._resized(self.source.rows(0, self.source.height), self.height)
         wide = self._widened(self.source.rows(*self._span(first, last)))
         return _between(wide, self._taps(first, last, wide.device))
 
@@ -101,7 +103,10 @@ class Resized:
     def _widened(self, rows: Tensor) -> Tensor:
         if self.width == self.source.width:
             return rows
-        size = (rows.shape[-2], self.width)
+        return self._resized(rows, rows.shape[-2])
+
+    def _resized(self, rows: Tensor, height: int) -> Tensor:
+        size = (height, self.width)
         return F.interpolate(rows, size=size, mode="bilinear", align_corners=self.align_corners)
 
     def _taps(self, first: int, last: int, device: torch.device) -> _Taps | None:

@@ -12,7 +12,6 @@ The first two are inside one torch operator, `attend`.
 Shapes: B batch, D key width, C value width, N query positions, M key positions.
 """
 
-import functools
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -42,6 +41,7 @@ __all__ = [
 ]
 
 
+_HAS_TRITON = find_spec("triton") is not None
 _TRITON_KEY_WIDTH = 64
 """The widest keys that were measured; a program's share of wider ones may not fit its memory."""
 
@@ -66,14 +66,8 @@ def _triton_fits(query_BDN: Tensor, value_BCM: Tensor) -> bool:
         and value_BCM.numel() > 0
         and torch.version.hip is None
         and torch.cuda.get_device_capability(query_BDN.device) == (9, 0)
-        and _has_triton()
+        and _HAS_TRITON
     )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _triton_attention() -> ModuleType:

@@ -44,7 +44,7 @@ Configurations = dict[str, Configuration]
 _HOPPER: Configurations = {
     "forward": Configuration(128, 64, 256, 8, 3),
     "query": Configuration(128, 64, 256, 8, 3, descriptors=True),
-    "key_value": Configuration(128, 32, 256, 8, 3, descriptors=True),
+    "key_value": Configuration(64, 32, 256, 4, 3, descriptors=True),
 }
 _HOPPER_FEW_POSITIONS: Configurations = {
     "forward": Configuration(64, 64, 256, 4, 3, descriptors=True),
@@ -52,8 +52,8 @@ _HOPPER_FEW_POSITIONS: Configurations = {
     "key_value": Configuration(64, 32, 256, 4, 2, descriptors=True),
 }
 _FEW_PROGRAMS = 1.5
-"""Programs of 128 positions for each multiprocessor, below which smaller ones share them better:
-by a tenth at N = 9409 and batch 1 on an H200, where larger ones win by a fifth at N = 32768."""
+"""Programs of 128 positions for each multiprocessor, below which smaller ones share them better: a
+little so at N = 9409 and batch 1 on an H200, where larger ones win by a fifth at N = 32768."""
 
 
 class Problem(NamedTuple):

@@ -81,9 +81,10 @@ def gpu_attention() -> str:
 
 def gpu_network() -> str:
     """The whole network on a GPU, in the forms that were run."""
-    columns = ("mode", "batch", "size", "form", "milliseconds", "images_per_second", "peak_GiB")
-    cells = [[row[column] for column in columns] for row in rows_of("gpu_network")]
-    return markdown(["what", "batch", "size", "form", "ms", "images/s", "peak GiB"], cells)
+    columns = ("commit", "mode", "batch", "size", "form", "milliseconds", "images_per_second")
+    columns += ("peak_GiB",)
+    cells = [[row[column] or "-" for column in columns] for row in rows_of("gpu_network")]
+    return markdown(["run", "what", "batch", "size", "form", "ms", "images/s", "peak GiB"], cells)
 
 
 def mmsegmentation() -> str:

@@ -1,13 +1,15 @@
-"""Fills Triton's and torch's caches with what `position_attention.py` runs, on many cores at once.
+"""Fills Triton's and torch's caches with what `position_attention.py` runs, on all cores at once.
 
     PYTHONPATH=src python benchmarks/gpu/compile_ahead.py
 
-Compiling takes most of a short visit to a GPU; kernels found in the cache take none of it.
+Compiling takes most of a short visit to a GPU; kernels found in the cache take none of it. Network
+and training step are compiled ahead by `network.py --compile-only`.
 """
 
 import argparse
 import concurrent.futures
 import multiprocessing
+import os
 
 import torch
 from candidates import candidates, triton_configurations
@@ -31,7 +33,7 @@ def run_once(name: str, case: Case) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--configurations", action="store_true", help="only each of the list")
     parser.add_argument("--tiny", action="store_true", help="small enough for a CPU")
     args = parser.parse_args()

@@ -47,6 +47,7 @@ CASES = [
 CONFIGURATION_CASES = [
     Case(torch.bfloat16, 2, 193, 321, 64, 512),
     Case(torch.bfloat16, 1, 256, 512, 64, 512),
+    Case(torch.float16, 1, 256, 512, 64, 512),
 ]
 """With and without masks, for each configuration of the Triton kernels."""
 

@@ -5,7 +5,7 @@
 
 Prediction of whole pictures, with and without label maps, and training steps, on random pictures
 with random weights. Forms take turns on the same device in one process. Writes network.csv, row by
-row, and profile.txt: the kernels that the compiled prediction of a large picture spends time in.
+row, and with --profile profile.txt: the kernels that a large picture's logits spend time in.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def prepare(case: Case, form: str, device: torch.device, tiny: bool) -> Runner:
 def measured(
     case: Case, form: str, device: torch.device, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Median seconds of a run and peak bytes, weights included; or why there are none."""
+    """Median milliseconds of a run and peak GiB, weights included; or why there are none."""
     gc.collect()
     on_gpu = device.type == "cuda"
     if on_gpu:

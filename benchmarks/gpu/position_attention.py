@@ -71,10 +71,13 @@ def report(out: Path) -> None:
     print(f"\n{len(checks) - len(wrong)} checks passed, {len(wrong)} not")
     for row in wrong:
         print(f"  {row['candidate']:16}  {row['case']}: {row['verdict']}")
-    for direction in dict.fromkeys(row["direction"] for row in rows):
-        of = [row for row in rows if row["direction"] == direction]
+    groups = ("direction", "dtype", "key_width", "channels")
+    for group in dict.fromkeys(tuple(row[column] for column in groups) for row in rows):
+        direction, dtype, key_width, channels = group
+        of = [row for row in rows if tuple(row[column] for column in groups) == group]
         shapes = list(dict.fromkeys((row["batch"], row["positions"]) for row in of))
-        print(f"\n{direction}, milliseconds\n{'batch x positions':18}", end="")
+        print(f"\n{direction}, milliseconds, {dtype}, widths {key_width} and {channels}")
+        print(f"{'batch x positions':18}", end="")
         print("".join(f"{f'{batch} x {positions}':>12}" for batch, positions in shapes))
         for candidate in dict.fromkeys(row["candidate"] for row in of):
             found = {(r["batch"], r["positions"]): r for r in of if r["candidate"] == candidate}

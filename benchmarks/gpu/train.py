@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset, Subset
 
 from danet import DANet
-from danet.config import RunConfig, load_recipe
+from danet.config import load_recipe
 from danet.data.loader import training_samples
 from danet.data.spec import Sample
 from danet.errors import TrainingStopped
@@ -29,46 +29,25 @@ from danet.training import loop
 from danet.training.build import build_model
 from danet.training.checkpoint import RunFolder, load_checkpoint, model_weights
 
-TRIAL_STEPS = 150
 RESERVE_SECONDS = 15
 """For starting the workers, validating and writing."""
 
 
-def read(samples: ConcatDataset[Sample], indices: range) -> list[Sample]:
-    """Some of the training pictures."""
-    return [samples[index] for index in indices]
+def read(samples: Dataset[Sample], indices: list[int]) -> dict[int, Sample]:
+    """Some of the pictures."""
+    return {index: samples[index] for index in indices}
 
 
-def in_memory(samples: ConcatDataset[Sample], processes: int) -> ConcatDataset[Sample]:
+def in_memory(samples: Subset[Sample], processes: int) -> Subset[Sample]:
     """The same pictures, read by several processes."""
-    parts = [range(start, len(samples), 8 * processes) for start in range(8 * processes)]
-    found: list[Sample | None] = [None] * len(samples)
+    needed = sorted(set(samples.indices))
+    parts = [needed[start :: 8 * processes] for start in range(8 * processes)]
+    found: dict[int, Sample] = {}
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for indices, some in zip(
-            parts, pool.map(functools.partial(read, samples), parts), strict=True
-        ):
-            for index, sample in zip(indices, some, strict=True):
-                found[index] = sample
-    return ConcatDataset([_Listed(found)])
-
-
-class _Listed(Dataset[Sample]):
-    def __init__(self, samples: list[Sample | None]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.samples[index]
-        assert sample is not None
-        return sample
-
-
-def with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The recipe with as many steps."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+        for some in pool.map(functools.partial(read, samples.dataset), parts):
+            found |= some
+    return Subset(found, samples.indices)
 
 
 def main() -> None:
@@ -76,7 +55,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--trial", action="store_true", help="only the short run")
+    parser.add_argument("--trial-steps", type=int, default=150, help="of the short run")
     parser.add_argument("--run", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu/out")))
     args = parser.parse_args()
@@ -90,19 +69,18 @@ def main() -> None:
 
     trial = RunFolder(args.run / "trial")
     shutil.rmtree(trial.path, ignore_errors=True)
-    quick = config.train.model_copy(update={"steps": TRIAL_STEPS, "validate_every": None})
+    quick = config.train.model_copy(update={"steps": args.trial_steps, "validate_every": None})
     loop.train(config.model_copy(update={"train": quick}), trial.path)
     rates = [row["images_per_second"] for row in trial.read_metrics() if "loss" in row]
     rate = statistics.median(rates[len(rates) // 2 :])
     left = 60 * args.minutes - (time.monotonic() - start) - RESERVE_SECONDS
-    steps = int(rate * left / config.train.batch_size)
+    steps = max(1, int(rate * left / config.train.batch_size))
     print(f"{rate:.0f} pictures a second; {steps} steps in {left:.0f} s", flush=True)
-    if args.trial:
-        return
 
     run = RunFolder(args.run / "whole")
     shutil.rmtree(run.path, ignore_errors=True)
-    config = with_steps(config, steps)
+    settings = config.train.model_copy(update={"steps": steps})
+    config = config.model_copy(update={"train": settings})
     try:
         loop.train(config, run.path)
     except TrainingStopped as error:

@@ -4,6 +4,7 @@ The first call on a shape times them; `timings` has what was found. Shapes: B ba
 value width, N query positions, M key positions.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ from danet.kernels.triton_attention import (
     Configuration,
     Problem,
     as_rows,
-    attend,
     key_value_gradients,
+    launch_forward,
     query_gradient,
+    row_dots,
 )
 
 SMALL = 2**22
@@ -70,7 +72,7 @@ class _PositionAttention(torch.autograd.Function):
         ctx: Any, query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor, choices: Choices
     ) -> Tensor:
         inputs = tuple(map(as_rows, (query_BDN, key_BDM, value_BCM)))
-        output_BNC, logsumexp_BN = _fastest("forward", attend, inputs, inputs, choices)
+        output_BNC, logsumexp_BN = _fastest("forward", launch_forward, inputs, choices)
         ctx.save_for_backward(*inputs, output_BNC, logsumexp_BN)
         ctx.choices = choices
         return output_BNC.transpose(1, 2)
@@ -78,19 +80,26 @@ class _PositionAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BCN: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        saved = ctx.saved_tensors
-        arguments = (as_rows(grad_BCN), *saved)
-        query_grad = _fastest("query", query_gradient, arguments, saved, ctx.choices)
-        key_grad, value_grad = _fastest(
-            "key_value", key_value_gradients, arguments, saved, ctx.choices
-        )
+        *inputs, output_BNC, logsumexp_BN = ctx.saved_tensors
+        grad_BNC = as_rows(grad_BCN)
+        dots = functools.cache(functools.partial(row_dots, grad_BNC, output_BNC))
+
+        def query(*inputs_and_choice: Any) -> Tensor:
+            *inputs, choice = inputs_and_choice
+            return query_gradient(grad_BNC, *inputs, logsumexp_BN, dots(choice.width), choice)
+
+        def key_value(*inputs_and_choice: Any) -> tuple[Tensor, Tensor]:
+            *inputs, choice = inputs_and_choice
+            return key_value_gradients(grad_BNC, *inputs, logsumexp_BN, dots(choice.width), choice)
+
+        query_grad = _fastest("query", query, inputs, ctx.choices)
+        key_grad, value_grad = _fastest("key_value", key_value, inputs, ctx.choices)
         return *(grad.transpose(1, 2) for grad in (query_grad, key_grad, value_grad)), None
 
 
 def _fastest(
     name: str,
     run: Callable[..., Any],
-    arguments: Sequence[Tensor],
     inputs: Sequence[Tensor],
     choices: Choices,
 ) -> Any:
@@ -98,19 +107,20 @@ def _fastest(
     problem, or with the first on a small one.
 
     Args:
-        inputs: begin with query, key and value.
+        run: takes the inputs and a configuration.
+        inputs: query, key and value.
 
     Raises:
         RuntimeError: none runs.
     """
-    query, _, value = inputs[:3]
+    query, _, value = inputs
     problem = Problem.of(query, value)
     listed = [choice for choice in choices[name] if (name, choice) not in refused]
     is_small = problem.batch * problem.queries * problem.keys < SMALL
     if len(listed) == 1 or (listed and is_small):
-        return run(*arguments, listed[0])
+        return run(*inputs, listed[0])
     found = [
-        _timing(name, problem, query.dtype, choice, lambda choice=choice: run(*arguments, choice))
+        _timing(name, problem, query.dtype, choice, lambda choice=choice: run(*inputs, choice))
         for choice in listed
     ]
     timed = [timing for timing in found if timing.milliseconds is not None]
@@ -118,7 +128,7 @@ def _fastest(
         failures = [timing.failure for timing in found] or ["all were refused"]
         raise RuntimeError(f"no configuration of {name} runs: {failures[0]}")
     best = min(timed, key=lambda timing: timing.milliseconds or 0)
-    return run(*arguments, best.configuration)
+    return run(*inputs, best.configuration)
 
 
 def _timing(

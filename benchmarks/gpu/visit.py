@@ -35,6 +35,7 @@ from torch import Tensor
 
 from danet.kernels.triton_attention import Configuration
 
+CASE_COLUMNS = ("candidate", "batch", "positions", "key_width", "channels", "direction", "dtype")
 DIRECTIONS = ("forward", "forward+backward")
 ERROR_COLUMNS = ("output_error", "query_error", "key_error", "value_error")
 
@@ -157,20 +158,20 @@ class Visit:
 
     def _time(self) -> None:
         path = self.args.out / "attention.csv"
-        keys = ("candidate", "batch", "positions", "direction")
-        done = {tuple(row[key] for key in keys) for row in read_rows(path)}
+        widths, dtype = [str(width) for width in self.args.widths], self.args.dtype
+        done = {tuple(row[key] for key in CASE_COLUMNS) for row in read_rows(path)}
         rate = product_rate(self.dtype, self.device)
         print(f"{self.args.dtype} products: {rate:.3g} TFLOP/s", flush=True)
         for batch in self.args.batches:
             for positions in self.args.positions:
                 for name in self.candidates:
                     for direction in DIRECTIONS:
-                        key = (name, str(batch), str(positions), direction)
+                        key = (name, str(batch), str(positions), *widths, direction, dtype)
                         if key in done or self._is_late():
                             continue
                         timed = functools.partial(self._timed, name, batch, positions, direction)
                         found = self._attempt(name, timed)
-                        row = self._row(dict(zip(keys, key, strict=True)), found, rate)
+                        row = self._row(dict(zip(CASE_COLUMNS, key, strict=True)), found, rate)
                         append_rows(path, [row])
                         cells = f"{row['milliseconds']} ms  {row['extra_MiB']} MiB  {row['note']}"
                         print(
@@ -214,9 +215,6 @@ class Visit:
         on_gpu = self.device.type == "cuda"
         return {
             **key,
-            "key_width": self.args.widths[0],
-            "channels": self.args.widths[1],
-            "dtype": self.args.dtype,
             "milliseconds": "" if taken is None else f"{taken:.4g}",
             "tflops": "" if tflops is None else f"{tflops:.4g}",
             "share_of_products": "" if tflops is None else f"{tflops / rate:.3f}",

@@ -76,8 +76,30 @@ def test_the_visits_script_runs_on_a_cpu(tmp_path: Path) -> None:
         assert (row["milliseconds"] == "") == lacks_gradients
         assert bool(row["note"]) == (row["candidate"] != "eager N x N")
     assert "forward+backward, milliseconds" in shown
-    # Started again it finds everything done.
+    # Started again it finds everything done, but for another dtype.
     assert "check " not in run_python(*arguments, TRITON_INTERPRET="1")
+    shown = run_python(*arguments, "--dtype", "float16", "--times-only", TRITON_INTERPRET="1")
+    assert shown.count("time ") == 2 * 2 * len(names)
+
+
+@pytest.mark.slow
+def test_the_networks_script_runs_on_a_cpu(tmp_path: Path) -> None:
+    run_python("network.py", "--tiny", "--out", tmp_path, "--warmup", 1, "--repeats", 1)
+    with (tmp_path / "network.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["mode"] for row in rows] == ["logits", *3 * ["label maps"], *3 * ["training step"]]
+    trained = [float(row["weights_norm"]) for row in rows[-3:]]
+    assert all(row["milliseconds"] for row in rows)
+    assert max(trained) - min(trained) < 1e-3 * trained[0]
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_ahead_of_a_visit() -> None:
+    arguments = ("compile_ahead.py", "--tiny", "--processes", 1)
+    shown = run_python(*arguments, TRITON_INTERPRET="1")
+    assert shown.splitlines() == [
+        "triton 1 of 1, bfloat16 1 x 20 x 33, 16 and 64, channels last: compiled"
+    ]
 
 
 @pytest.mark.slow
@@ -117,6 +139,10 @@ def test_kernels_compile_for_gpus_that_are_not_there(tmp_path: Path) -> None:
     script = """
 import json
 from compiled_kernels import compile_row, jobs
+from configurations import HALF_PRECISION
+from danet.kernels import triton_attention
+for chosen in (triton_attention._HOPPER, triton_attention._HOPPER_FEW_POSITIONS):
+    assert all(chosen[name] in listed for name, listed in HALF_PRECISION[90].items())
 first = {}
 for job in jobs([90]):
     first.setdefault(job.kernel, job)

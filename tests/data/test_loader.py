@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from danet.config import DataConfig, ExtraData
-from danet.data.loader import StepSampler, derive_seed, training_batches, training_samples
+from danet.data.loader import Cached, StepSampler, derive_seed, training_batches, training_samples
 from danet.data.spec import DatasetSpec, Sample
 from danet.errors import UserError
 
@@ -113,9 +113,7 @@ def test_processes_share_a_batch_without_repeats() -> None:
 
 def test_cache_reads_each_picture_once() -> None:
     dataset = Numbered()
-    assert_same(
-        batches(config=CONFIG.model_copy(update={"cache": True}), dataset=dataset), batches()
-    )
+    assert_same(batches(dataset=Cached(dataset)), batches())
     assert dataset.reads == 12
 
 
@@ -140,6 +138,9 @@ def test_extra_pictures_are_the_main_datasets_own_where_no_folder_is_named(tmp_p
     config = DataConfig(name="folder", root=tmp_path, extra=(ExtraData(name="folder", repeat=3),))
     _, samples = training_samples(config)
     assert [sample.name for sample in samples] == ["0"] * 4
+    assert samples[0] is not samples[3]
+    _, samples = training_samples(config.model_copy(update={"cache": True}))
+    assert samples[0] is samples[3]
 
 
 def test_extra_pictures_of_other_classes_are_refused(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ def test_rows_are_those_of_torchs_interpolation(size: tuple[int, int], align_cor
         Resized(Stored(stored), size, align_corners),
         plain(stored, size, align_corners),
     )
-    for first in range(0, size[0], 7):
-        last = min(first + 7, size[0])
+    strips = [(first, min(first + 7, size[0])) for first in range(0, size[0], 7)]
+    for first, last in [*strips, (0, size[0])]:
         torch.testing.assert_close(
             resized.rows(first, last), expected[:, :, first:last], rtol=1e-5, atol=2e-6
         )

@@ -24,29 +24,51 @@ def derive_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
-def training_samples(config: DataConfig) -> tuple[DatasetSpec, ConcatDataset[Sample]]:
-    """The recipe's training pictures, one after another, and their classes.
+def training_samples(config: DataConfig) -> tuple[DatasetSpec, Subset[Sample]]:
+    """The pictures that an epoch of the recipe shows, and their classes.
 
     Raises:
         UserError: a dataset cannot be opened, or the extra ones have other classes.
     """
     main = open_dataset(config.name, config.root, config.train_split)
-    parts = [_first(main, config.train_images)]
+    opened = [main]
+    shown = _first(main, 0, config.train_images)
     for extra in config.extra:
         same = extra.root is None and extra.name == config.name
+        if same and extra.split == config.train_split:
+            shown += extra.repeat * _first(main, 0, extra.images)
+            continue
         dataset = open_dataset(extra.name, config.root if same else extra.root, extra.split)
         if dataset.spec.classes != main.spec.classes:
             raise UserError(
                 f"data.extra: {extra.name} has other classes than {config.name}; "
                 "pictures can be added only where the classes agree"
             )
-        parts += extra.repeat * [_first(dataset, extra.images)]
-    return main.spec, ConcatDataset(parts)
+        shown += extra.repeat * _first(dataset, sum(map(len, opened)), extra.images)
+        opened.append(dataset)
+    pictures: Dataset[Sample] = ConcatDataset(cast(list[Dataset[Sample]], opened))
+    return main.spec, Subset(Cached(pictures) if config.cache else pictures, shown)
 
 
-def _first(dataset: SegmentationDataset, count: int | None) -> Dataset[Sample]:
+def _first(dataset: SegmentationDataset, offset: int, count: int | None) -> list[int]:
     length = len(dataset)
-    return Subset(cast(Dataset[Sample], dataset), range(min(length, count or length)))
+    return list(range(offset, offset + min(length, count or length)))
+
+
+class Cached(Dataset[Sample]):
+    """Pictures that stay in the memory of the process that read them."""
+
+    def __init__(self, pictures: Dataset[Sample]) -> None:
+        self.pictures = pictures
+        self._read: dict[int, Sample] = {}
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.pictures))
+
+    def __getitem__(self, index: int) -> Sample:
+        if index not in self._read:
+            self._read[index] = self.pictures[index]
+        return self._read[index]
 
 
 class Batch(NamedTuple):
@@ -69,7 +91,6 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
         self.class_mix = config.class_mix
         self.seed = seed
         self.length = len(cast(Sized, samples))
-        self._cache: dict[int, Sample] | None = {} if config.cache else None
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
@@ -91,17 +112,10 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
         return crop
 
     def _crop(self, index: int) -> tuple[Tensor, Tensor]:
-        sample = self._read(index)
+        sample = self.samples[index]
         label = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(sample.label)))
         image, label = self.transform(sample.image, label)
         return image.as_subclass(Tensor), label.as_subclass(Tensor)
-
-    def _read(self, index: int) -> Sample:
-        if self._cache is None:
-            return self.samples[index]
-        if index not in self._cache:
-            self._cache[index] = self.samples[index]
-        return self._cache[index]
 
 
 class StepSampler(Sampler[list[int]]):

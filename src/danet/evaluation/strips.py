@@ -82,7 +82,7 @@ class Resized:
         return ((row + 0.5) * torch.tensor(self.source.height / self.height) - 0.5).clamp(min=0)
 
     def rows(self, first: int, last: int) -> Tensor:
-        if (first, last) == (0, self.height):  # the same, in one pass
+        if (first, last) == (0, self.height):  # the same but for rounding, in one pass
             return self._resized(self.source.rows(0, self.source.height), self.height)
         wide = self._widened(self.source.rows(*self._span(first, last)))
         return _between(wide, self._taps(first, last, wide.device))

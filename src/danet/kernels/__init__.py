@@ -3,18 +3,15 @@
 One exact result, three ways to it:
 
 - matrix products on blocks (`danet.kernels.blocks`): on every device and in every dtype;
-- our Triton kernels (`danet.kernels.triton_attention`): for half precision on NVIDIA GPUs of
-  compute capability 9.0, where they were measured;
-- torch's fused attention (`danet.kernels.fused`): for half precision on other NVIDIA GPUs.
+- our Triton kernels (`danet.kernels.triton_attention`), where `danet.kernels.hopper` says so;
+- torch's fused attention (`danet.kernels.fused`): for half precision on other NVIDIA GPUs of
+  compute capability 8.0 and above, and for wider keys.
 
 The first two are inside one torch operator, `attend`.
 
 Shapes: B batch, D key width, C value width, N query positions, M key positions.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from danet.kernels.blocks import (
     without_autocast,
 )
 from danet.kernels.fused import attend_by_heads, fused_attention_fits
+from danet.kernels.hopper import hopper_kernels_fit, run_hopper_kernels
 
 __all__ = [
     "attend",
@@ -41,46 +39,24 @@ __all__ = [
 ]
 
 
-_HAS_TRITON = find_spec("triton") is not None
-_TRITON_KEY_WIDTH = 64
-"""The widest keys that were measured; a program's share of wider ones may not fit its memory."""
-
-
 def position_attention(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
     """Output B C N by the best way for the inputs, which must be of one device and dtype."""
-    fits_triton = _triton_fits(query_BDN, value_BCM)
-    if not fits_triton and fused_attention_fits(query_BDN, value_BCM):
+    fits_hopper = hopper_kernels_fit(query_BDN, value_BCM)
+    if not fits_hopper and fused_attention_fits(query_BDN, value_BCM):
         return attend_by_heads(query_BDN, key_BDM, value_BCM)
     output_BCN: Tensor
     output_BCN, _ = attend(query_BDN, key_BDM, value_BCM)
     return output_BCN
 
 
-def _triton_fits(query_BDN: Tensor, value_BCM: Tensor) -> bool:
-    """Whether our Triton kernels take these inputs, and are the fastest way known."""
-    return (
-        query_BDN.device.type == "cuda"
-        and query_BDN.dtype in (torch.float16, torch.bfloat16)
-        and query_BDN.shape[1] <= _TRITON_KEY_WIDTH
-        and query_BDN.numel() > 0
-        and value_BCM.numel() > 0
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(query_BDN.device) == (9, 0)
-        and _HAS_TRITON
-    )
-
-
-def _triton_attention() -> ModuleType:
-    """Imported only where it is used: not every torch comes with Triton."""
-    return import_module("danet.kernels.triton_attention")
-
-
 @torch.library.custom_op("danet::position_attention", mutates_args=())
 def attend(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
     """Output B C N in the value's dtype, and the log-sum-exp B N of each row of scores."""
-    if _triton_fits(query_BDN, value_BCM):
-        output_BCN, logsumexp_BN = _triton_attention().forward(query_BDN, key_BDM, value_BCM)
-        return output_BCN, logsumexp_BN
+    if hopper_kernels_fit(query_BDN, value_BCM):
+        found = run_hopper_kernels("forward", query_BDN, key_BDM, value_BCM)
+        if found is not None:
+            output_BCN, logsumexp_BN = found
+            return output_BCN, logsumexp_BN
     return blocks.forward(query_BDN, key_BDM, value_BCM)
 
 
@@ -94,12 +70,13 @@ def attend_backward(
     logsumexp_BN: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, shaped and typed as these."""
-    if _triton_fits(query_BDN, value_BCM):
-        query_grad, key_grad, value_grad = _triton_attention().backward(
-            grad_BCN, query_BDN, key_BDM, value_BCM, output_BCN, logsumexp_BN
-        )
-        return query_grad, key_grad, value_grad
-    return blocks.backward(grad_BCN, query_BDN, key_BDM, value_BCM, output_BCN, logsumexp_BN)
+    inputs = (grad_BCN, query_BDN, key_BDM, value_BCM, output_BCN, logsumexp_BN)
+    if hopper_kernels_fit(query_BDN, value_BCM):
+        found = run_hopper_kernels("backward", *inputs)
+        if found is not None:
+            query_grad, key_grad, value_grad = found
+            return query_grad, key_grad, value_grad
+    return blocks.backward(*inputs)
 
 
 @attend.register_fake

@@ -27,6 +27,14 @@ from torch import Tensor
 
 from danet.kernels.cpu import has_amx, multiplies_bfloat16_fast
 
+# Asked once: older compilers cannot trace the question, and would break a graph there, after which
+# they compiled in every call.
+_AUTOCAST_DEVICES = frozenset(
+    device_type
+    for device_type in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "xla", "privateuseone")
+    if torch.amp.is_autocast_available(device_type)
+)
+
 
 class BlockShape(NamedTuple):
     """How many rows and columns of scores are formed at a time."""
@@ -125,11 +133,9 @@ def fast_exact_float32(device: torch.device) -> Iterator[None]:
         yield
 
 
-# Older compilers cannot trace torch's own, and would break the graph, and compile in every call.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_autocast(device_type: str) -> bool:
     """Whether torch has an autocast for a type of device."""
-    return torch.amp.is_autocast_available(device_type)
+    return device_type in _AUTOCAST_DEVICES
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

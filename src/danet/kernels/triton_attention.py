@@ -4,7 +4,8 @@ Shapes: B batch, S parts of the channels, D key width, C value width, N query po
 positions. The kernels take B N C with channels next to each other, which is how channels-last
 features lie in memory; anything else is copied so once.
 
-`benchmarks/gpu` measures the configurations; here are those that were fastest on an H200.
+`benchmarks/gpu` measures the configurations; here are those that were fastest on an H200. A launch
+with tensor descriptors sets Triton's allocator for its thread, as other users of them do.
 """
 
 from typing import NamedTuple
@@ -41,15 +42,18 @@ class Configuration(NamedTuple):
 Configurations = dict[str, Configuration]
 """One for each of the kernels "forward", "query" and "key_value"."""
 
+_WIDTH = 256
+"""Channels of a program: 512 fill its registers, and 128 form the scores twice as often."""
+
 _HOPPER: Configurations = {
-    "forward": Configuration(128, 64, 256, 8, 3),
-    "query": Configuration(128, 64, 256, 8, 3, descriptors=True),
-    "key_value": Configuration(64, 32, 256, 4, 3, descriptors=True),
+    "forward": Configuration(128, 64, _WIDTH, 8, 3),
+    "query": Configuration(128, 64, _WIDTH, 8, 3, descriptors=True),
+    "key_value": Configuration(64, 32, _WIDTH, 4, 3, descriptors=True),
 }
 _HOPPER_FEW_POSITIONS: Configurations = {
-    "forward": Configuration(64, 64, 256, 4, 3, descriptors=True),
-    "query": Configuration(64, 64, 256, 4, 3, descriptors=True),
-    "key_value": Configuration(64, 32, 256, 4, 2, descriptors=True),
+    "forward": Configuration(64, 64, _WIDTH, 4, 3, descriptors=True),
+    "query": Configuration(64, 64, _WIDTH, 4, 3, descriptors=True),
+    "key_value": Configuration(64, 32, _WIDTH, 4, 2, descriptors=True),
 }
 _FEW_PROGRAMS = 1.5
 """Programs of 128 positions for each multiprocessor, below which smaller ones share them better: a
@@ -88,7 +92,7 @@ def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tens
     """Output B C N in the inputs' dtype, and the log-sum-exp B N, which is float32."""
     query_BND, key_BMD, value_BMC = map(as_rows, (query_BDN, key_BDM, value_BCM))
     chosen = configurations(Problem.of(query_BND, value_BMC), query_BND.device)
-    output_BNC, logsumexp_BN = attend(query_BND, key_BMD, value_BMC, chosen["forward"])
+    output_BNC, logsumexp_BN = launch_forward(query_BND, key_BMD, value_BMC, chosen["forward"])
     return output_BNC.transpose(1, 2), logsumexp_BN
 
 
@@ -105,9 +109,13 @@ def backward(
         as_rows, (grad_BCN, query_BDN, key_BDM, value_BCM, output_BCN)
     )
     chosen = configurations(Problem.of(query_BND, value_BMC), query_BND.device)
-    inputs = (grad_BNC, query_BND, key_BMD, value_BMC, output_BNC, logsumexp_BN)
-    grad_query_BND = query_gradient(*inputs, chosen["query"])
-    grad_key_BMD, grad_value_BMC = key_value_gradients(*inputs, chosen["key_value"])
+    of_query, of_key_value = chosen["query"], chosen["key_value"]
+    dots = {w: row_dots(grad_BNC, output_BNC, w) for w in {of_query.width, of_key_value.width}}
+    inputs = (grad_BNC, query_BND, key_BMD, value_BMC, logsumexp_BN)
+    grad_query_BND = query_gradient(*inputs, dots[of_query.width], of_query)
+    grad_key_BMD, grad_value_BMC = key_value_gradients(
+        *inputs, dots[of_key_value.width], of_key_value
+    )
     return (
         grad_query_BND.transpose(1, 2),
         grad_key_BMD.transpose(1, 2),
@@ -118,12 +126,14 @@ def backward(
 def as_rows(tensor_BCN: Tensor) -> Tensor:
     """B N C with channels next to each other and positions apart."""
     tensor_BNC = tensor_BCN.transpose(1, 2)
+    _, positions, channels = tensor_BNC.shape
     _, row, channel = tensor_BNC.stride()
-    fits = channel == 1 and row >= tensor_BNC.shape[2]
+    # Within a sample the kernels count elements in 32 bits.
+    fits = channel == 1 and channels <= row and row * positions < 2**31
     return tensor_BNC if fits else tensor_BNC.clone(memory_format=torch.contiguous_format)
 
 
-def attend(
+def launch_forward(
     query_BND: Tensor, key_BMD: Tensor, value_BMC: Tensor, configuration: Configuration
 ) -> tuple[Tensor, Tensor]:
     """Output B N C and log-sum-exp B N."""
@@ -135,19 +145,43 @@ def attend(
     return output_BNC, logsumexp_BN
 
 
+def row_dots(grad_BNC: Tensor, output_BNC: Tensor, width: int) -> Tensor:
+    """rowsum(G output), S B N, of each part of so many channels; both gradients need it."""
+    batch, queries, channels = grad_BNC.shape
+    parts = -(-channels // width)
+    row_dots_SBN = grad_BNC.new_empty(parts, batch, queries, dtype=torch.float32)
+    grid = (triton.cdiv(queries, _ROW_DOT_ROWS), parts, batch)
+    with torch.cuda.device_of(grad_BNC):  # type: ignore[no-untyped-call]
+        triton_kernels.row_dots_kernel[grid](
+            grad_BNC,
+            output_BNC,
+            row_dots_SBN,
+            *grad_BNC.stride()[:2],
+            *output_BNC.stride()[:2],
+            queries,
+            CHANNELS=channels,
+            WIDTH=min(width, _padded(channels)),
+            ROWS=_ROW_DOT_ROWS,
+        )
+    return row_dots_SBN
+
+
 def query_gradient(
     grad_BNC: Tensor,
     query_BND: Tensor,
     key_BMD: Tensor,
     value_BMC: Tensor,
-    output_BNC: Tensor,
     logsumexp_BN: Tensor,
+    row_dots_SBN: Tensor,
     configuration: Configuration,
 ) -> Tensor:
-    """B N D."""
+    """B N D.
+
+    Args:
+        row_dots_SBN: of the configuration's width.
+    """
     problem = Problem.of(query_BND, value_BMC)
     strided = (query_BND, key_BMD, value_BMC, grad_BNC)
-    row_dots_SBN = _row_dots(problem, grad_BNC, output_BNC, configuration.width)
     sums_SBND = _partial_sums(query_BND, problem.parts(configuration.width))
     tensors = (*strided, logsumexp_BN, row_dots_SBN, sums_SBND)
     _launch("query", problem, tensors, strided, configuration)
@@ -159,14 +193,17 @@ def key_value_gradients(
     query_BND: Tensor,
     key_BMD: Tensor,
     value_BMC: Tensor,
-    output_BNC: Tensor,
     logsumexp_BN: Tensor,
+    row_dots_SBN: Tensor,
     configuration: Configuration,
 ) -> tuple[Tensor, Tensor]:
-    """B M D and B M C."""
+    """B M D and B M C.
+
+    Args:
+        row_dots_SBN: of the configuration's width.
+    """
     problem = Problem.of(query_BND, value_BMC)
     strided = (query_BND, key_BMD, value_BMC, grad_BNC)
-    row_dots_SBN = _row_dots(problem, grad_BNC, output_BNC, configuration.width)
     sums_SBMD = _partial_sums(key_BMD, problem.parts(configuration.width))
     grad_value_BMC = torch.empty_like(value_BMC, memory_format=torch.contiguous_format)
     tensors = (*strided, logsumexp_BN, row_dots_SBN, sums_SBMD, grad_value_BMC)
@@ -181,25 +218,6 @@ def _partial_sums(like_BND: Tensor, parts: int) -> Tensor:
 
 def _total(sums_SBND: Tensor, dtype: torch.dtype) -> Tensor:
     return sums_SBND[0] if len(sums_SBND) == 1 else sums_SBND.sum(0).to(dtype)
-
-
-def _row_dots(problem: Problem, grad_BNC: Tensor, output_BNC: Tensor, width: int) -> Tensor:
-    parts = problem.parts(width)
-    row_dots_SBN = grad_BNC.new_empty(parts, problem.batch, problem.queries, dtype=torch.float32)
-    grid = (triton.cdiv(problem.queries, _ROW_DOT_ROWS), parts, problem.batch)
-    with torch.cuda.device_of(grad_BNC):  # type: ignore[no-untyped-call]
-        triton_kernels.row_dots_kernel[grid](
-            grad_BNC,
-            output_BNC,
-            row_dots_SBN,
-            *grad_BNC.stride()[:2],
-            *output_BNC.stride()[:2],
-            problem.queries,
-            CHANNELS=problem.channels,
-            WIDTH=min(width, _padded(problem.channels)),
-            ROWS=_ROW_DOT_ROWS,
-        )
-    return row_dots_SBN
 
 
 def _launch(

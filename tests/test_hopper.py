@@ -1,0 +1,98 @@
+"""When our Triton kernels are taken, without a GPU: tests/bench runs and compiles them."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from danet import functional, kernels
+from danet.kernels import hopper, triton_attention
+from danet.kernels.triton_attention import Problem
+
+
+def fits(
+    *,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    sizes: tuple[int, int, int, int, int] = (1, 9409, 9409, 64, 512),
+    capability: tuple[int, int] = (9, 0),
+) -> bool:
+    batch, queries, keys, key_width, channels = sizes
+
+    def stub(*shape: int) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        of = torch.device(device)
+        return SimpleNamespace(shape=shape, device=of, dtype=dtype, numel=lambda: count)
+
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.dict(hopper._state, usable=True),
+    ):
+        return hopper.hopper_kernels_fit(
+            stub(batch, key_width, queries), stub(batch, channels, keys)
+        )
+
+
+def test_half_precision_on_hopper_takes_the_kernels() -> None:
+    assert fits()
+    assert fits(dtype=torch.float16)
+    assert fits(sizes=(2, 33, 20, 3, 7))
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [
+        {"device": "cpu"},
+        {"dtype": torch.float32},
+        {"capability": (8, 0)},
+        {"capability": (10, 0)},
+        {"sizes": (1, 9409, 9409, 65, 512)},
+        {"sizes": (0, 9409, 9409, 64, 512)},
+        {"sizes": (1, 9409, 9409, 64, 0)},
+        {"sizes": (65_536, 4, 4, 64, 512)},
+        {"sizes": (1, 4, 2**22, 64, 512)},
+    ],
+)
+def test_everything_else_takes_another_way(otherwise: dict) -> None:
+    assert not fits(**otherwise)
+
+
+@pytest.mark.parametrize(
+    ("batch", "positions", "channels", "rows"),
+    [(1, 9409, 512, 64), (1, 32768, 512, 128), (2, 9409, 512, 128), (32, 2704, 128, 128)],
+)
+def test_programs_are_small_where_there_are_few(
+    batch: int, positions: int, channels: int, rows: int
+) -> None:
+    h200 = SimpleNamespace(multi_processor_count=132)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=h200):
+        chosen = triton_attention.configurations(
+            Problem(batch, positions, positions, 64, channels), torch.device("cuda")
+        )
+    assert chosen["forward"].rows == rows
+
+
+def test_where_triton_does_not_run_the_blocks_do_and_it_is_said_once() -> None:
+    inputs = [torch.randn(1, width, 9, requires_grad=True) for width in (4, 4, 8)]
+    expected = functional.position_attention(*inputs)
+    expected.sum().backward()
+    gradients = [tensor.grad.clone() for tensor in inputs]
+    for tensor in inputs:
+        tensor.grad = None
+    failing = mock.patch.object(
+        triton_attention, "forward", side_effect=RuntimeError("Failed to find C compiler\nx")
+    )
+    usable = mock.patch.dict(hopper._state, usable=True)
+    with usable, failing as called:
+        with mock.patch.object(
+            kernels, "hopper_kernels_fit", side_effect=lambda *_: hopper._state["usable"]
+        ):
+            with pytest.warns(RuntimeWarning, match=r"\(Failed to find C compiler\), so"):
+                output = functional.position_attention(*inputs)
+            output.sum().backward()
+            functional.position_attention(*inputs)
+        assert called.call_count == 1
+    torch.testing.assert_close(output, expected)
+    for tensor, gradient in zip(inputs, gradients, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient)

@@ -19,7 +19,7 @@ demo: $(VENV)/runtime ## train on generated street scenes, evaluate, write runs/
 	@echo "Done. Open $(RUN)/report.html; the model is in $(RUN)/model. Delete $(RUN) to start anew."
 
 test: $(VENV)/development ## run the tests (minutes)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 setup: $(VENV)/development ## make .venv with everything for development
 
@@ -31,7 +31,7 @@ check: $(VENV)/development ## lint, types, who may import whom, and whether docs
 	$(BIN)/python docs/tables.py --check
 
 test-slow: $(VENV)/development $(PEER)/ready ## run the slow tests, parity with mmsegmentation among them
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 parity: $(VENV)/development $(PEER)/ready ## compare with mmsegmentation, printing the differences
 	$(BIN)/python -m pytest tests/parity -s

@@ -50,12 +50,18 @@ def test_half_precision_on_hopper_takes_the_kernels() -> None:
         {"sizes": (1, 9409, 9409, 65, 512)},
         {"sizes": (0, 9409, 9409, 64, 512)},
         {"sizes": (1, 9409, 9409, 64, 0)},
-        {"sizes": (65_536, 4, 4, 64, 512)},
-        {"sizes": (1, 4, 2**22, 64, 512)},
     ],
 )
 def test_everything_else_takes_another_way(otherwise: dict) -> None:
     assert not fits(**otherwise)
+
+
+@pytest.mark.parametrize("shape", [(65_536, 8, 4), (1, 512, 2**22)])
+def test_what_exceeds_the_kernels_counters_takes_the_blocks(shape: tuple[int, ...]) -> None:
+    with mock.patch.object(triton_attention, "forward") as called:
+        large = torch.empty(shape, device="meta")
+        assert hopper.run_hopper_kernels("forward", torch.empty(1, 8, 4), large) is None
+        assert hopper.run_hopper_kernels("forward", torch.empty(1, 8, 4)) is called.return_value
 
 
 @pytest.mark.parametrize(

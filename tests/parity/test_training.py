@@ -141,7 +141,9 @@ def test_losses_gradients_and_weights(
         rows = (f"{t:.17g},{ours:.17g}" for t, ours in zip(expected, losses, strict=True))
         (Path(folder) / name).write_text("\n".join(["mmsegmentation,danet", *rows, ""]))
     drift = max(relative(state[n].double(), last[n].double()) for n in last if last[n].ndim > 1)
-    print(f"{dtype}: first loss {differences[0]:.1e}, largest of {len(losses)} {max(differences):.1e}")
+    print(
+        f"{dtype}: first loss {differences[0]:.1e}, largest of {len(losses)} {max(differences):.1e}"
+    )
     print(f"{dtype}: last weights {drift:.1e}")
     assert differences[0] < tolerance
     if dtype == torch.float64:

@@ -17,7 +17,7 @@ _KEY_WIDTH = 64
 """The widest keys that were measured; a program's share of wider ones may not fit its memory."""
 _LARGEST_BATCH = 65_535
 """The third axis of a grid of programs."""
-_LARGEST_OFFSET = 2**31
+_LARGEST_SAMPLE = 2**31
 """Within a sample the kernels count elements in 32 bits."""
 
 _state = {"usable": find_spec("triton") is not None}
@@ -25,16 +25,12 @@ _state = {"usable": find_spec("triton") is not None}
 
 def hopper_kernels_fit(query_BDN: Tensor, value_BCM: Tensor) -> bool:
     """Whether the kernels take these inputs on this machine."""
-    batch, channels, keys = value_BCM.shape
-    _, key_width, queries = query_BDN.shape
     return (
         query_BDN.device.type == "cuda"
         and query_BDN.dtype in (torch.float16, torch.bfloat16)
-        and key_width <= _KEY_WIDTH
+        and query_BDN.shape[1] <= _KEY_WIDTH
         and query_BDN.numel() > 0
         and value_BCM.numel() > 0
-        and batch <= _LARGEST_BATCH
-        and max(key_width, channels) * max(queries, keys) < _LARGEST_OFFSET
         and torch.version.hip is None
         and torch.cuda.get_device_capability(query_BDN.device) == (9, 0)
         and _state["usable"]
@@ -42,8 +38,11 @@ def hopper_kernels_fit(query_BDN: Tensor, value_BCM: Tensor) -> bool:
 
 
 def run_hopper_kernels(function: str, *tensors: Tensor) -> tuple[Tensor, ...] | None:
-    """What a function of `triton_attention` returns; None, and never tried again, where Triton
-    does not run: it compiles at first use, which takes a C compiler and a folder to write to."""
+    """What a function of `triton_attention` returns, or None: for tensors that are too large, and,
+    never tried again, where Triton does not run. It compiles at first use, which takes a C compiler
+    and a folder to write to."""
+    if any(len(t) > _LARGEST_BATCH or t[0].numel() >= _LARGEST_SAMPLE for t in tensors):
+        return None
     try:
         module = import_module("danet.kernels.triton_attention")
         result: tuple[Tensor, ...] = getattr(module, function)(*tensors)

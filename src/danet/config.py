@@ -91,6 +91,8 @@ class DataConfig(Section):
     degradation: Fraction = 0.0
     """Probability of each of gamma 1/2..2, gains of 3/4..4/3 for each colour, greyscale and blur,
     for light and cameras that the training pictures do not show."""
+    noise: Fraction = 0.0
+    """Probability of a sensor's noise, of a standard deviation of up to 16 levels."""
     class_mix: Fraction = 0.0
     """Probability of pasting half the classes of another crop, pixel for pixel, over a crop
     (ClassMix, arXiv 2007.07936): for small datasets."""

@@ -16,6 +16,7 @@ from danet.data.transforms import (
     ClassCappedCrop,
     PhotometricDistortion,
     RandomGamma,
+    RandomNoise,
     RandomScale,
     RandomWhiteBalance,
     ScaledCrop,
@@ -206,6 +207,49 @@ class TestDegradation:
         power = 2 ** (2 * torch.rand(()).item() - 1)
         expected = 255 * (image.numpy() / 255.0) ** power
         assert np.abs(bright.numpy() - expected).max() <= 1
+
+
+class TestNoise:
+    grey = tv_tensors.Image(torch.full((3, 200, 300), 128, dtype=torch.uint8))
+
+    def noisy(self, deviation: float, grain: float) -> Tensor:
+        torch.manual_seed(0)
+        changed = RandomNoise().transform(self.grey, {"deviation": deviation, "grain": grain})
+        assert changed.dtype == torch.uint8
+        return changed.as_subclass(Tensor).double() - 128
+
+    @staticmethod
+    def of_neighbours(difference: Tensor) -> float:
+        """Their correlation."""
+        both = torch.stack([difference[..., 1:], difference[..., :-1]])
+        return torch.corrcoef(both.flatten(1))[0, 1].item()
+
+    def test_has_its_deviation_and_no_mean(self) -> None:
+        difference = self.noisy(deviation=12.0, grain=1.0)
+        assert abs(difference.std() - 12) < 0.1
+        assert abs(difference.mean()) < 0.1
+        assert abs(self.of_neighbours(difference)) < 0.02
+        colors = torch.corrcoef(difference.flatten(1))
+        assert abs(colors[0, 1]) < 0.02
+
+    def test_coarse_grain_makes_neighbours_alike(self) -> None:
+        difference = self.noisy(deviation=12.0, grain=2.5)
+        assert self.of_neighbours(difference) > 0.5
+
+    def test_labels_stay_and_a_recipe_draws_it(self) -> None:
+        image, label = pair()
+        changed, kept = RandomNoise()(image, label)
+        assert torch.equal(kept, label)
+        assert not torch.equal(changed, image)
+        plain = {"scale_range": (1.0, 1.0), "photometric_distortion": False, "flip": 0.0}
+        config = DataConfig(crop_size=(40, 30), **plain)
+        for noise, changes in ((0.0, False), (1.0, True)):
+            torch.manual_seed(0)
+            with_noise = training_transform(config.model_copy(update={"noise": noise}))(*pair())
+            torch.manual_seed(0)
+            without = training_transform(config)(*pair())
+            assert torch.equal(with_noise[1], without[1])
+            assert torch.equal(with_noise[0], without[0]) is not changes
 
 
 def test_small_pictures_are_padded_after_normalising() -> None:

@@ -6,11 +6,13 @@ distortion, normalisation, padding of the image with zeros (the mean) and of the
 Of the scaled picture only the crop is made (`ScaledCrop`).
 """
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
@@ -201,6 +203,25 @@ class RandomWhiteBalance(v2.Transform):
         return tv_tensors.Image(scaled.to(inpt.dtype))
 
 
+class RandomNoise(v2.Transform):
+    """Adds a sensor's noise: normal, of a standard deviation uniform in 0..16 levels, its grain
+    uniform in 1..2.5 pixels, for a picture may have been enlarged since."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        level, grain = torch.rand(2).tolist()
+        return {"deviation": 16 * level, "grain": 1 + 1.5 * grain}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        height, width = inpt.shape[-2:]
+        grains = [math.ceil(side / params["grain"]) for side in (height, width)]
+        noise = torch.randn(1, inpt.shape[-3], *grains).mul_(params["deviation"])
+        noise = F.interpolate(noise, size=(height, width), mode="bilinear").squeeze(0)
+        noisy = noise.add_(inpt.as_subclass(Tensor)).round_().clamp_(0, 255)
+        return tv_tensors.Image(noisy.to(inpt.dtype))
+
+
 def degradation(probability: float) -> v2.Transform:
     """Gamma, white balance, greyscale and blur, each with this probability, on images only."""
     if probability == 0:
@@ -273,6 +294,7 @@ def training_transform(config: DataConfig) -> v2.Compose:
             v2.RandomHorizontalFlip(config.flip),
             PhotometricDistortion() if config.photometric_distortion else v2.Identity(),
             degradation(config.degradation),
+            v2.RandomApply([RandomNoise()], config.noise) if config.noise else v2.Identity(),
             NormalizeAndPad(config.crop_size, config.mean, config.std),
         ]
     )

@@ -19,6 +19,7 @@ def write_model_card(
     metadata: Metadata,
     *,
     run: Path | None = None,
+    scores: dict[str, float] | None = None,
     license_id: str | None = None,
     note: str = "",
 ) -> None:
@@ -26,7 +27,8 @@ def write_model_card(
 
     Args:
         name: of the model.
-        run: the run folder that the model comes from, for its recipe and its validation score.
+        run: the run folder that the model comes from, for its recipe and its validation scores.
+        scores: in percent, by name, in place of the run's, where its weights were changed since.
         license_id: as the hub names licences, such as "mit".
         note: a paragraph of the owner's.
 
@@ -35,7 +37,8 @@ def write_model_card(
     """
     if run is not None and not (run / RECIPE_FILE).is_file():
         raise UserError(f"{run}: not a run folder; it has no {RECIPE_FILE}")
-    scores = {} if run is None else _validation(run)
+    if scores is None:
+        scores = {} if run is None else _validation(run)
     data = ModelCardData(
         license=license_id,
         library_name="danet",

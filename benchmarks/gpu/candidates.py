@@ -11,11 +11,11 @@ import torch
 import tuned_attention
 from configurations import configurations
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from danet.functional import position_attention
 from danet.kernels import blocks
-from danet.kernels.fused import attend_spread
+from danet.kernels.fused import attend_by_heads
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -39,15 +39,9 @@ def _blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return output
 
 
-def _backend(backend: SDPBackend, query: Tensor) -> SDPBackend:
-    return backend if query.device.type == "cuda" else SDPBackend.MATH
-
-
 def _spread(backend: SDPBackend, width: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    # Of few channels, heads of about the width, which is how the package has them.
-    heads = -(-value.shape[1] // width)
-    with sdpa_kernel([_backend(backend, query)]):
-        return attend_spread(query, key, value, 8 * -(-value.shape[1] // (8 * heads)))
+    backend = backend if query.device.type == "cuda" else SDPBackend.MATH
+    return attend_by_heads(query, key, value, [backend], width)
 
 
 def _triton(width: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

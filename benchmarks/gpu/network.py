@@ -73,7 +73,7 @@ TINY_CASES = [
 
 
 def prepare(case: Case, form: str, device: torch.device, tiny: bool) -> Runner:
-    """The form, ready to run; compiled ones have run once."""
+    """The form, ready to run."""
     torch._dynamo.reset()
     # PyTorch lets convolutions of float32 round to TF32, unless told not to.
     torch.backends.cudnn.allow_tf32 = "no TF32" not in form
@@ -89,13 +89,12 @@ def measured(
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
         runner = prepare(case, form, device, args.tiny)
         for _ in range(args.warmup):
             runner.run()
+        _synchronize(device)
         if on_gpu:  # what trying algorithms out took is no part of a step
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         seconds = []
         for _ in range(args.repeats):

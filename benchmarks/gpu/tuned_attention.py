@@ -84,16 +84,13 @@ class _PositionAttention(torch.autograd.Function):
         grad_BNC = as_rows(grad_BCN)
         dots = functools.cache(functools.partial(row_dots, grad_BNC, output_BNC))
 
-        def query(*inputs_and_choice: Any) -> Tensor:
-            *inputs, choice = inputs_and_choice
-            return query_gradient(grad_BNC, *inputs, logsumexp_BN, dots(choice.width), choice)
+        def of(gradients: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda query, key, value, choice: gradients(
+                grad_BNC, query, key, value, logsumexp_BN, dots(choice.width), choice
+            )
 
-        def key_value(*inputs_and_choice: Any) -> tuple[Tensor, Tensor]:
-            *inputs, choice = inputs_and_choice
-            return key_value_gradients(grad_BNC, *inputs, logsumexp_BN, dots(choice.width), choice)
-
-        query_grad = _fastest("query", query, inputs, ctx.choices)
-        key_grad, value_grad = _fastest("key_value", key_value, inputs, ctx.choices)
+        query_grad = _fastest("query", of(query_gradient), inputs, ctx.choices)
+        key_grad, value_grad = _fastest("key_value", of(key_value_gradients), inputs, ctx.choices)
         return *(grad.transpose(1, 2) for grad in (query_grad, key_grad, value_grad)), None
 
 
@@ -142,25 +139,18 @@ def _timing(
     if key not in timings:
         for call in on_trying:
             call(name, configuration)
-        timings[key] = _time(name, problem, dtype, configuration, run)
+        timings[key] = Timing(name, problem, dtype, configuration, *_time(run))
         for call in on_trying:
             call(name, None)
     return timings[key]
 
 
-def _time(
-    name: str,
-    problem: Problem,
-    dtype: torch.dtype,
-    configuration: Configuration,
-    run: Callable[[], object],
-) -> Timing:
-    milliseconds, failure = None, ""
+def _time(run: Callable[[], object]) -> tuple[float | None, str]:
+    """Milliseconds, or why there are none."""
     try:
         run()
-        milliseconds = triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median")
+        return triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median"), ""
     except Exception as error:  # compilers raise many kinds; the next configuration may run
         if is_fatal(error):
             raise
-        failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    return Timing(name, problem, dtype, configuration, milliseconds, failure)
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sized
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from torchvision import tv_tensors
 
-from danet.config import DataConfig
+from danet.config import DataConfig, ExtraData
 from danet.data import open_dataset
-from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
+from danet.data.spec import DatasetSpec, Sample
 from danet.data.transforms import paste_classes, training_transform
 from danet.errors import UserError
 
@@ -30,29 +31,29 @@ def training_samples(config: DataConfig) -> tuple[DatasetSpec, Subset[Sample]]:
     Raises:
         UserError: a dataset cannot be opened, or the extra ones have other classes.
     """
-    main = open_dataset(config.name, config.root, config.train_split)
-    opened = [main]
-    shown = _first(main, 0, config.train_images)
-    for extra in config.extra:
-        same = extra.root is None and extra.name == config.name
-        if same and extra.split == config.train_split:
-            shown += extra.repeat * _first(main, 0, extra.images)
-            continue
-        dataset = open_dataset(extra.name, config.root if same else extra.root, extra.split)
-        if dataset.spec.classes != main.spec.classes:
+    main = ExtraData(
+        name=config.name, root=config.root, split=config.train_split, images=config.train_images
+    )
+    parts = (main, *config.extra)
+    sources = [
+        (part.name, part.root or (config.root if part.name == config.name else None), part.split)
+        for part in parts
+    ]
+    opened = {source: open_dataset(*source) for source in dict.fromkeys(sources)}
+    starts = dict(zip(opened, accumulate(map(len, opened.values()), initial=0), strict=False))
+    spec = opened[sources[0]].spec
+    shown: list[int] = []
+    for part, source in zip(parts, sources, strict=True):
+        if opened[source].spec.classes != spec.classes:
             raise UserError(
-                f"data.extra: {extra.name} has other classes than {config.name}; "
+                f"data.extra: {part.name} has other classes than {config.name}; "
                 "pictures can be added only where the classes agree"
             )
-        shown += extra.repeat * _first(dataset, sum(map(len, opened)), extra.images)
-        opened.append(dataset)
-    pictures: Dataset[Sample] = ConcatDataset(cast(list[Dataset[Sample]], opened))
-    return main.spec, Subset(Cached(pictures) if config.cache else pictures, shown)
-
-
-def _first(dataset: SegmentationDataset, offset: int, count: int | None) -> list[int]:
-    length = len(dataset)
-    return list(range(offset, offset + min(length, count or length)))
+        length = len(opened[source])
+        first = range(starts[source], starts[source] + min(length, part.images or length))
+        shown += part.repeat * list(first)
+    pictures: Dataset[Sample] = ConcatDataset(cast(list[Dataset[Sample]], list(opened.values())))
+    return spec, Subset(Cached(pictures) if config.cache else pictures, shown)
 
 
 class Cached(Dataset[Sample]):

@@ -38,10 +38,15 @@ def attend_by_heads(
     key_BDM: Tensor,
     value_BCM: Tensor,
     backends: list[SDPBackend] = _BACKENDS,
+    head_channels: int = _HEAD_CHANNELS,
 ) -> Tensor:
-    """Output B C N, by the first of the kernels that takes the inputs."""
+    """Output B C N, by the first of the kernels that takes the inputs.
+
+    Args:
+        head_channels: the most that a head has of the value.
+    """
     channels = value_BCM.shape[1]
-    heads = -(-channels // _HEAD_CHANNELS)
+    heads = -(-channels // head_channels)
     width = -(-channels // (heads * _ALIGNMENT)) * _ALIGNMENT
     with sdpa_kernel(backends, set_priority=True):
         return attend_spread(query_BDN, key_BDM, value_BCM, width)

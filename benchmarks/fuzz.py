@@ -46,6 +46,7 @@ from results_file import RESULTS, commit, read_rows, write_rows
 
 from danet.data.scenes import render
 from danet.errors import UserError
+from danet.inputs import Input
 
 RESULT = RESULTS / "fuzz.csv"
 SECONDS, MEBIBYTES = 20, 8192
@@ -214,7 +215,7 @@ def read_openvino(path: Path) -> None:
 
 
 def read_tar(path: Path) -> None:
-    for picture in bulk.list_pictures([path]):
+    for picture in bulk.list_pictures([Input(path, "a")], overlay=False):
         bulk._decode(picture)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from typer.testing import CliRunner, Result
 
 import danet
 import danet.bulk
-from danet.bulk import DECODED_AHEAD, list_pictures, segment_pictures
+from danet.bulk import DECODED_AHEAD, Picture, list_pictures, segment_pictures
 from danet.cli import app
 from danet.errors import UserError
-from danet.inputs import find_inputs
+from danet.inputs import Input, find_inputs
 from danet.processes import Share
 from networks import tiny_danet
 
@@ -244,13 +245,13 @@ def test_a_name_that_is_too_long_for_its_results(model: Path, photos: Path, tmp_
 def test_a_file_that_vanishes_is_an_error_line(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = danet.bulk.output_stems
+    real = danet.bulk.list_pictures
 
-    def vanishing(paths: list[Path]) -> dict[Path, str]:
-        (photos / "03.png").unlink(missing_ok=True)
-        return real(paths)
+    def vanishing(inputs: list[Input], *, overlay: bool) -> Iterator[Picture]:
+        (photos / "03.png").unlink()
+        return real(inputs, overlay=overlay)
 
-    monkeypatch.setattr("danet.bulk.output_stems", vanishing)
+    monkeypatch.setattr("danet.bulk.list_pictures", vanishing)
     done = predict(model, photos, "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert "03.png: cannot be read" in done.output
@@ -319,11 +320,25 @@ def test_tar_archives_are_read_as_they_are(model: Path, photos: Path, tmp_path: 
     assert "05.png" in masks(tmp_path / "broken")
 
 
+def test_a_tar_may_not_ask_for_any_amount_of_memory(model: Path, tmp_path: Path) -> None:
+    member = tarfile.TarInfo("bomb.png")
+    member.size = 12 << 30
+    archive = tmp_path / "bomb.tar"
+    archive.write_bytes(member.tobuf())
+    with archive.open("r+b") as file:  # sparse: it takes no space
+        file.truncate(tarfile.BLOCKSIZE + member.size + 2 * tarfile.BLOCKSIZE)
+    picture(0).save(tmp_path / "good.png")
+    done = predict(model, archive, tmp_path / "good.png", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "bomb.tar:bomb.png: unpacks to over 512 MiB; refused" in done.output
+    assert "good.png" in masks(tmp_path / "out")
+
+
 def test_lists_of_files(photos: Path, tmp_path: Path) -> None:
     names = [str(photos / "00.png"), "", f"  {photos / '01.png'}", str(photos / "absent.png")]
     (tmp_path / "list.txt").write_text("\n".join(names))
-    paths, problems = find_inputs([f"@{tmp_path / 'list.txt'}", "@nowhere.txt"])
-    assert paths == [photos / "00.png", photos / "01.png"]
+    found, problems = find_inputs([f"@{tmp_path / 'list.txt'}", "@nowhere.txt"])
+    assert [one.path for one in found] == [photos / "00.png", photos / "01.png"]
     assert len(problems) == 2
 
 
@@ -340,8 +355,8 @@ def test_names_that_cannot_be_looked_up(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "stat", guarded)
     wrong = ["x" * 300, "foo**.jpg", f"{tmp_path}/closed/a.png", f"{tmp_path}/loop.png"]
-    paths, problems = find_inputs([*wrong, str(tmp_path / "good.png")], tmp_path / "out")
-    assert paths == [tmp_path / "good.png"]
+    found, problems = find_inputs([*wrong, str(tmp_path / "good.png")], tmp_path / "out")
+    assert [one.path for one in found] == [tmp_path / "good.png"]
     assert [problem.partition(": ")[0] for problem in problems] == wrong
 
 
@@ -362,11 +377,11 @@ def test_memory_holds_a_few_pictures(
         return real(source)
 
     monkeypatch.setattr("danet.bulk.open_image", counted)
-    pictures = list_pictures(sorted(tmp_path.glob("*.png")))
+    pictures = list_pictures(find_inputs([str(tmp_path)])[0], overlay=False)
     out = tmp_path / "out"
     out.mkdir()
     share = Share(0, 1)
-    for _ in segment_pictures(predictor, pictures, out, overlay=False, share=share):
+    for _ in segment_pictures(predictor, pictures, out, share):
         finished += 1
     assert finished == 60
     assert largest <= DECODED_AHEAD + 10

@@ -153,8 +153,8 @@ class TestInputs:
         return tmp_path
 
     def names(self, *inputs: str) -> tuple[list[str], list[str]]:
-        paths, problems = find_inputs(inputs)
-        return [path.name for path in paths], problems
+        found, problems = find_inputs(inputs)
+        return [one.path.name for one in found], problems
 
     def test_folders_with_their_subfolders(self, folder: Path) -> None:
         assert self.names(str(folder)) == (["a.png", "b.JPG", "a.png"], [])

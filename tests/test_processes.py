@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from danet import DANet
@@ -135,6 +136,27 @@ def test_evaluation_counts_the_same_on_any_number_of_processes(tmp_path: Path) -
     assert found[1] == found[2] == found[0]
     reports = {(tmp_path / f"{processes}.html").read_bytes() for processes in (1, 2, 3)}
     assert len(reports) == 1
+
+
+@pytest.mark.slow
+def test_a_broken_picture_does_not_end_the_other_process(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    DANet(11, "test_resnet", pretrained_backbone=False).save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    for index in range(12):
+        file = tmp_path / f"photos/{index:02}.png"
+        if index % 2:
+            Image.new("RGB", (64, 48)).save(file)
+        else:
+            file.write_bytes(b"no picture")
+    out = tmp_path / "out"
+    arguments = ["predict", str(tmp_path / "model"), str(tmp_path / "photos"), f"--out={out}"]
+    command = torchrun(tmp_path, 2, *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("not a picture") == 6
+    assert "6 of 6" in done.stdout
+    assert len(list(out.glob("*.png"))) == 6
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import tarfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import danet
 from danet.cli import app
@@ -165,3 +166,84 @@ def test_the_command(model: danet.DANet, tmp_path: Path) -> None:
     assert names == ["good_overlay.mp4", "manifest.jsonl", "photo.png", "photo_overlay.jpg"]
     assert run.invoke(app, command).exit_code == 2
     assert len(list((out / "good").iterdir())) == 3
+
+
+def predict(model: Path, *arguments: object) -> Result:
+    return CliRunner().invoke(app, ["predict", str(model), *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def model_folder(model: danet.DANet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_films_and_archives_are_not_written_over_pictures(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    film(tmp_path / "a.mp4", frames=1)
+    film(tmp_path / "clip.mp4", frames=1)
+    for name in ("a.png", "clip/000000.png", "t_000000_b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        render(2, 1)[0].resize((60, 40)).save(tmp_path / name)
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", "b.png")
+    pictures = [tmp_path / name for name in ("a.png", "clip/000000.png", "t_000000_b.png")]
+    before = [path.read_bytes() for path in pictures]
+    inputs = [tmp_path / name for name in ("a.mp4", "clip.mp4", "t.tar")]
+    refused = predict(model_folder, *pictures, *inputs, "--out", tmp_path)
+    assert refused.exit_code == 2
+    for name, over in (("a.png", "it"), ("clip.mp4", pictures[1]), ("t.tar", pictures[2])):
+        assert f"{name}: results would be written over {over}; choose another" in refused.output
+    assert [path.read_bytes() for path in pictures] == before
+    assert "2 of 2" in refused.output
+
+
+def test_a_rerun_passes_over_films_and_their_masks(model_folder: Path, tmp_path: Path) -> None:
+    film(tmp_path / "clip.mp4", frames=2)
+    render(2, 1)[0].resize((60, 40)).save(tmp_path / "photo.jpg")
+    inputs = (tmp_path, tmp_path / "clip.mp4", "--out", tmp_path)
+    assert "2 of 2" in predict(model_folder, *inputs).output
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    again = predict(model_folder, *inputs)
+    assert again.exit_code == 0
+    assert "0 of 2 pictures and films segmented" in again.output
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == written
+    # An overlay was not made yet, and a changed film is another.
+    assert "2 of 2" in predict(model_folder, *inputs, "--overlay").output
+    film(tmp_path / "clip.mp4", frames=3)
+    assert "1 of 2" in predict(model_folder, *inputs).output
+    assert len(list((tmp_path / "clip").iterdir())) == 3
+
+
+def test_a_film_that_fails_leaves_the_others(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(tmp_path / "large.mp4", frames=1, size=(128, 64))
+    film(tmp_path / "small.mp4", frames=1)
+    real = danet.Predictor.segment_batch
+
+    def little_memory(self: danet.Predictor, images: np.ndarray) -> list[danet.Segmentation]:
+        if images.shape[2] == 128:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        return real(self, images)
+
+    monkeypatch.setattr(danet.Predictor, "segment_batch", little_memory)
+    films = (tmp_path / "large.mp4", tmp_path / "small.mp4")
+    done = predict(model_folder, *films, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "large.mp4: out of memory at the size of its frames" in done.output
+    assert (tmp_path / "out/small/000000.png").exists()
+
+
+def test_a_film_that_cannot_be_encoded(model_folder: Path, tmp_path: Path) -> None:
+    film(tmp_path / "long.mkv", frames=1, size=(20_000, 2), codec="ffv1")
+    film(tmp_path / "small.mp4", frames=1)
+    films = (tmp_path / "long.mkv", tmp_path / "small.mp4")
+    done = predict(model_folder, *films, "--out", tmp_path / "out", "--overlay")
+    assert done.exit_code == 2
+    assert "a film of 20000x2 cannot be encoded" in done.output
+    assert "1 of 2" in done.output
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["manifest.jsonl", "small_overlay.mp4"]

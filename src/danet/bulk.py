@@ -1,8 +1,8 @@
-"""Segmenting all that was given: pictures decoded ahead, batched by size, a manifest's line each.
+"""Segmenting all that was given: pictures decoded ahead and batched by size, films frame by frame.
 
-Several processes started by torchrun share the work; each writes a manifest of its own. A rerun
-passes over what an earlier one finished with the same model, if the input is still the same file
-and no later run wrote over its mask.
+Each gets a line in a manifest. Several processes started by torchrun share the work; each writes a
+manifest of its own. A rerun passes over what an earlier one finished with the same model, if the
+input is still the same file and no later run wrote over its results.
 """
 
 import datetime
@@ -21,15 +21,15 @@ import numpy as np
 from PIL import Image
 
 from danet.atomic import explaining
+from danet.data.archives import MAX_FILE_BYTES
 from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
-from danet.inputs import VIDEO_SUFFIXES, output_stems
+from danet.inputs import RESULT_KINDS, Input, film_name, mask_name, member_stem, overlay_name
 from danet.jsonl import read_whole_lines
 from danet.predict import Segmenter, write_segmentation
 from danet.processes import Share
 
-TAR_SUFFIX = ".tar"
 BATCH = 4
 """Pictures of one size that go through the network together."""
 DECODED_AHEAD = 16
@@ -58,25 +58,17 @@ class Picture(NamedTuple):
 
     Attributes:
         name: what it is called in the manifest.
-        stem: of its results' file names.
+        stem: of its results' names.
         source: its path, its bytes, or what is wrong with it.
-        origin: None of a film, and of what cannot be read.
+        origin: None of what cannot be read.
+        results: what is to be written, by its kind (`RESULT_KINDS`).
     """
 
     name: str
     stem: str
     source: Path | bytes | UserError
     origin: Origin | None
-
-    @property
-    def mask(self) -> str:
-        """The mask's file name."""
-        return f"{self.stem}.png"
-
-    @property
-    def overlay(self) -> str:
-        """The file name of the picture with the classes over it."""
-        return f"{self.stem}_overlay.jpg"
+    results: dict[str, str]
 
 
 class Outcome(NamedTuple):
@@ -94,7 +86,7 @@ class Outcome(NamedTuple):
 
 def segment_inputs(
     predictor: Segmenter,
-    paths: Sequence[Path],
+    inputs: Sequence[Input],
     folder: Path,
     *,
     overlay: bool,
@@ -102,35 +94,82 @@ def segment_inputs(
     share: Share,
     on_frame: Callable[[Path, int], None],
 ) -> Iterator[Outcome]:
-    """Segments this process's share of pictures, tar archives and films.
+    """Segments this process's share of pictures, tar archives and films, and tells of each.
 
     Args:
         frame_masks: write the masks of films' frames too where `overlay` makes films.
         on_frame: called after each frame of a film with how many frames the film announces.
     """
-    films = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
-    files = [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
-    yield from segment_pictures(
-        predictor, list_pictures(files), folder, overlay=overlay, share=share
-    )
-    stems = output_stems(films)
-    for path in films[share.rank :: share.processes]:
-        film = Picture(str(path), stems[path], path, origin=None)
-        masks = frame_masks or not overlay
-        try:
-            problem = _segment_film(predictor, film, folder, overlay, masks, on_frame)
-            yield Outcome(film, problem, written=True)
-        except UserError as error:
-            yield Outcome(film, str(error), written=False)
+    pictures = list_pictures([one for one in inputs if not one.is_film], overlay=overlay)
+    yield from segment_pictures(predictor, pictures, folder, share)
+    kinds = {"overlay"} if overlay else set()
+    kinds |= {"frames"} if frame_masks or not overlay else set()
+    films = [_film(one, kinds) for one in inputs if one.is_film]
+    yield from _segment_films(predictor, films, folder, share, on_frame)
+
+
+def _film(film: Input, kinds: set[str]) -> Picture:
+    names = {"overlay": film_name(film.stem), "frames": film.stem}
+    results = {kind: names[kind] for kind in kinds}
+    try:
+        return Picture(str(film.path), film.stem, film.path, _origin_of(film.path), results)
+    except UserError as error:
+        return Picture(str(film.path), film.stem, error, None, results)
+
+
+def _origin_of(path: Path) -> Origin:
+    """Raises a UserError where the file cannot be looked up."""
+    try:
+        found = path.stat()
+        return Origin(str(path.resolve()), found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _segment_films(
+    predictor: Segmenter,
+    films: Sequence[Picture],
+    folder: Path,
+    share: Share,
+    on_frame: Callable[[Path, int], None],
+) -> Iterator[Outcome]:
+    own = films[share.rank :: share.processes]
+    if not own:
+        return
+    model = predictor.fingerprint()
+    finished = _finished(folder, model)
+    with _Manifest(_manifest_path(folder, share)) as manifest:
+        for film in own:
+            done = _is_done(film, folder, finished)
+            outcome = (
+                Outcome(film, None, written=False)
+                if done
+                else _segment_film(predictor, film, folder, on_frame)
+            )
+            _note(outcome, manifest, model)
+            yield outcome
 
 
 def _segment_film(
-    predictor: Segmenter,
-    film: Picture,
-    folder: Path,
-    overlay: bool,
-    masks: bool,
-    on_frame: Callable[[Path, int], None],
+    predictor: Segmenter, film: Picture, folder: Path, on_frame: Callable[[Path, int], None]
+) -> Outcome:
+    try:
+        if isinstance(film.source, UserError):
+            raise film.source
+        problem = _write_film(predictor, film, folder, on_frame)
+        return Outcome(film, problem, written=True)
+    except (RuntimeError, MemoryError, UserError) as error:
+        if is_out_of_memory(error):
+            problem = f"{film.name}: out of memory at the size of its frames; make them smaller"
+        elif isinstance(error, UserError):
+            problem = str(error)
+        else:
+            raise
+    return Outcome(film, problem, written=False)
+
+
+def _write_film(
+    predictor: Segmenter, film: Picture, folder: Path, on_frame: Callable[[Path, int], None]
 ) -> str | None:
     """Returns what could not be read of it."""
     path = Path(film.name)
@@ -143,55 +182,61 @@ def _segment_film(
         path,
         folder,
         film.stem,
-        overlay=overlay,
-        masks=masks,
+        overlay="overlay" in film.results,
+        masks="frames" in film.results,
         on_frame=lambda announced: on_frame(path, announced),
     ).problem
 
 
-def list_pictures(paths: Sequence[Path]) -> Iterator[Picture]:
-    """The pictures that files hold: themselves, or the pictures in tar archives."""
-    stems = output_stems(paths)
-    for path in paths:
+def list_pictures(inputs: Sequence[Input], *, overlay: bool) -> Iterator[Picture]:
+    """The pictures that files hold: themselves, or the pictures in tar archives.
+
+    Args:
+        overlay: their overlays are wanted beside their masks.
+    """
+    for path, stem in inputs:
         try:
-            found = path.stat()
-            origin = Origin(str(path.resolve()), found.st_size, found.st_mtime_ns)
-        except OSError as error:
-            problem = UserError(f"{path}: cannot be read ({error.strerror})")
-            yield Picture(str(path), stems[path], problem, None)
+            origin = _origin_of(path)
+        except UserError as error:
+            yield Picture(str(path), stem, error, None, {})
             continue
-        if path.suffix.lower() == TAR_SUFFIX:
-            yield from _pictures_of_tar(path, stems[path], origin)
+        if Input(path, stem).is_archive:
+            yield from _pictures_of_tar(path, stem, origin, overlay)
         else:
-            yield Picture(str(path), stems[path], path, origin)
+            yield Picture(str(path), stem, path, origin, _picture_results(stem, overlay))
 
 
-def _pictures_of_tar(path: Path, stem: str, archived: Origin) -> Iterator[Picture]:
+def _picture_results(stem: str, overlay: bool) -> dict[str, str]:
+    results = {"mask": mask_name(stem)}
+    return {**results, "overlay": overlay_name(stem)} if overlay else results
+
+
+def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> Iterator[Picture]:
     try:
         with tarfile.open(path) as archive:
             for index, member in enumerate(archive):
                 name = Path(member.name)
                 if not member.isfile() or name.suffix.lower() not in IMAGE_SUFFIXES:
                     continue
-                file = archive.extractfile(member)
-                assert file is not None
-                # Its number, for names may occur twice; not its folders, for an archive must not
-                # choose where files are written.
-                own = f"{stem}_{index:06}_{name.stem[:_LONGEST_NAME]}"
+                # Not its folders, for an archive must not choose where files are written.
+                own = member_stem(stem, index, name.stem[:_LONGEST_NAME])
                 origin = archived._replace(path=f"{archived.path}:{member.name}")
-                yield Picture(f"{path}:{member.name}", own, file.read(), origin)
+                source: bytes | UserError
+                if member.size > MAX_FILE_BYTES:
+                    source = UserError(f"unpacks to over {MAX_FILE_BYTES >> 20} MiB; refused")
+                else:
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    source = file.read()
+                results = _picture_results(own, overlay)
+                yield Picture(f"{path}:{member.name}", own, source, origin, results)
     except (tarfile.TarError, OSError, EOFError) as error:
         problem = UserError(f"{path}: damaged or no tar archive ({error})")
-        yield Picture(str(path), stem, problem, None)
+        yield Picture(str(path), stem, problem, None, {})
 
 
 def segment_pictures(
-    predictor: Segmenter,
-    pictures: Iterator[Picture],
-    folder: Path,
-    *,
-    overlay: bool,
-    share: Share,
+    predictor: Segmenter, pictures: Iterator[Picture], folder: Path, share: Share
 ) -> Iterator[Outcome]:
     """Segments this process's share, writes results and manifest, and tells of each picture.
 
@@ -199,30 +244,41 @@ def segment_pictures(
     other models and of other files of the same name are made anew.
     """
     model = predictor.fingerprint()
-    suffix = f"-{share.rank}-of-{share.processes}" if share.processes > 1 else ""
-    finished = _finished(folder, model, overlay=overlay)
+    finished = _finished(folder, model)
     own = islice(pictures, share.rank, None, share.processes)
     with (
-        _Manifest(folder / f"manifest{suffix}.jsonl") as manifest,
+        _Manifest(_manifest_path(folder, share)) as manifest,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
-        waiting: dict[tuple[int, int], list[tuple[Picture, Image.Image]]] = {}
-        for picture, image in _decoded(own, folder, finished, overlay, pool):
-            if image is None or isinstance(image, str):
-                outcomes = [Outcome(picture, image, written=False)]
-            else:
-                same_size = waiting.setdefault(image.size, [])
-                same_size.append((picture, image))
-                if len(same_size) < BATCH and sum(map(len, waiting.values())) < DECODED_AHEAD:
-                    continue
-                largest = max(waiting, key=lambda size: len(waiting[size]))
-                outcomes = _segment_batch(predictor, waiting.pop(largest), folder, overlay, pool)
-            yield from _noted(outcomes, manifest, model, overlay=overlay)
-        for batch in waiting.values():
-            for first in range(0, len(batch), BATCH):
-                part = batch[first : first + BATCH]
-                outcomes = _segment_batch(predictor, part, folder, overlay, pool)
-                yield from _noted(outcomes, manifest, model, overlay=overlay)
+        for outcome in _outcomes(predictor, own, folder, finished, pool):
+            _note(outcome, manifest, model)
+            yield outcome
+
+
+def _outcomes(
+    predictor: Segmenter,
+    pictures: Iterator[Picture],
+    folder: Path,
+    finished: dict[str, Origin],
+    pool: ThreadPoolExecutor,
+) -> Iterator[Outcome]:
+    waiting: dict[tuple[int, int], list[tuple[Picture, Image.Image]]] = {}
+    for picture, image in _decoded(pictures, folder, finished, pool):
+        if image is None or isinstance(image, str):
+            yield Outcome(picture, image, written=False)
+            continue
+        same_size = waiting.setdefault(image.size, [])
+        same_size.append((picture, image))
+        if len(same_size) == BATCH or sum(map(len, waiting.values())) == DECODED_AHEAD:
+            largest = max(waiting, key=lambda size: len(waiting[size]))
+            yield from _segment_batch(predictor, waiting.pop(largest), folder, pool)
+    for batch in waiting.values():
+        yield from _segment_batch(predictor, batch, folder, pool)
+
+
+def _manifest_path(folder: Path, share: Share) -> Path:
+    suffix = f"-{share.rank}-of-{share.processes}" if share.processes > 1 else ""
+    return folder / f"manifest{suffix}.jsonl"
 
 
 class _Manifest:
@@ -257,43 +313,43 @@ class _Manifest:
         self._separator = b""
 
 
-def _noted(
-    outcomes: Sequence[Outcome], manifest: _Manifest, model: str, *, overlay: bool
-) -> Iterator[Outcome]:
-    for outcome in outcomes:
-        if outcome.written or outcome.error is not None:
-            picture = outcome.picture
-            line: dict[str, str | int] = {"input": picture.name, "model": model}
-            if outcome.error is None:
-                line |= {"status": "ok", "mask": picture.mask}
-                line |= {"overlay": picture.overlay} if overlay else {}
-            else:
-                line |= {"status": "error", "error": outcome.error}
-            line["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-            line |= {} if picture.origin is None else picture.origin._asdict()
-            manifest.write(line)
-        yield outcome
+def _note(outcome: Outcome, manifest: _Manifest, model: str) -> None:
+    """A line of the manifest, but for what was finished before."""
+    picture, error, written = outcome
+    if not written and error is None:
+        return
+    line: dict[str, str | int] = {"input": picture.name, "model": model}
+    line |= {"status": "ok"} if error is None else {"status": "error", "error": error}
+    line |= picture.results if written else {}
+    line["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+    line |= {} if picture.origin is None else picture.origin._asdict()
+    manifest.write(line)
 
 
-def _finished(folder: Path, model: str, *, overlay: bool) -> dict[str, Origin]:
-    """The masks that this model made last, and of what, as earlier runs' manifests say.
+def _finished(folder: Path, model: str) -> dict[str, Origin]:
+    """The results that this model made last, and of what, as earlier runs' manifests say.
 
-    A mask's last line counts, whichever manifest it is in: another model, or another input of the
+    A result's last line counts, whichever manifest it is in: another model, or another input of the
     same name, may have written over what an earlier line tells of. Lines of danet before it noted
     an input's origin prove nothing, so what they tell of is segmented again.
-
-    Args:
-        overlay: leave out masks that were made without an overlay.
     """
     last: dict[str, tuple[str, Origin | None]] = {}
     for path in folder.glob("manifest*.jsonl"):
         for entry in read_whole_lines(path):
-            mask, time = str(entry.get("mask")), str(entry.get("time", ""))
-            if entry.get("status") != "ok" or time < last.get(mask, ("", None))[0]:
-                continue
-            valid = entry.get("model") == model and (not overlay or "overlay" in entry)
-            last[mask] = time, _origin(entry) if valid else None
-    return {mask: origin for mask, (_, origin) in last.items() if origin is not None}
+            time = str(entry.get("time", ""))
+            valid = entry.get("status") == "ok" and entry.get("model") == model
+            for kind in RESULT_KINDS:
+                result = str(entry.get(kind))
+                if kind in entry and time >= last.get(result, ("", None))[0]:
+                    last[result] = time, _origin(entry) if valid else None
+    return {result: origin for result, (_, origin) in last.items() if origin is not None}
+
+
+def _is_done(picture: Picture, folder: Path, finished: dict[str, Origin]) -> bool:
+    return picture.origin is not None and all(
+        finished.get(result) == picture.origin and (folder / result).exists()
+        for result in picture.results.values()
+    )
 
 
 def _origin(entry: dict[str, Any]) -> Origin | None:
@@ -305,18 +361,12 @@ def _decoded(
     pictures: Iterator[Picture],
     folder: Path,
     finished: dict[str, Origin],
-    overlay: bool,
     pool: ThreadPoolExecutor,
 ) -> Iterator[tuple[Picture, Image.Image | str | None]]:
     """Each picture decoded, or what is wrong with it, or None if it was finished before."""
     ahead: deque[tuple[Picture, Future[Image.Image | str] | None]] = deque()
     for picture in pictures:
-        results = [picture.mask, picture.overlay] if overlay else [picture.mask]
-        done = (
-            picture.origin is not None
-            and finished.get(picture.mask) == picture.origin
-            and all((folder / result).exists() for result in results)
-        )
+        done = _is_done(picture, folder, finished)
         ahead.append((picture, None if done else pool.submit(_decode, picture)))
         if len(ahead) >= BATCH * 2:
             first, future = ahead.popleft()
@@ -339,7 +389,6 @@ def _segment_batch(
     predictor: Segmenter,
     batch: Sequence[tuple[Picture, Image.Image]],
     folder: Path,
-    overlay: bool,
     pool: ThreadPoolExecutor,
 ) -> list[Outcome]:
     found = None
@@ -356,10 +405,16 @@ def _segment_batch(
             return [Outcome(picture, f"{picture.name}: {problem}", written=False)]
     if found is None:
         # Not in the handler, where the error keeps the batch's tensors alive.
-        alone = [_segment_batch(predictor, [one], folder, overlay, pool) for one in batch]
+        alone = [_segment_batch(predictor, [one], folder, pool) for one in batch]
         return [outcome for outcomes in alone for outcome in outcomes]
     written = [
-        pool.submit(write_segmentation, one, image if overlay else None, folder, picture.stem)
+        pool.submit(
+            write_segmentation,
+            one,
+            image if "overlay" in picture.results else None,
+            folder,
+            picture.stem,
+        )
         for one, (picture, image) in zip(found, batch, strict=True)
     ]
     return [_written(picture, one) for (picture, _), one in zip(batch, written, strict=True)]

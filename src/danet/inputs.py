@@ -1,8 +1,10 @@
-"""What a command is given to segment: files, folders, globs and lists of them."""
+"""What a command is given to segment, and what its results are called."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from danet.data.images import IMAGE_SUFFIXES
 from danet.errors import UserError, explaining_lookup
@@ -12,10 +14,65 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"}
 )
 """Files that `danet predict` takes for films."""
+TAR_SUFFIX = ".tar"
+RESULT_KINDS = ("mask", "overlay", "frames")
+"""What a manifest's line may name: files, and the folder of a film's masks."""
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
-def find_inputs(inputs: Sequence[str], results: Path | None = None) -> tuple[list[Path], list[str]]:
+class Input(NamedTuple):
+    """A file to segment.
+
+    Attributes:
+        stem: of its results' names, which no other input has, but for films and pictures of one
+            name, whose results end differently.
+    """
+
+    path: Path
+    stem: str
+
+    @property
+    def is_film(self) -> bool:
+        return self.path.suffix.lower() in VIDEO_SUFFIXES
+
+    @property
+    def is_archive(self) -> bool:
+        return self.path.suffix.lower() == TAR_SUFFIX
+
+
+def mask_name(stem: str) -> str:
+    """Of a picture's class ids."""
+    return f"{stem}.png"
+
+
+def overlay_name(stem: str) -> str:
+    """Of a picture with the classes over it."""
+    return f"{stem}_overlay.jpg"
+
+
+def film_name(stem: str) -> str:
+    """Of a film with the classes over it; its frames' masks lie in a folder called as the stem."""
+    return f"{stem}_overlay.mp4"
+
+
+def picture_names(stem: str) -> tuple[str, str]:
+    """Of all that is written of a picture."""
+    return mask_name(stem), overlay_name(stem)
+
+
+def member_pattern(archive_stem: str) -> str:
+    """Of the beginnings of `member_stem`."""
+    return rf"{re.escape(archive_stem)}_\d{{6,}}_"
+
+
+def member_stem(archive_stem: str, index: int, name: str) -> str:
+    """Of the results of an archive's picture: with its number, for names may occur twice."""
+    return f"{archive_stem}_{index:06}_{name}"
+
+
+def find_inputs(
+    inputs: Sequence[str], results: Path | None = None
+) -> tuple[list[Input], list[str]]:
     """The files that paths, folders and globs name, and a message for each that is wrong.
 
     Folders are searched for pictures with all their subfolders. `@FILE` stands for the inputs that
@@ -23,8 +80,8 @@ def find_inputs(inputs: Sequence[str], results: Path | None = None) -> tuple[lis
 
     Args:
         results: a folder whose files are no inputs where it is searched along with others, and of
-            which what earlier runs wrote, as their manifests say, never is. A picture that its own
-            or another's results would be written over is wrong.
+            which what earlier runs wrote, as their manifests say, never is. An input whose results
+            would be written over an input is wrong.
     """
     found: dict[Path, None] = {}
     problems: list[str] = []
@@ -39,26 +96,56 @@ def find_inputs(inputs: Sequence[str], results: Path | None = None) -> tuple[lis
             matches = _without_results(matches, results.resolve(), _searched(text), earlier)
         found.update(dict.fromkeys(matches))
         problems += [] if matches else [f"{text}: holds only results of earlier runs"]
+    named = _named(list(found))
     if results is not None:
-        stems = output_stems(list(found))
-        written = {results.resolve() / name for stem in stems.values() for name in outputs(stem)}
-        for path in [path for path in found if path.resolve() in written]:
-            del found[path]
-            problems.append(f"{path}: results would be written over it; choose another --out")
-    return list(found), problems
+        overwriting = _overwriting(named, results.resolve())
+        for writer, picture in overwriting.items():
+            over = "it" if writer is picture else picture.path
+            problems.append(
+                f"{writer.path}: results would be written over {over}; choose another --out"
+            )
+        named = [one for one in named if one not in overwriting]
+    return named, problems
 
 
-def outputs(stem: str) -> tuple[str, ...]:
-    """The files that results of this stem may be written to."""
-    return f"{stem}.png", f"{stem}_overlay.jpg", f"{stem}_overlay.mp4"
+def _named(paths: Sequence[Path]) -> list[Input]:
+    films = [path for path in paths if Input(path, "").is_film]
+    others = [path for path in paths if not Input(path, "").is_film]
+    stems = output_stems(others) | output_stems(films)
+    return [Input(path, stems[path]) for path in paths]
+
+
+def _overwriting(named: Sequence[Input], results: Path) -> dict[Input, Input]:
+    """The inputs whose results may be written over an input, and over which.
+
+    Args:
+        results: the folder, resolved.
+    """
+    writers: dict[Path, Input] = {}  # of files, and of the folders of films' masks
+    archives = []
+    for one in named:
+        if one.is_archive:
+            archives.append((one, re.compile(member_pattern(one.stem))))
+            continue
+        names = (film_name(one.stem), one.stem) if one.is_film else picture_names(one.stem)
+        writers |= {results / name: one for name in names}
+    found: dict[Input, Input] = {}
+    for one in named:
+        path = one.path.resolve()
+        known = [writers[place] for place in (path, path.parent) if place in writers]
+        if path.parent == results:
+            known += [archive for archive, member in archives if member.match(path.name)]
+        found |= dict.fromkeys(known, one)
+    return found
 
 
 def _earlier_results(folder: Path) -> set[Path]:
+    """The files, and of films the folders of masks, that the manifests tell of."""
     return {
         folder.resolve() / str(line[kind])
         for manifest in folder.glob("manifest*.jsonl")
         for line in read_whole_lines(manifest)
-        for kind in ("mask", "overlay")
+        for kind in RESULT_KINDS
         if kind in line
     }
 
@@ -84,7 +171,7 @@ def _without_results(
     return [
         match
         for match in matches
-        if match.resolve() not in earlier
+        if earlier.isdisjoint((match.resolve(), match.resolve().parent))
         and not (around and match.resolve().is_relative_to(results))
     ]
 
@@ -134,7 +221,7 @@ def _unlisted(inputs: Sequence[str], problems: list[str]) -> Iterator[str]:
             yield text
             continue
         try:
-            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+            lines = Path(text[1:]).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{text}: not a list of files ({error})")
             continue

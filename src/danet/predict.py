@@ -20,6 +20,7 @@ from danet.devices import autocast, choose_device, uses_bfloat16
 from danet.errors import UserError
 from danet.evaluation.inference import predict_probabilities, views
 from danet.evaluation.strips import most_likely_classes
+from danet.inputs import mask_name, overlay_name
 from danet.model import DANet
 from danet.optimize import optimize_for_inference
 from danet.palette import Color, palette_bytes
@@ -217,8 +218,8 @@ def write_segmentation(
     segmentation: Segmentation, image: Image.Image | None, folder: Path, stem: str
 ) -> None:
     """Writes `STEM.png`, ids with the palette, and `STEM_overlay.jpg` where given an image."""
-    with replacing(folder / f"{stem}.png") as path:
+    with replacing(folder / mask_name(stem)) as path:
         segmentation.mask().save(path, format="PNG")
     if image is not None:
-        with replacing(folder / f"{stem}_overlay.jpg") as path:
+        with replacing(folder / overlay_name(stem)) as path:
             segmentation.overlay(image).save(path, format="JPEG", quality=92)

@@ -42,6 +42,16 @@ class Share(NamedTuple):
         finally:
             dist.destroy_process_group()
 
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Leaves only when all processes come here, for torchrun ends all as soon as one fails."""
+        if "MASTER_ADDR" not in os.environ:  # numbered by hand, and nobody watches over them
+            yield
+            return
+        with self.connected():
+            yield
+            self.gather(None)
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, by rank."""
         if self.processes == 1:

@@ -18,6 +18,7 @@ from PIL import Image
 from danet.atomic import replacing
 from danet.data.images import MAX_PIXELS
 from danet.errors import UserError, first_line
+from danet.inputs import film_name
 from danet.predict import Segmenter, write_segmentation
 
 FRAMES_TOGETHER = 4
@@ -67,7 +68,7 @@ def segment_video(
         stack.enter_context(reader)
         writer = None
         if overlay:
-            temporary = stack.enter_context(replacing(folder / f"{stem}_overlay.mp4"))
+            temporary = stack.enter_context(replacing(folder / film_name(stem)))
             writer = stack.enter_context(_Writer(temporary, reader))
         pending = reader.frames()
         while batch := list(islice(pending, FRAMES_TOGETHER)):
@@ -191,8 +192,8 @@ class _Writer:
     def __enter__(self) -> "_Writer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._started:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._started and kind is None:
             self._container.mux(self._stream.encode(None))
         self._container.close()
 

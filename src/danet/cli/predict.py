@@ -56,14 +56,17 @@ def predict(
     from danet.progress import ProgressReport
 
     check_precision(precision)
-    paths, problems = find_inputs(inputs, out)
+    found, problems = find_inputs(inputs, out)
     if strict and problems:
         raise UserError(problems[0])
     require_writable(out)
     share = Share.from_environment()
     frames: Counter[Path] = Counter()
     written = before = seen = 0
-    with ProgressReport("predict", len(share.positions(len(paths)))) as progress:
+    with (
+        share.ending_together(),
+        ProgressReport("predict", len(share.positions(len(found)))) as progress,
+    ):
 
         def show_frame(film: Path, announced: int) -> None:
             frames[film] += 1
@@ -71,10 +74,10 @@ def predict(
 
         for problem in problems:
             progress.say(f"error: {problem}")
-        if paths:
+        if found:
             outcomes = segment_inputs(
                 _open(model, device, precision, share, compile_graph=compile_graph),
-                paths,
+                found,
                 out,
                 overlay=overlay,
                 frame_masks=frame_masks,
@@ -91,8 +94,8 @@ def predict(
                     progress.say(f"error: {outcome.error}")
                     if strict:
                         raise UserError(outcome.error)
-    earlier = f", {before} were before" if before else ""
-    print(f"{written} of {seen} pictures and films segmented in {out}{earlier}")
+        earlier = f", {before} were before" if before else ""
+        print(f"{written} of {seen} pictures and films segmented in {out}{earlier}")
     if problems:
         raise typer.Exit(2)
 

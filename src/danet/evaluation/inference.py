@@ -104,7 +104,8 @@ def _feature_logits(model: DANet, images: Tensor, branches: Sequence[Branch]) ->
     else:
         output = model(images)
         logits = [getattr(output, branch) for branch in branches]
-    found = torch.stack(logits, 1).float()
+    # Class by class in memory, or interpolation to the picture's size would copy all of that.
+    found = torch.stack(logits, 1).float().contiguous()
     require_finite(found)
     return list(found)
 

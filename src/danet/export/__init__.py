@@ -119,12 +119,12 @@ def calibration_pictures(inputs: Sequence[str]) -> list[Tensor]:
     Raises:
         UserError: there is none, or one cannot be read.
     """
-    paths, problems = find_inputs(inputs)
+    found, problems = find_inputs(inputs)
     if problems:
         raise UserError(problems[0])
     pictures = []
-    for path in paths[:CALIBRATION_PICTURES]:
-        image = open_image(path)
+    for one in found[:CALIBRATION_PICTURES]:
+        image = open_image(one.path)
         image.thumbnail((CALIBRATION_SIDE, CALIBRATION_SIDE))
         if min(image.size) >= SMALLEST_SIDE:
             pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)

@@ -264,6 +264,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(result.stdout) * 1024 < 16384**2 * 4 / 3
 
 
+def test_forward_mode_derivatives() -> None:
+    inputs = random_inputs(keys=29)
+    tangents = tuple(tensor.flip(2) for tensor in inputs)
+    _, found = torch.func.jvp(position_attention, inputs, tangents)
+    step = 1e-6
+    ahead, behind = (
+        position_attention(*(x + sign * step * dx for x, dx in zip(inputs, tangents, strict=True)))
+        for sign in (1, -1)
+    )
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
 def test_far_apart_scores_give_no_denormal_weights() -> None:
     """Which CPUs multiply slowly. Where each key is a channel of the value, output is weights."""
     query, key, _ = (tensor.float() for tensor in random_inputs())

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import danet
 from danet.kernels import blocks
+from danet.kernels.cpu import onednn_keeps_float32
 
 PROCESSES = 2
 
@@ -96,8 +97,27 @@ def test_threads_share_the_global_precision_setting() -> None:
     first, second = blocks.fast_exact_float32(cpu), blocks.fast_exact_float32(cpu)
     first.__enter__()
     during = setting()
+    assert (during != before) == onednn_keeps_float32()
     second.__enter__()
     first.__exit__(None, None, None)
     assert setting() == during
     second.__exit__(None, None, None)
     assert setting() == before
+
+
+def test_the_global_precision_setting_stays_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all operators share, and what this one's own is, are the user's as before."""
+    setting = torch.backends.mkldnn
+    monkeypatch.setattr(setting, "fp32_precision", "bf16")
+    with blocks.fast_exact_float32(torch.device("cpu")):
+        pass
+    setting.fp32_precision = "ieee"
+    assert setting.matmul.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])
+def test_float32_stays_exact_on_arm(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with blocks.fast_exact_float32(torch.device("cpu")):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before

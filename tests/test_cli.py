@@ -245,12 +245,14 @@ def test_a_dataset_of_as_many_other_classes(
     assert "note" not in run(*arguments, dataset).stderr
     for kind in ("images", "labels"):
         (tmp_path / kind).symlink_to(dataset / kind)
-    (tmp_path / "classes.txt").write_text("\n".join("abcdefghijk"))
+    (tmp_path / "classes.txt").write_text("\n".join(["[/b]", "[red]", *"cdefghijk"]))
     evaluated = run(*arguments, tmp_path)
     notes = [line for line in evaluated.stderr.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
     assert "11 of 11 class names are not those of dataset folder" in notes[0]
     assert "mIoU" in evaluated.stdout
+    for name in ("[/b]", "[red]"):  # plain text, not markup
+        assert name in evaluated.stdout
 
 
 def test_label_out_of_range_stops_training_with_its_file(

@@ -53,6 +53,9 @@ def test_a_recipe_extends_another_and_states_what_differs(tmp_path: Path) -> Non
         (["test.stride=[600, 600]"], "stride"),
         (["model.output_stride=4"], "output_stride"),
         (["train.steps=[1"], "not valid YAML"),
+        (["data.extra=[{name: scenes, imges: 3}]"], r"extra\.0\.imges: .* did you mean images\?$"),
+        (["data.crop_size=96x96"], r"crop_size: write a list in brackets, such as \[96, 96\]$"),
+        (["train.activation_checkpointing=x"], r"checkpointing: Input .* boolean.*, or .*'early'$"),
     ],
 )
 def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:

@@ -1,5 +1,6 @@
 import math
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from danet import inspection
 from danet.cli import app
 from danet.errors import UserError
 from danet.evaluation.strips import LogitRows
-from danet.figure import SMALLEST_TIMES_EVEN, attention_overlay
+from danet.figure import SMALLEST_TIMES_EVEN, attention_overlay, draw_explanation
 from danet.inspection import Inspection
 
 WIDTH, HEIGHT = 50, 37
@@ -226,6 +227,31 @@ def test_figures_and_arrays(
     np.testing.assert_array_equal(arrays["classes_fused"], explanation.branches["fused"])
     if position:
         np.testing.assert_array_equal(arrays["attention"], explanation.attention)
+
+
+def test_class_names_of_any_letters_are_drawn(image: Image.Image, tmp_path: Path) -> None:
+    """As plain text; as an id where no font has a letter."""
+    model = network()
+    names = (r"$\frac$", "_road_", "мост", "\U000103a0", "car")
+    model.metadata = model.metadata.model_copy(update={"classes": names})
+    explanation = danet.explain(model, image, (20, 30))
+    for branch in explanation.branches.values():  # every class is there
+        branch[:2] = np.arange(2 * WIDTH).reshape(2, WIDTH) % 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explanation.save(tmp_path / "figure.svg")
+        legend = draw_explanation(explanation).legends[0]
+    labels = [text.get_text().strip("\N{ZERO WIDTH SPACE}") for text in legend.get_texts()]
+    drawn = {label.rpartition(" ")[0].rpartition(" ")[0] for label in labels}
+    assert drawn == {r"$\frac$", "_road_", "мост", "class 3", "car"}
+
+
+@pytest.mark.slow
+def test_a_compiled_predictor_is_explained(predictor: danet.Predictor, image: Image.Image) -> None:
+    compiled = danet.Predictor(network(), "cpu", "fp32", compile_graph=True)
+    compiled(image)
+    found, expected = (danet.explain(one, image, (20, 30)) for one in (compiled, predictor))
+    np.testing.assert_allclose(found.attention, expected.attention, rtol=1e-4, atol=1e-7)
 
 
 def test_overlay_is_brightest_where_attention_is() -> None:

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import danet
+from danet.config import TestConfig
 from danet.errors import UserError
 from danet.inputs import find_inputs, output_stems
 from danet.model_folder import Metadata
@@ -201,3 +203,58 @@ def test_a_device_that_is_not_there() -> None:
     model = danet.DANet(2, "test_resnet", pretrained_backbone=False, head_channels=8)
     with pytest.raises(UserError, match="device 'tpu' is unknown"):
         danet.Predictor(model, device="tpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_any_dtype(dtype: torch.dtype) -> None:
+    predictor = danet.Predictor(tiny_danet().to(dtype), "cpu", precision="fp32")
+    assert predictor(noise()).classes.shape == (30, 50)
+
+
+def test_batches(predictor: danet.Predictor) -> None:
+    assert predictor.segment_batch(np.zeros((0, 30, 50, 3), np.uint8)) == []
+    for wrong in (np.zeros((1, 30, 50, 3), np.float32), np.zeros((30, 50, 3), np.uint8)):
+        with pytest.raises(UserError, match="P H W 3 uint8"):
+            predictor.segment_batch(wrong)
+
+
+def test_a_result_is_pickled_without_the_network(predictor: danet.Predictor) -> None:
+    found = predictor(noise())
+    again = pickle.loads(pickle.dumps(found))
+    np.testing.assert_array_equal(again.classes, found.classes)
+    assert again.probabilities is None
+    scored = predictor(noise(), probabilities=True)
+    expected = scored.probabilities
+    again = pickle.loads(pickle.dumps(scored))
+    np.testing.assert_array_equal(again.probabilities, expected)
+    assert len(pickle.dumps(found)) < 20_000
+    assert found != predictor(noise())
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("config", {"channel_affinity": "paper"}),
+        ("config", {"align_corners": True}),
+        ("metadata", {"mean": (1.0, 2.0, 3.0)}),
+        ("metadata", {"palette": default_palette(6)[1:]}),
+        ("metadata", {"test": TestConfig(flip=True)}),
+    ],
+)
+def test_fingerprints_tell_models_of_the_same_weights_apart(
+    part: str, changes: dict[str, object]
+) -> None:
+    """Their results differ, so a rerun must not pass over them."""
+    plain, changed = tiny_danet(), tiny_danet()
+    setattr(changed, part, getattr(plain, part).model_copy(update=changes))
+    prints = {danet.Predictor(model, "cpu").fingerprint() for model in (plain, plain, changed)}
+    assert len(prints) == 2
+
+
+def test_fingerprints_tell_protocols_apart() -> None:
+    model = tiny_danet()
+    prints = {
+        danet.Predictor(model, "cpu", test=test).fingerprint()
+        for test in (None, TestConfig(ratios=(0.5, 1.0)))
+    }
+    assert len(prints) == 2

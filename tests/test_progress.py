@@ -34,3 +34,13 @@ def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
         report.advance()
         report.say("note")
     assert lines(capsys) == []
+
+
+def test_more_steps_than_were_announced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    with ProgressReport("work", 1) as report:
+        report.advance()
+        report.advance()
+    assert lines(capsys) == ["work 1/1  ", "work 2/1  "]

@@ -10,7 +10,9 @@ import torch
 import yaml
 
 import danet
+from danet.config import load_recipe
 from danet.data import open_dataset
+from danet.model_card import write_model_card
 from danet.model_folder import Metadata, read_folder, shipped_models
 from danet.palette import default_palette
 from hub import serving_hub
@@ -119,3 +121,15 @@ def test_the_model_that_comes_along_knows_streets() -> None:
     scenes = open_dataset("scenes", split="val")
     right = [(predictor(scenes[i].image).classes == scenes[i].label).mean() for i in range(3)]
     assert min(right) > 0.85
+
+
+def test_a_card_tells_no_paths(tmp_path: Path) -> None:
+    model = network()
+    model.save_pretrained(tmp_path / "model")
+    settings = [f"data.root={tmp_path}", f"model.init_from={tmp_path}"]
+    settings += [f"data.extra=[{{name: scenes, root: {tmp_path}, images: 5}}]"]
+    (tmp_path / "recipe.yaml").write_text(load_recipe("demo", settings).to_yaml())
+    write_model_card(tmp_path / "model", "m", model.config, model.metadata, run=tmp_path)
+    card = (tmp_path / "model/README.md").read_text()
+    assert "images: 5" in card
+    assert str(tmp_path) not in card

@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -168,7 +169,8 @@ class TrainConfig(Section):
     validate_every: int | None = Field(None, ge=1)
     """Steps between validations; none: only after the last step."""
     validate_images: int | None = Field(None, ge=1)
-    """Pictures of the validation split that are scored while training; none: all."""
+    """Pictures of the validation split that are scored while training; none: all. After the last
+    step all are, but where the best weights are kept, which are chosen by the same pictures."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the run's model: the last, or those that validated best."""
 
@@ -307,29 +309,44 @@ def _is_path(section: str, name: str) -> bool:
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """Pydantic's findings as one line, with the nearest known name for an unknown key."""
-    findings = []
+    findings: dict[str, list[str]] = {}
     for detail in error.errors():
-        path = [str(part) for part in detail["loc"]]
         message = detail["msg"].removeprefix("Value error, ")
-        if detail["type"] == "extra_forbidden":
-            known = _keys(schema, path[:-1])
+        path, model = _find(schema, detail["loc"])
+        if detail["type"] == "extra_forbidden" and model is not None:
+            known = list(model.model_fields)
             close = difflib.get_close_matches(path[-1], known, n=1)
-            message = (
-                f"unknown key; did you mean {close[0]}?"
-                if close
-                else (f"unknown key; known are {', '.join(known)}")
-            )
-        findings.append(f"{'.'.join(path)}: {message}")
-    return "; ".join(findings)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            message = f"unknown key; {hint}"
+        elif detail["type"] == "tuple_type":
+            message = "write a list in brackets, such as [96, 96]"
+        findings.setdefault(".".join(path), []).append(message)
+    return "; ".join(f"{path}: {', or '.join(said)}" for path, said in findings.items())
 
 
-def _keys(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
-    for part in path:
-        annotation = schema.model_fields[part].annotation if part in schema.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        schema = annotation
-    return list(schema.model_fields)
+def _find(
+    schema: type[BaseModel], location: Sequence[int | str]
+) -> tuple[list[str], type[BaseModel] | None]:
+    """Where an error is, without pydantic's names for a union's members, and in which model."""
+    path: list[str] = []
+    model: type[BaseModel] | None = schema
+    annotation: Any = schema
+    for part in location:
+        if model is not None and part in model.model_fields:
+            annotation = model.model_fields[str(part)].annotation
+            if part != location[-1]:
+                model = _model_in(annotation)
+        elif model is None and get_origin(annotation) in (Union, UnionType):
+            continue
+        path.append(str(part))
+    return path, model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field's value is, or that its items are."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:

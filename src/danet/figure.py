@@ -5,12 +5,14 @@ colour-blind readers tell apart (Paul Tol's "muted") as long as it reaches, else
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -36,6 +38,10 @@ _TOL_MUTED = (
 )
 _HEAT = "cividis"
 _HEAT_OPACITY = 0.75
+_FONTS = (
+    *("DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "PingFang SC"),
+    *("Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS"),
+)
 _PANEL_INCHES = 3.0
 _TALLEST = 3
 """Height over width from which on a picture is drawn narrower instead of taller."""
@@ -50,10 +56,33 @@ def save_figure(figure: Figure, path: Path) -> None:
         UserError: another suffix, or it cannot be written there.
     """
     check_figure_path(path)
-    with replacing(path) as temporary, mpl.rc_context({"svg.hashsalt": "danet"}):
+    with replacing(path) as temporary, _plain_text(), mpl.rc_context({"svg.hashsalt": "danet"}):
         suffix = path.suffix.lower()
         dated = {".svg": "Date", ".pdf": "CreationDate"}.get(suffix, "Software")
         figure.savefig(temporary, format=suffix[1:], dpi=150, metadata={dated: None})
+
+
+def _fonts() -> list[str]:
+    installed = set(font_manager.get_font_names())
+    return [font for font in _FONTS if font in installed]
+
+
+def _plain_text() -> AbstractContextManager[None]:
+    """Names are no formulas, and have each letter from the first font that has it."""
+    return mpl.rc_context({"text.parse_math": False, "font.family": _fonts()})
+
+
+def _drawn_names(names: Sequence[str]) -> list[str]:
+    """The classes' names, or their ids where no font has all letters of a name."""
+    letters = {
+        code
+        for font in _fonts()
+        for code in font_manager.get_font(font_manager.findfont(font)).get_charmap()
+    }
+    return [
+        name if letters.issuperset(map(ord, name)) else f"class {index}"
+        for index, name in enumerate(names)
+    ]
 
 
 def check_figure_path(path: Path) -> None:
@@ -66,9 +95,13 @@ def check_figure_path(path: Path) -> None:
 
 def draw_explanation(explanation: "Explanation") -> Figure:
     """One row each for the attention of the position, the branches, and the channels."""
-    picture = _Picture(explanation)
+    with _plain_text():
+        return _draw(_Picture(explanation))
+
+
+def _draw(picture: "_Picture") -> Figure:
     rows = [_position_panels, _branch_panels]
-    if explanation.strongest_channels:
+    if picture.explanation.strongest_channels:
         rows += [_strongest_panels, _selective_panels]
     width, height = picture.shown.size
     panel_height = _PANEL_INCHES * min(height / width, _TALLEST) + 0.75
@@ -99,6 +132,7 @@ class _Picture:
 
     def __init__(self, explanation: "Explanation") -> None:
         self.explanation = explanation
+        self.names = _drawn_names(explanation.class_names)
         image = explanation.image
         self.shown = image.copy()
         self.shown.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
@@ -126,7 +160,8 @@ class _Picture:
                 facecolor=self.colors[index] / 255,
                 edgecolor="black",
                 linewidth=0.4,
-                label=f"{self.explanation.class_names[index]} {100 * self.shares[index]:.1f} %",
+                # A label that begins with an underscore would be left out.
+                label=f"\N{ZERO WIDTH SPACE}{self.names[index]} {100 * self.shares[index]:.1f} %",
             )
             for index in self.present
         ]
@@ -184,7 +219,7 @@ def _draw_cross(image: Image.Image, column: int, row: int) -> None:
 
 def _position_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
     found = picture.explanation
-    name = found.class_names[found.score.class_id]
+    name = picture.names[found.score.class_id]
     axes[0].imshow(picture.shown)
     picture.mark_point(axes[0])
     column, row = found.point
@@ -222,7 +257,7 @@ def _share_by_class(
 def _draw_shares(picture: _Picture, axes: Axes, shares: npt.NDArray[np.float64]) -> None:
     axes.axis("on")
     order = sorted(picture.present, key=lambda index: -shares[index])[:8][::-1]
-    names = [picture.explanation.class_names[index] for index in order]
+    names = [picture.names[index] for index in order]
     colors = [picture.colors[index] / 255 for index in order]
     axes.barh(
         names, [100 * shares[index] for index in order], color=colors, edgecolor="black", lw=0.4
@@ -261,11 +296,10 @@ def _selective_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
 def _channel_panels(
     picture: _Picture, axes: Sequence[Axes], channels: Sequence[ChannelMap], kind: str
 ) -> None:
-    found = picture.explanation
     for panel, channel in zip(axes, channels, strict=False):
         picture.heat(panel, channel.response, "response")
         panel.set_title(
-            f"{kind}: channel {channel.channel},\nmost on {found.class_names[channel.responds_to]}",
+            f"{kind}: channel {channel.channel},\nmost on {picture.names[channel.responds_to]}",
             fontsize="small",
         )
     lines = [

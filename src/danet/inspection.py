@@ -101,6 +101,7 @@ class Inspection:
         )
         with (
             torch.inference_mode(),
+            torch.compiler.set_stance("force_eager"),  # compiled code passes over new hooks
             autocast(predictor.precision, predictor.device),
             _recording(predictor.model) as passes,
         ):

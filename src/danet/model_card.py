@@ -1,8 +1,10 @@
 """The card of a shared model: what it is, what it was trained by and on, how it scores."""
 
 from pathlib import Path
+from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult, ModelCardData
+from pydantic import BaseModel
 
 from danet.config import ModelConfig, RunConfig, TestConfig, load_recipe
 from danet.errors import UserError
@@ -10,6 +12,8 @@ from danet.jsonl import read_whole_lines
 from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
 
 PICTURE_FILE = "example.jpg"
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def write_model_card(
@@ -108,15 +112,26 @@ def _validation(run: Path) -> dict[str, float]:
 
 def _recipe(recipe: RunConfig) -> str:
     """The run's recipe without its machine's paths."""
-    public = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"init_from": None, "backbone_weights": None}),
-            "data": recipe.data.model_copy(update={"root": None}),
-        }
-    )
     started = (
         "Training went on from another model's weights, whose path is left out here.\n\n"
         if recipe.model.init_from
         else ""
     )
-    return f"## Recipe\n\n{started}```yaml\n{public.to_yaml()}```"
+    return f"## Recipe\n\n{started}```yaml\n{_without_paths(recipe).to_yaml()}```"
+
+
+def _without_paths(settings: Model) -> Model:
+    """With none in place of every path, however deep."""
+    return settings.model_copy(
+        update={name: _without_path(value) for name, value in settings if value is not None}
+    )
+
+
+def _without_path(value: Any) -> Any:
+    if isinstance(value, Path):
+        return None
+    if isinstance(value, BaseModel):
+        return _without_paths(value)
+    if isinstance(value, tuple):
+        return tuple(map(_without_path, value))
+    return value

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -100,8 +100,7 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
     """
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
-        tree: Any = json.loads(config_path.read_text(encoding="utf-8"))
-        config = FolderConfig.model_validate(tree)
+        config = FolderConfig.model_validate(json.loads(config_path.read_text(encoding="utf-8")))
         state = load_file(weights_path)
     except FileNotFoundError as error:
         raise UserError(
@@ -109,8 +108,10 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
         ) from error
     except ValidationError as error:
         raise UserError(f"{config_path}: {explain(error, FolderConfig)}") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights_path}: damaged or unreadable ({error})") from error
+    except SafetensorError as error:
+        raise UserError(f"{weights_path}: damaged ({error})") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{config_path}: not valid JSON ({error})") from error
     return config, state

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ OVERLAY_OPACITY = 0.55
 FINGERPRINT_DIGITS = 16
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Segmentation:
     """A segmented picture.
 
@@ -46,8 +46,12 @@ class Segmentation:
     palette: tuple[Color, ...]
     image: Image.Image | None = dataclasses.field(default=None, repr=False)
     score: Callable[[], npt.NDArray[np.float32]] | None = dataclasses.field(
-        default=None, repr=False, compare=False
+        default=None, repr=False
     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled without the network: `probabilities` only if they were asked for before."""
+        return {**vars(self), "score": None}
 
     @functools.cached_property
     def probabilities(self) -> npt.NDArray[np.float32] | None:
@@ -127,7 +131,7 @@ class Predictor:
         self.device = choose_device(device)
         self.precision = precision
         self.model = optimize_for_inference(
-            network.to(self.device),
+            network.float().to(self.device),
             bfloat16=uses_bfloat16(precision, self.device),
             compile_graph=compile_graph,
         )
@@ -173,7 +177,13 @@ class Predictor:
 
         Args:
             images: uint8 RGB P H W 3.
+
+        Raises:
+            UserError: they are not.
         """
+        require_rgb_batch(images)
+        if not len(images):
+            return []
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
         metadata = self.model.metadata
         with autocast(self.precision, self.device):
@@ -187,11 +197,20 @@ class Predictor:
         ]
 
     def fingerprint(self) -> str:
-        """Of the weights' bits as they are computed with, and of the model's test protocol."""
-        digest = hashlib.sha256(self.model.metadata.test.model_dump_json().encode())
+        """Of all but the device: network, metadata, protocol, and the weights' bits in use."""
+        settings = (self.model.config, self.model.metadata, self.test)
+        digest = hashlib.sha256("".join(one.model_dump_json() for one in settings).encode())
         for tensor in self.model.state_dict().values():
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def require_rgb_batch(images: npt.NDArray[np.uint8]) -> None:
+    """Raises a UserError unless they are uint8 P H W 3 with pixels."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(f"pictures must be P H W 3 uint8, not {images.dtype} {images.shape}")
+    if 0 in images.shape[1:3]:
+        raise UserError(f"pictures must have pixels; these are {images.shape}")
 
 
 def as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Image:

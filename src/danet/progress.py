@@ -79,7 +79,7 @@ class ProgressReport:
 
     def _remaining(self) -> str:
         made = self._done - self._first
-        if made == 0 or self._done == self.total:
+        if made == 0 or self._done >= self.total:
             return ""
         seconds = (time.monotonic() - self._started) / made * (self.total - self._done)
         hours, rest = divmod(round(seconds), 3600)

@@ -52,6 +52,23 @@ def test_one_line_for_each_kind(root: Path) -> None:
     assert lines[0].endswith("; and 6 more")
 
 
+def test_without_names_a_broken_label_is_a_finding_too(root: Path) -> None:
+    (root / "classes.txt").unlink()
+    status, printed, said = check(root)
+    assert status == 2
+    assert "class 7" in printed  # the largest id that could be read
+    assert any("unreadable images: 1:" in line for line in said)
+    assert any("unreadable labels: 1:" in line for line in said)
+
+
+def test_names_as_windows_editors_write_them(root: Path) -> None:
+    (root / "classes.txt").write_text("road [left]\n[/b] x\n", encoding="utf-8-sig")
+    assert open_dataset("folder", root).spec.classes == ("road [left]", "[/b] x")
+    _, printed, _ = check(root)
+    assert "road [left]" in printed
+    assert "[/b] x" in printed
+
+
 def check(root: Path, name: str = "folder") -> tuple[int, str, list[str]]:
     result = CliRunner().invoke(app, ["data", "check", name, str(root)])
     return result.exit_code, result.stdout, result.stderr.splitlines()

@@ -1,3 +1,4 @@
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from danet.bench.workload import Workload
 from danet.config import TrainConfig, load_recipe
 from danet.data.loader import Batch
 from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserError
+from danet.evaluation.metrics import Scores
 from danet.training import loop
 from danet.training.checkpoint import RunFolder, load_checkpoint
 from danet.training.loop import train
@@ -268,7 +270,8 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_whole_process_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group(tmp_path: Path, number: signal.Signals) -> None:
     settings = [*TINY, "train.steps=500", "train.checkpoint_every=500", "data.workers=2"]
     command = [sys.executable, "-m", "danet", "train", "demo", "--out", str(tmp_path / "run")]
     command += [f"--set={item}" for item in settings]
@@ -276,10 +279,10 @@ def test_sigterm_to_the_whole_process_group(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     while process.poll() is None and last_step(folder) < 3:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "stopped by SIGTERM after step" in said
+    assert f"stopped by {number.name} after step" in said
     assert "Traceback" not in said
     assert load_checkpoint(folder.last)["step"] >= 3
 
@@ -438,6 +441,26 @@ def test_best_weights_can_be_kept(tmp_path: Path) -> None:
     assert set(scored) == {2, 4, 6}
     assert best["best"]["mIoU"] == max(scored.values())
     assert all(torch.equal(stored[name], tensor) for name, tensor in best["average"].items())
+
+
+def test_the_best_weights_are_chosen_by_the_same_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pictures are there and one is scored, after the last step too; no labels, no score."""
+    scored = []
+    results = iter([math.nan, 0.3, 0.2])
+    real = loop.scores
+
+    def noted(confusion: torch.Tensor) -> Scores:
+        scored.append(int(confusion.sum()))
+        return real(confusion)._replace(mean_iou=next(results))
+
+    monkeypatch.setattr(loop, "scores", noted)
+    folder = run(tmp_path / "run", "train.validate_every=2", "train.keep=best")
+    assert len(scored) == 3
+    assert len(set(scored)) == 1
+    assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.3}
+    assert "NaN" not in folder.metrics.read_text()
 
 
 class TestInitFrom:

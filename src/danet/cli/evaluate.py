@@ -98,7 +98,6 @@ def evaluate(
         result = evaluation.merge(share.gather(found))
     if share.rank > 0:
         return
-    _print_scores(result)
     if json_file is not None:
         protocol = {"dataset": name, "split": split, "test": subject.test}
         evaluation.write_json(json_file, {**evaluation.scores_as_json(result), **protocol})
@@ -120,6 +119,8 @@ def evaluate(
             history=run.read_metrics(),
             facts=facts,
         )
+    _print_scores(result)
+    if report is not None:
         print(f"report: {report}")
 
 
@@ -220,11 +221,12 @@ def _describe(test: "TestConfig") -> str:
 def _print_scores(result: "Evaluation") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     fused = result.scores()
     table = Table("class", "IoU", "accuracy", box=None)
     for name, score in zip(result.spec.classes, fused.per_class, strict=True):
-        table.add_row(name, f"{score.iou:.4f}", f"{score.accuracy:.4f}")
+        table.add_row(Text(name), f"{score.iou:.4f}", f"{score.accuracy:.4f}")
     console = Console()
     console.print(table)
     for branch in result.confusion:

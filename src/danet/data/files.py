@@ -90,7 +90,7 @@ def read_names(listing: Location) -> list[str]:
         UserError: it is missing or no text.
     """
     try:
-        return listing.read_text(encoding="utf-8").split()
+        return listing.read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{listing}: cannot be read as the split's list ({error})") from error
 

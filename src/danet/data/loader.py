@@ -173,5 +173,7 @@ def training_batches(
 
 
 def _leave_stopping_to_the_parent(_: int) -> None:
-    """A scheduler's SIGTERM goes to all processes, and the last steps still need data."""
+    """A scheduler's SIGTERM and a terminal's Ctrl-C go to all processes, and the last step still
+    needs data."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -14,7 +14,6 @@ from torch import Tensor
 from danet.atomic import replacing
 from danet.config import TestConfig
 from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
-from danet.data.transforms import as_tensors
 from danet.devices import autocast
 from danet.errors import UserError
 from danet.evaluation.inference import Branch, predict_classes
@@ -108,7 +107,7 @@ def segment_with(
 
     @torch.inference_mode()
     def segment(sample: Sample) -> Sequence[Tensor]:
-        image, _ = as_tensors(sample.image, sample.label)
+        image = torch.from_numpy(np.array(sample.image)).permute(2, 0, 1)
         with autocast(precision, device):
             return list(predict_classes(model, image.to(device), test, branches))
 

@@ -15,7 +15,7 @@ from danet.errors import UserError, explaining_lookup, first_line
 from danet.evaluation.strips import Stored, most_likely_classes, require_finite
 from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, Format, load
 from danet.model_folder import Metadata
-from danet.predict import FINGERPRINT_DIGITS, Segmentation, as_rgb
+from danet.predict import FINGERPRINT_DIGITS, Segmentation, as_rgb, require_rgb_batch
 
 _HEADER_BYTES = 1024
 _FORMATS = {suffix: name for name, suffix in SUFFIXES.items() if name != "torch"}
@@ -97,8 +97,10 @@ class ExportedPredictor:
         """Segments pictures of one size together, uint8 RGB P H W 3.
 
         Raises:
-            UserError: the graph does not take them, or gives other classes than it says.
+            UserError: they are not, or the graph does not take them, or gives other classes than
+                it says.
         """
+        require_rgb_batch(images)
         height, width = images.shape[1:3]
         missing = [max(0, SMALLEST_SIDE - side) for side in (height, width)]
         filled = np.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from danet.kernels import blocks
@@ -40,13 +41,27 @@ __all__ = [
 
 
 def position_attention(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
-    """Output B C N by the best way for the inputs, which must be of one device and dtype."""
+    """Output B C N by the best way for the inputs, which must be of one device and dtype.
+
+    Forward-mode derivatives, which torch's operators of one's own leave out without a word, are
+    those of the plain form, which holds N x N.
+    """
+    if forward_ad._current_level >= 0:
+        return _plain(query_BDN, key_BDM, value_BCM)
     fits_hopper = hopper_kernels_fit(query_BDN, value_BCM)
     if not fits_hopper and fused_attention_fits(query_BDN, value_BCM):
         return attend_by_heads(query_BDN, key_BDM, value_BCM)
     output_BCN: Tensor
     output_BCN, _ = attend(query_BDN, key_BDM, value_BCM)
     return output_BCN
+
+
+def _plain(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
+    exact = blocks.score_dtype(query_BDN.dtype)
+    with without_autocast(query_BDN.device.type):
+        scores_BNM = query_BDN.transpose(1, 2).to(exact) @ key_BDM.to(exact)
+        weights_BNM = scores_BNM.softmax(2).to(value_BCM.dtype)
+        return value_BCM @ weights_BNM.transpose(1, 2)
 
 
 @torch.library.custom_op("danet::position_attention", mutates_args=())

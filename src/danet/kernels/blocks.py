@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from danet.kernels.cpu import has_amx, multiplies_bfloat16_fast
+from danet.kernels.cpu import multiplies_bfloat16_fast, onednn_keeps_float32
 
 # Asked once: older compilers cannot trace the question, and would break a graph there, after which
 # they compiled in every call.
@@ -101,7 +101,10 @@ class _OneDNNProducts:
     def __enter__(self) -> None:
         with self.lock:
             if self.users == 0:
-                self.before = self._matmul().fp32_precision
+                inherited = torch.backends.mkldnn.fp32_precision
+                before = self._matmul().fp32_precision
+                # What was only inherited must not become the operator's own.
+                self.before = "none" if before == inherited else before
                 self._matmul().fp32_precision = "bf16"
             self.users += 1
 
@@ -122,11 +125,10 @@ _onednn_products = _OneDNNProducts()
 def fast_exact_float32(device: torch.device) -> Iterator[None]:
     """Runs a CPU's float32 products on oneDNN, which is up to twice as fast as MKL on AMD.
 
-    The setting allows bfloat16 products, but oneDNN only takes them where there is AMX; elsewhere
-    its AVX-512 kernels compute in float32. So with AMX nothing is changed.
+    The setting allows bfloat16 products; where oneDNN would take them, nothing is changed.
     """
     # A compiled graph does not hold such settings.
-    if torch.compiler.is_compiling() or device.type != "cpu" or has_amx():
+    if torch.compiler.is_compiling() or device.type != "cpu" or not onednn_keeps_float32():
         yield
         return
     with _onednn_products:

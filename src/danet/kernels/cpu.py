@@ -12,6 +12,14 @@ def has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+def onednn_keeps_float32() -> bool:
+    """Whether oneDNN multiplies float32 exactly even where it may round to bfloat16.
+
+    Its AVX-512 kernels do; its kernels for AMX and for ARM round.
+    """
+    return platform.machine() in ("x86_64", "AMD64") and not has_amx()
+
+
 @functools.cache
 def multiplies_bfloat16_fast() -> bool:
     """Whether bfloat16 products are faster than float32 ones here, not merely possible.

@@ -22,7 +22,6 @@ class RunFolder:
         self.path = path
         self.recipe = path / RECIPE_FILE
         self.metrics = path / METRICS_FILE
-        self.report = path / "report.html"
         self.model = path / MODEL_FOLDER
         self.last = path / "checkpoints" / "last.ckpt"
         self.before_last = path / "checkpoints" / "before_last.ckpt"

@@ -3,10 +3,12 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -71,20 +73,29 @@ def broken_handover_told(workers: int) -> Iterator[None]:
 
 
 class StopSignal:
-    """Notes SIGTERM, with which schedulers announce that a machine is wanted back."""
+    """Notes SIGTERM, with which schedulers announce that a machine is wanted back, and Ctrl-C.
+
+    A second Ctrl-C interrupts at once.
+    """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        # Only the main thread may; elsewhere the signal keeps its effect.
+        # Only the main thread may; elsewhere the signals keep their effect.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _note(self, *_: object) -> None:
-        self.received = True
+    def _note(self, number: int, _: object) -> None:
+        if number == signal.SIGINT:
+            if self.received is not None:
+                raise KeyboardInterrupt
+            print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        self.received = signal.Signals(number).name

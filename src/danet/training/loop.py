@@ -58,7 +58,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
     Raises:
         UserError: the data, the folder or a setting is wrong.
         TrainingDiverged: a loss, or the logits of a validation, were not finite.
-        TrainingStopped: SIGTERM arrived, or a data worker or another process died.
+        TrainingStopped: SIGTERM or SIGINT arrived, or a data worker or another process died.
         OutOfMemory: the device, the machine or a limit had no memory left.
     """
     run = RunFolder(out)
@@ -199,8 +199,9 @@ class _Trainer:
                 if saves or stops:
                     self._save_last(done)
                 if stops:
+                    told_by = self.stop.received or "another process"
                     raise TrainingStopped(
-                        f"training: stopped by SIGTERM after step {done}, which is saved in "
+                        f"training: stopped by {told_by} after step {done}, which is saved in "
                         f"{self.run.last}; go on with --resume"
                     )
             self._export()
@@ -208,8 +209,8 @@ class _Trainer:
     def _stops(self) -> bool:
         """Whether any process was told to stop."""
         if self.fabric.world_size == 1:
-            return self.stop.received
-        told = torch.tensor(float(self.stop.received), device=self.fabric.device)
+            return self.stop.received is not None
+        told = torch.tensor(float(self.stop.received is not None), device=self.fabric.device)
         return bool(self._reduce(told, "max"))
 
     def _announce(self) -> None:
@@ -319,7 +320,8 @@ class _Trainer:
     def _validate(self, done: int) -> None:
         config = self.config
         count = min(len(self.validation_data), config.train.validate_images or 10**9)
-        if done == config.train.steps:
+        # The best are chosen by the same pictures at every step.
+        if done == config.train.steps and config.train.keep == "last":
             count = len(self.validation_data)
         model = self._kept_model().eval()
         scored = itertools.count(1)
@@ -351,7 +353,9 @@ class _Trainer:
             f"step {done}: mIoU {result.mean_iou:.4f} on {count} pictures of "
             f"{config.data.name} {config.data.val_split}"
         )
-        if self.best is None or result.mean_iou > self.best["mIoU"]:
+        # No score is larger than an undefined one, of pictures without any label.
+        former = math.nan if self.best is None else self.best["mIoU"]
+        if math.isnan(former) or result.mean_iou > former:
             self.best = {"step": done, "mIoU": result.mean_iou}
             checkpoint = self._checkpoint(done)
             if self.fabric.is_global_zero:
@@ -378,6 +382,7 @@ class _Trainer:
         return model
 
     def _write_metrics(self, row: dict[str, float]) -> None:
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
         if self.events is not None:
             self.run.append_metrics(row)
             self.events.write(row)

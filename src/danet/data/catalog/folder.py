@@ -5,6 +5,7 @@ root names the classes in the order of their ids, one a line, each optionally fo
 colour as three numbers 0..255; without it the largest id in the labels tells how many there are.
 """
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def _read_classes(listing: Location) -> DatasetSpec:
     names: list[str] = []
     colors: list[Color | None] = []
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{listing}: cannot be read as UTF-8 text ({error})") from error
     for line in filter(None, map(str.strip, lines)):
@@ -70,8 +71,11 @@ def _count_classes(root: Location) -> DatasetSpec:
     largest = -1
     splits = [path for path in _label_folder(root).iterdir() if path.is_dir()]
     for path in (path for split in splits for path in list_images(split)):
-        ids = np.unique(open_label(path))
-        largest = max([largest, *ids[ids != IGNORE_INDEX].tolist()])
+        with contextlib.suppress(UserError):  # told of where the picture is read
+            ids = np.unique(open_label(path))
+            largest = max([largest, *ids[ids != IGNORE_INDEX].tolist()])
     if largest < 0:
-        raise UserError(f"{root}: no label holds a class id; name the classes in {_CLASSES_FILE}")
+        raise UserError(
+            f"{root}: no readable label holds a class id; name the classes in {_CLASSES_FILE}"
+        )
     return DatasetSpec(NAME, tuple(f"class {index}" for index in range(largest + 1)))

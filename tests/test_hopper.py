@@ -1,5 +1,6 @@
-"""When our Triton kernels are taken, without a GPU: tests/bench runs and compiles them."""
+"""Which way a GPU takes, without one: tests/bench runs and compiles our Triton kernels."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
 
@@ -8,11 +9,13 @@ import torch
 
 from danet import functional, kernels
 from danet.kernels import hopper, triton_attention
+from danet.kernels.fused import fused_attention_fits
 from danet.kernels.triton_attention import Problem
 
 
 def fits(
     *,
+    rule: Callable[..., bool] = hopper.hopper_kernels_fit,
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     sizes: tuple[int, int, int, int, int] = (1, 9409, 9409, 64, 512),
@@ -29,9 +32,7 @@ def fits(
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
         mock.patch.dict(hopper._state, usable=True),
     ):
-        return hopper.hopper_kernels_fit(
-            stub(batch, key_width, queries), stub(batch, channels, keys)
-        )
+        return rule(stub(batch, key_width, queries), stub(batch, channels, keys))
 
 
 def test_half_precision_on_hopper_takes_the_kernels() -> None:
@@ -54,6 +55,47 @@ def test_half_precision_on_hopper_takes_the_kernels() -> None:
 )
 def test_everything_else_takes_another_way(otherwise: dict) -> None:
     assert not fits(**otherwise)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"capability": (8, 0)}, True),
+        ({"capability": (9, 0), "sizes": (1, 9409, 9409, 128, 512)}, True),
+        ({"capability": (12, 0), "dtype": torch.float16}, True),
+        ({"capability": (7, 5)}, False),
+        ({"dtype": torch.float32}, False),
+        ({"device": "cpu"}, False),
+        ({"sizes": (1, 9409, 9409, 63, 512)}, False),
+        ({"sizes": (1, 9409, 9409, 64, 510)}, False),
+        ({"sizes": (1, 9409, 9409, 136, 512)}, False),
+        ({"sizes": (0, 9409, 9409, 64, 512)}, False),
+        ({"sizes": (1, 9409, 9409, 64, 0)}, False),
+    ],
+)
+def test_torchs_fused_attention_is_taken_where_it_fits(given: dict, taken: bool) -> None:
+    assert fits(rule=fused_attention_fits, **given) == taken
+
+
+@pytest.mark.parametrize(
+    ("hopper_fits", "fused_fits", "way"),
+    [
+        (True, True, "attend"),
+        (False, True, "attend_by_heads"),
+        (True, False, "attend"),
+        (False, False, "attend"),
+    ],
+)
+def test_the_way_that_is_taken(
+    hopper_fits: bool, fused_fits: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "hopper_kernels_fit", lambda *_: hopper_fits)
+    monkeypatch.setattr(kernels, "fused_attention_fits", lambda *_: fused_fits)
+    taken = []
+    for name in ("attend", "attend_by_heads"):
+        monkeypatch.setattr(kernels, name, lambda *_, name=name: taken.append(name) or (0, 0))
+    kernels.position_attention(*(torch.zeros(1, 8, 8),) * 3)
+    assert taken == [way]
 
 
 @pytest.mark.parametrize("shape", [(65_536, 8, 4), (1, 512, 2**22)])

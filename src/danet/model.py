@@ -85,6 +85,8 @@ class DANet(nn.Module):
             channel=channel,
         )
         self.metadata = Metadata.placeholder(num_classes) if metadata is None else metadata
+        self.optimized = False
+        """Changed for inference by `danet.optimize`, which cannot be undone."""
         if len(self.metadata.classes) != num_classes:
             raise ValueError(
                 f"num_classes is {num_classes}, but the metadata names "
@@ -165,7 +167,15 @@ class DANet(nn.Module):
 
         Args:
             half: store the weights in half precision: half the size.
+
+        Raises:
+            UserError: it is a `Predictor`'s network, without the batch norms that a folder holds.
         """
+        if self.optimized:
+            raise UserError(
+                f"{folder}: a Predictor's network cannot be saved, for its batch norms are folded "
+                "away; save the network that the Predictor was made from"
+            )
         write_folder(Path(folder), self.config, self.metadata, self.state_dict(), half=half)
 
     def push_to_hub(

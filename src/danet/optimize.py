@@ -34,6 +34,7 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
             in torch's cache, which the variable TORCHINDUCTOR_CACHE_DIR moves.
     """
     model.eval().requires_grad_(False)
+    model.optimized = True
     fold_batch_norms(model)
     if not compile_graph and next(model.parameters()).device.type == "cpu":
         _take_winograds_way(model, torch.bfloat16 if bfloat16 else torch.float32)

@@ -9,7 +9,7 @@ import torch
 import danet
 from danet.config import TestConfig
 from danet.data import open_dataset
-from danet.data.spec import DatasetSpec
+from danet.data.spec import DatasetSpec, Sample
 from danet.errors import UserError
 from danet.evaluation.evaluate import (
     Evaluation,
@@ -58,6 +58,31 @@ def test_parts_add_up_to_the_whole(model: danet.DANet) -> None:
     merged = merge(parts)
     assert torch.equal(merged.confusion["fused"], whole.confusion["fused"])
     assert merged.pictures == whole.pictures
+
+
+def test_few_pictures_are_decoded_ahead(model: danet.DANet) -> None:
+    """And what is wrong with one is said when it is its turn."""
+    scenes = open_dataset("scenes", split="val")
+    read, scored, ahead = [], [], []
+
+    class Watched:
+        spec = scenes.spec
+
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> Sample:
+            read.append(index)
+            ahead.append(len(read) - len(scored))
+            if index == 10:
+                raise UserError("picture 10 is broken")
+            return scenes[index]
+
+    segment = segment_with(model, TEST, "fp32")
+    with pytest.raises(UserError, match="picture 10 is broken"):
+        evaluate(segment, Watched(), on_picture=lambda: scored.append(1))
+    assert len(scored) == 10
+    assert max(ahead) <= 4
 
 
 def test_branches_that_are_off_are_not_offered() -> None:

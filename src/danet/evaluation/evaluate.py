@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,10 @@ from danet.evaluation.metrics import Scores, confusion_matrix, scores
 from danet.evaluation.report import Case
 from danet.model import DANet
 from danet.model_folder import Metadata
+
+
+_READERS = 2
+"""Threads that decode, and pictures that wait decoded."""
 
 
 class PictureScore(NamedTuple):
@@ -138,8 +144,7 @@ def evaluate(
     num_classes = dataset.spec.num_classes
     confusion = {branch: torch.zeros(num_classes, num_classes).long() for branch in branches}
     pictures = []
-    for index in range(len(dataset)) if indices is None else indices:
-        sample = dataset[index]
+    for index, sample in _read_ahead(dataset, range(len(dataset)) if indices is None else indices):
         label = torch.from_numpy(sample.label)
         for branch, prediction in zip(branches, segment(sample), strict=True):
             counts = confusion_matrix(label.to(prediction.device), prediction, num_classes).cpu()
@@ -153,6 +158,21 @@ def evaluate(
                     write_prediction(sample.name, prediction.cpu().numpy())
         on_picture()
     return Evaluation(dataset.spec, confusion, pictures)
+
+
+def _read_ahead(
+    dataset: SegmentationDataset, indices: Iterable[int]
+) -> Iterator[tuple[int, Sample]]:
+    """The pictures in order, the next ones decoded while one is segmented."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        ahead: deque[tuple[int, Future[Sample]]] = deque()
+        for index in indices:
+            ahead.append((index, pool.submit(dataset.__getitem__, index)))
+            if len(ahead) > _READERS:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        for index, future in ahead:
+            yield index, future.result()
 
 
 def report_cases(

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from danet.config import ModelConfig, explain
+from danet.config import explain
 from danet.data.spec import DatasetSpec
 from danet.errors import UserError
 from danet.interop import mmseg, reference
@@ -58,10 +58,8 @@ def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANe
             align_corners=translated.align_corners,
             metadata=metadata,
         )
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: its weights make no network ({explain(error, ModelConfig)})"
-        ) from error
+    except UserError as error:
+        raise UserError(f"{path}: its weights make no network ({error})") from error
     _load(path, model, translated)
     return model.eval()
 

@@ -141,6 +141,18 @@ def mmseg_state(model: danet.DANet) -> dict[str, Tensor]:
     return state
 
 
+def test_mmsegmentations_network_is_dilated_as_its_config_says(tmp_path: Path) -> None:
+    model = build("resnet50c", output_stride=16, multi_grid=(1, 2, 4))
+    config = """model = dict(backbone=dict(type='ResNetV1c', strides=(1, 2, 2, 1),
+        dilations=(1, 1, 1, 2), multi_grid=(1, 2, 4)), decode_head=dict(align_corners=True))"""
+    path = saved(tmp_path, {"meta": {"cfg": config}, "state_dict": mmseg_state(model)})
+    converted = convert(path)
+    assert converted.config == model.config
+    images = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(converted(images).fused, model(images).fused)
+
+
 SLIDE = "model = dict(test_cfg=dict(mode='slide', crop_size={}, stride=(9, 9)))"
 NORMALIZED = "img_norm_cfg = dict(mean={}, std={})"
 

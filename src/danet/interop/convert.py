@@ -53,6 +53,7 @@ def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANe
             pretrained_backbone=False,
             head_channels=head_channels,
             key_channels=key_channels,
+            output_stride=translated.output_stride,
             multi_grid=translated.multi_grid,
             auxiliary=any(name.startswith("auxiliary_head.") for name in state),
             align_corners=translated.align_corners,

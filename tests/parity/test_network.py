@@ -33,6 +33,7 @@ STRIDE_32 = {"strides": None, "dilations": None, "contract_dilation": None}
         ),
         (50, {**STRIDE_16, "contract_dilation": None}, ("resnet50c", 16, (2, 2, 2))),
         (50, {**STRIDE_32, "type": "ResNet"}, ("resnet50", 32, None)),
+        (50, {**STRIDE_32, "type": "ResNetV1d"}, ("resnet50d", 32, None)),
     ],
 )
 def test_converted_weights_give_the_peers_logits(

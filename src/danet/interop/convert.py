@@ -45,6 +45,12 @@ def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANe
     num_classes = _width(path, state, "head.fused_classifier.1.weight")
     head_channels = _width(path, state, "head.position_branch.reduce.0.weight")
     key_channels = _width(path, state, "head.position_branch.attention.query.weight")
+    if translated.backbone.endswith("d") and translated.output_stride < 32:
+        # timm averages 2x2 pixels in the shortcuts of dilated stages; the others' code does not.
+        raise UserError(
+            f"{path}: its {translated.backbone} at output stride {translated.output_stride} cannot "
+            "be converted, for timm's dilated ResNet-D computes something else; only stride 32 can"
+        )
     metadata = _metadata(path, translated, spec, num_classes)
     try:
         model = DANet(

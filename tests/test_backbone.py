@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,20 @@ def test_multi_grid_sets_absolute_dilations() -> None:
     body = build("resnet50", multi_grid=(4, 8, 16)).body
     assert [block.conv2.dilation[0] for block in body.layer4] == [4, 8, 16]
     assert [block.conv2.padding[0] for block in body.layer4] == [4, 8, 16]
+
+
+def test_multi_grid_dilates_both_convolutions_of_a_basic_block() -> None:
+    """One changed pixel of c3 reaches just the pixels of c4 that its four convolutions lead to."""
+    stage = build("resnet18", multi_grid=(2, 7)).body.layer4.double()
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.fill_(0.1)  # positive, so that no path is cut off
+        features = torch.zeros(1, 256, 1, 61, dtype=torch.float64)
+        before = stage(features)
+        features[..., 30] = 1
+        reached = (stage(features) - before)[0, 0, 0].nonzero().flatten() - 30
+    steps = [(-2, 0, 2), (-2, 0, 2), (-7, 0, 7), (-7, 0, 7)]
+    assert reached.tolist() == sorted({sum(path) for path in itertools.product(*steps)})
 
 
 def test_multi_grid_needs_a_fitting_resnet() -> None:

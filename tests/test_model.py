@@ -167,3 +167,25 @@ def test_design_signature_is_what_the_config_takes() -> None:
 def test_number_of_classes_and_names_must_agree() -> None:
     with pytest.raises(ValueError, match="num_classes"):
         build(metadata=Metadata.placeholder(4))
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "options", "message"),
+    [
+        (0, {}, "num_classes is 0; it must be 1 to 255, because masks are 8 bit"),
+        (300, {}, "num_classes is 300; it must be 1 to 255, because masks are 8 bit"),
+        (11, {"output_stride": 7}, "output_stride: Input should be 8, 16 or 32"),
+        (
+            11,
+            {"head_channels": 0, "multi_grid": (4, 8, 65)},
+            "head_channels: Input should be greater than or equal to 1; "
+            "multi_grid.2: Input should be less than or equal to 64",
+        ),
+    ],
+)
+def test_an_argument_out_of_range_is_named_in_one_line(
+    num_classes: int, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        danet.DANet(num_classes, "test_resnet", pretrained_backbone=False, **options)
+    assert str(caught.value) == message

@@ -53,8 +53,8 @@ class Backbone(nn.Module):
         name: a timm model name.
         pretrained: load timm's ImageNet weights from the hub.
         weights: load them from this file instead (safetensors, or a torch file of plain tensors).
-        multi_grid: absolute dilations of the three blocks of a ResNet's last stage, such as
-            (4, 8, 16) in the authors' networks.
+        multi_grid: absolute dilations of the blocks of a ResNet's last stage, such as (4, 8, 16)
+            in the authors' networks: of all 3x3 convolutions of a block.
 
     Raises:
         UserError: unknown name, no features, weights out of reach or not fitting.
@@ -255,7 +255,11 @@ def _set_multi_grid(body: nn.Module, name: str, dilations: Sequence[int]) -> Non
             f"{len(dilations)} blocks; {name} has not"
         )
     for block, dilation in zip(blocks, dilations, strict=True):
-        block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+        # ResNet-18 and 34 have two 3x3 convolutions a block. timm dilates both; mmsegmentation
+        # leaves the second at 1, and the authors at the stage's dilation.
+        basic = isinstance(block, BasicBlock)
+        for convolution in (block.conv1, block.conv2) if basic else (block.conv2,):
+            convolution.dilation = convolution.padding = (dilation, dilation)
 
 
 def _channels_first(features: Tensor, channels: int) -> Tensor:

@@ -10,15 +10,16 @@ from typing import NamedTuple, Self
 
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from danet.attention import Affinity
 from danet.backbone import Backbone
-from danet.config import ModelConfig
+from danet.config import ModelConfig, explain
 from danet.errors import UserError
 from danet.heads import DualAttentionHead, FCNHead
 from danet.model_card import PICTURE_FILE, write_model_card
-from danet.model_folder import Metadata, locate, read_folder, upload, write_folder
+from danet.model_folder import MAX_CLASSES, Metadata, locate, read_folder, upload, write_folder
 
 
 class DANetOutput(NamedTuple):
@@ -50,7 +51,7 @@ class DANet(nn.Module):
         metadata: what prediction needs to know; placeholder classes and ImageNet's mean where None.
 
     Raises:
-        UserError: the backbone is unknown or its weights cannot be had.
+        UserError: an argument is out of range, the backbone unknown, or its weights out of reach.
     """
 
     def __init__(
@@ -72,23 +73,31 @@ class DANet(nn.Module):
         metadata: Metadata | None = None,
     ) -> None:
         super().__init__()
-        self.config = ModelConfig(
-            backbone=backbone,
-            output_stride=output_stride,
-            head_channels=head_channels,
-            key_channels=key_channels,
-            channel_affinity=channel_affinity,
-            multi_grid=None if multi_grid is None else tuple(multi_grid),
-            auxiliary=auxiliary,
-            align_corners=align_corners,
-            position=position,
-            channel=channel,
-        )
+        if not 1 <= num_classes <= MAX_CLASSES:
+            raise UserError(
+                f"num_classes is {num_classes}; it must be 1 to {MAX_CLASSES}, because masks are "
+                "8 bit"
+            )
+        try:
+            self.config = ModelConfig(
+                backbone=backbone,
+                output_stride=output_stride,
+                head_channels=head_channels,
+                key_channels=key_channels,
+                channel_affinity=channel_affinity,
+                multi_grid=None if multi_grid is None else tuple(multi_grid),
+                auxiliary=auxiliary,
+                align_corners=align_corners,
+                position=position,
+                channel=channel,
+            )
+        except ValidationError as error:
+            raise UserError(explain(error, ModelConfig)) from error
         self.metadata = Metadata.placeholder(num_classes) if metadata is None else metadata
         self.optimized = False
         """Changed for inference by `danet.optimize`, which cannot be undone."""
         if len(self.metadata.classes) != num_classes:
-            raise ValueError(
+            raise UserError(
                 f"num_classes is {num_classes}, but the metadata names "
                 f"{len(self.metadata.classes)} classes"
             )

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from danet.config import TestConfig, load_recipe
+from danet.errors import UserError
 from danet.interop import mmseg
 from danet.interop.foreign import literal_config
 
@@ -49,6 +50,132 @@ def test_metadata_of_any_shape_is_tolerated(meta: object) -> None:
     assert translated.test == {}
     assert not translated.align_corners
     assert translated.classes is None
+
+
+BACKBONE = "model = dict(backbone=dict(type='ResNetV1c', depth=101, {}))"
+STRIDE_8 = "strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)"
+STRIDE_16 = "strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "output_stride", "multi_grid"),
+    [  # tests/parity/test_network.py has mmsegmentation's own networks compute the same
+        ("", 32, None),
+        ("contract_dilation=True", 32, None),
+        ("multi_grid=(1, 2, 4)", 32, (1, 2, 4)),
+        (STRIDE_16 + ", contract_dilation=True, multi_grid=None", 16, None),
+        (STRIDE_16, 16, (2, 2, 2)),
+        (STRIDE_16 + ", contract_dilation=False, multi_grid=(1, 2, 4)", 16, (1, 2, 4)),
+        (STRIDE_8 + ", contract_dilation=True, style='pytorch'", 8, None),
+        (STRIDE_8 + ", contract_dilation=True, multi_grid=(4, 8, 16)", 8, (4, 8, 16)),
+        ("strides=(1, 2, 1, 1), dilations=(1, 1, 2, 6), contract_dilation=True", 8, (3, 6, 6)),
+        (STRIDE_8 + ", contract_dilation=True, conv_cfg=None, norm_cfg=dict(eps=1e-5)", 8, None),
+    ],
+)
+def test_the_backbone_is_dilated_as_the_config_says(
+    backbone: str, output_stride: int, multi_grid: tuple[int, ...] | None
+) -> None:
+    translated = mmseg.translate(state(), {"meta": {"config": BACKBONE.format(backbone)}})
+    assert (translated.output_stride, translated.multi_grid) == (output_stride, multi_grid)
+
+
+@pytest.mark.parametrize("config", ["", "model = dict(decode_head=dict())", "model = get()"])
+def test_without_a_word_on_the_backbone_it_is_the_published_one(config: str) -> None:
+    translated = mmseg.translate(state(), {"meta": {"config": config}})
+    assert (translated.output_stride, translated.multi_grid) == (8, None)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("style='caffe'", "style is not 'pytorch'"),
+        (STRIDE_16 + ", style='caffe', multi_grid=(1, 2, 4)", "style is not 'pytorch'"),
+        (STRIDE_8, "contract_dilation is not True"),
+        (STRIDE_8 + ", contract_dilation=False", "contract_dilation is not True"),
+        (STRIDE_8 + ", multi_grid=(4, 8, 16)", "contract_dilation is not True"),
+        ("strides=(1, 2, 1, 2)", "strides is (1, 2, 1, 2), none that can be converted"),
+        ("strides=(1, 1, 1, 1)", "strides is (1, 1, 1, 1), none that can be converted"),
+        ("strides=(1, 2, 2)", "strides must be 4 whole numbers of 1 to 64"),
+        ("strides=get()", "strides must be 4 whole numbers"),
+        ("strides=(1, 2, 2, 0x" + "f" * 5000 + ")", "strides must be 4 whole numbers"),
+        ("dilations=(1, 1, 2, 4)", "dilations is (1, 1, 2, 4); with strides (1, 2, 2, 2) only"),
+        ("strides=(1, 2, 1, 1)", "dilations is (1, 1, 1, 1); with strides (1, 2, 1, 1) only"),
+        ("dilations='1124'", "dilations must be 4 whole numbers"),
+        ("multi_grid=(1, 2)", "multi_grid must be 3 whole numbers"),
+        ("multi_grid=(1, 2, 65)", "multi_grid must be 3 whole numbers"),
+        ("multi_grid=()", "multi_grid must be 3 whole numbers"),
+        ("conv_cfg=dict(type='ConvWS')", "conv_cfg is not Conv2d"),
+        ("norm_cfg=dict(type='BN', eps=1e-3)", "norm_cfg has an eps other than 1e-05"),
+        ("depth=50", "depth is not 101, that of the weights"),
+        ("type='ResNeXt'", "type is none that can be converted: ResNet, ResNetV1c, ResNetV1d"),
+        ("type=['ResNet']", "type is none that can be converted"),
+        ("type='ResNet'", "deep_stem is False (ResNet), but True in the weights"),
+        ("type='mmseg.ResNetV1d'", "avg_down is True (ResNetV1d), but False in the weights"),
+    ],
+)
+def test_a_backbone_that_cannot_be_built_is_refused(backbone: str, message: str) -> None:
+    config = f"model = dict(backbone=dict({backbone}))"
+    with pytest.raises(UserError) as caught:
+        mmseg.translate(state(), {"meta": {"cfg": config}})
+    assert f"checkpoint: its config's model.backbone.{message}" in str(caught.value)
+
+
+def test_a_backbone_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.backbone cannot be read"):
+        mmseg.translate(state(), {"meta": {"cfg": "model = dict(backbone=get())"}})
+
+
+@pytest.mark.parametrize("deep_stem", [False, True])
+def test_the_stem_of_a_plain_resnet_is_a_key_of_its_own(deep_stem: bool) -> None:
+    weights = state()
+    if not deep_stem:
+        weights["backbone.conv1.weight"] = weights.pop("backbone.stem.0.weight")
+    contents = [
+        {"meta": {"cfg": f"model = dict(backbone=dict(type='ResNet', deep_stem={stem}))"}}
+        for stem in (deep_stem, not deep_stem)
+    ]
+    assert mmseg.translate(weights, contents[0]).output_stride == 32
+    with pytest.raises(UserError, match=f"deep_stem is {not deep_stem}"):
+        mmseg.translate(weights, contents[1])
+
+
+ONE_X_COLORS = "model = dict(data_preprocessor=dict({}))"
+ZERO_X_COLORS = "img_norm_cfg = dict(mean=[1, 2, 3], std=[4, 5, 6], to_rgb={})"
+STEP = "\ntest_pipeline = [dict(type='MultiScaleFlipAug', transforms=[dict(type='Normalize', {})])]"
+
+
+@pytest.mark.parametrize(
+    ("config", "mean"),
+    [
+        (ONE_X_COLORS.format("mean=[1, 2, 3], std=[4, 5, 6], bgr_to_rgb=True"), (1, 2, 3)),
+        (ONE_X_COLORS.format("mean=[1, 2, 3], std=[4, 5, 6], rgb_to_bgr=True"), (1, 2, 3)),
+        (ONE_X_COLORS.format("bgr_to_rgb=True"), (0, 0, 0)),
+        (ONE_X_COLORS.format("mean=None, std=None, bgr_to_rgb=True"), (0, 0, 0)),
+        ("data_preprocessor = dict(mean=[1, 2, 3], bgr_to_rgb=True)", (1, 2, 3)),
+        (ZERO_X_COLORS.format(True), (1, 2, 3)),
+        (ZERO_X_COLORS.format(True) + STEP.format("**img_norm_cfg"), (1, 2, 3)),
+        (ZERO_X_COLORS.format(False) + STEP.format("mean=[7, 8, 9], to_rgb=True"), (7, 8, 9)),
+        ("img_norm_cfg = dict(mean=[1, 2, 3], std=[4, 5, 6])", (1, 2, 3)),
+        ("", None),
+    ],
+)
+def test_colours_are_normalized_as_the_config_says(config: str, mean: tuple[int, ...]) -> None:
+    assert mmseg.translate(state(), {"meta": {"config": config}}).mean == mean
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ONE_X_COLORS.format("mean=[1, 2, 3], std=[4, 5, 6], bgr_to_rgb=False"),
+        ONE_X_COLORS.format("mean=[1, 2, 3], std=[4, 5, 6]"),
+        ZERO_X_COLORS.format(False),
+        ZERO_X_COLORS.format(True) + STEP.format("mean=[1, 2, 3], std=[4, 5, 6], to_rgb=False"),
+        STEP.format("mean=[1, 2, 3], std=[4, 5, 6], to_rgb=False"),
+    ],
+)
+def test_pictures_that_stay_bgr_are_refused(config: str) -> None:
+    with pytest.raises(UserError, match=r"its config leaves pictures BGR \(.*to_rgb is not True\)"):
+        mmseg.translate(state(), {"meta": {"config": config}})
 
 
 ZERO_X = """

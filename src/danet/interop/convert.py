@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from danet.config import ModelConfig, explain
+from danet.config import explain
 from danet.data.spec import DatasetSpec
 from danet.errors import UserError
 from danet.interop import mmseg, reference
@@ -45,6 +45,12 @@ def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANe
     num_classes = _width(path, state, "head.fused_classifier.1.weight")
     head_channels = _width(path, state, "head.position_branch.reduce.0.weight")
     key_channels = _width(path, state, "head.position_branch.attention.query.weight")
+    if translated.backbone.endswith("d") and translated.output_stride < 32:
+        # timm averages 2x2 pixels in the shortcuts of dilated stages; the others' code does not.
+        raise UserError(
+            f"{path}: its {translated.backbone} at output stride {translated.output_stride} cannot "
+            "be converted, for timm's dilated ResNet-D computes something else; only stride 32 can"
+        )
     metadata = _metadata(path, translated, spec, num_classes)
     try:
         model = DANet(
@@ -53,15 +59,14 @@ def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANe
             pretrained_backbone=False,
             head_channels=head_channels,
             key_channels=key_channels,
+            output_stride=translated.output_stride,
             multi_grid=translated.multi_grid,
             auxiliary=any(name.startswith("auxiliary_head.") for name in state),
             align_corners=translated.align_corners,
             metadata=metadata,
         )
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: its weights make no network ({explain(error, ModelConfig)})"
-        ) from error
+    except UserError as error:
+        raise UserError(f"{path}: its weights make no network ({error})") from error
     _load(path, model, translated)
     return model.eval()
 

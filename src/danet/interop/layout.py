@@ -31,6 +31,7 @@ class Translated(NamedTuple):
     state: dict[str, Tensor]
     unknown: list[str]
     backbone: str
+    output_stride: int
     multi_grid: tuple[int, ...] | None
     align_corners: bool
     test: Mapping[str, Any]

@@ -6,8 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from danet.config import Size
+from danet.errors import UserError
 from danet.interop.foreign import literal_config
 from danet.interop.layout import BODY, Translated, names_and_colors, renamed, resnet_name
+from danet.interop.mmseg_backbone import read_dilation
 
 _PREFIXES = {
     "backbone.stem.7.": f"{BODY}bn1.",
@@ -44,9 +46,11 @@ def translate(state: Mapping[str, Tensor], content: Mapping[str, Any]) -> Transl
     """Renames the weights and reads classes and settings from the checkpoint's metadata.
 
     Raises:
-        UserError: the backbone is no known ResNet.
+        UserError: the backbone is no known ResNet, or the config describes a network that this
+            package has not.
     """
     known, unknown = renamed(state, _PREFIXES)
+    backbone = resnet_name(known)
     meta = content.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     dataset = meta.get("dataset_meta")
@@ -56,12 +60,14 @@ def translate(state: Mapping[str, Tensor], content: Mapping[str, Any]) -> Transl
     )
     text = meta.get("config", meta.get("cfg"))
     config = literal_config(text) if isinstance(text, str) else {}
-    normalization = _section(config, "img_norm_cfg") or _section(config, "model.data_preprocessor")
+    dilation = read_dilation(config, backbone, known)
+    normalization = _normalization(config)
     return Translated(
         state=known,
         unknown=unknown,
-        backbone=resnet_name(known),
-        multi_grid=None,
+        backbone=backbone,
+        output_stride=dilation.output_stride,
+        multi_grid=dilation.multi_grid,
         align_corners=_section(config, "model.decode_head").get("align_corners") is True,
         test=_test_settings(config),
         classes=classes,
@@ -76,6 +82,35 @@ def _section(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     for key in path.split("."):
         section = section.get(key) if isinstance(section, Mapping) else None
     return section if isinstance(section, Mapping) else {}
+
+
+def _normalization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is done to the pictures before the network: 0.x in the test pipeline, 1.x in the model.
+
+    Raises:
+        UserError: they stay BGR, as mmsegmentation reads them.
+    """
+    preprocessor = _section(config, "model.data_preprocessor") or _section(
+        config, "data_preprocessor"
+    )
+    steps = _steps(_test_pipeline(config))
+    step = next((step for step in steps if step.get("type") == "Normalize"), {})
+    if preprocessor and not step:
+        key = "model.data_preprocessor.bgr_to_rgb"
+        given = {name: value for name, value in preprocessor.items() if value is not None}
+        normalization = {"mean": [0, 0, 0], "std": [1, 1, 1], **given}
+        # Either swaps the first and the last channel.
+        to_rgb = normalization.get("bgr_to_rgb") or normalization.get("rgb_to_bgr")
+    else:
+        key = "to_rgb"
+        normalization = {**_section(config, "img_norm_cfg"), **step}
+        to_rgb = normalization.get("to_rgb", True)
+    if not to_rgb:
+        raise UserError(
+            f"checkpoint: its config leaves pictures BGR ({key} is not True), but networks here "
+            "take RGB; reverse mean, std and the first convolution's input channels, and set it"
+        )
+    return normalization
 
 
 def _test_settings(config: Mapping[str, Any]) -> dict[str, Any]:

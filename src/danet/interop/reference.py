@@ -36,7 +36,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 def translate(state: Mapping[str, Tensor], content: Mapping[str, Any]) -> Translated:
     """Renames the weights; the ImageNet classifier that came with the backbone is left out.
 
-    Multi-grid, `align_corners` and how pictures are tested are those of the authors' recipe.
+    Dilation, `align_corners` and how pictures are tested are those of the authors' recipe.
 
     Raises:
         UserError: the backbone is no known ResNet.
@@ -49,6 +49,7 @@ def translate(state: Mapping[str, Tensor], content: Mapping[str, Any]) -> Transl
         state=known,
         unknown=unknown,
         backbone=resnet_name(known),
+        output_stride=recipe.model.output_stride,
         multi_grid=recipe.model.multi_grid,
         align_corners=recipe.model.align_corners,
         test=recipe.test.model_dump(),

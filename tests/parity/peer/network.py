@@ -56,13 +56,21 @@ def run_head(args: argparse.Namespace) -> None:
     save_file({name: tensor.contiguous() for name, tensor in logits.items()}, args.out)
 
 
-def build_model(depth: int) -> tuple[torch.nn.Module, str]:
-    """Build the published network with plain BatchNorm; also give its config's text."""
+def build_model(depth: int, backbone: dict[str, Any] | None = None) -> tuple[torch.nn.Module, str]:
+    """Build the published network with plain BatchNorm; also give its config's text.
+
+    Args:
+        backbone: keys of the config's backbone to change; those that are None are left out.
+    """
     configs = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_" / "models"
     config = Config.fromfile(configs / "danet_r50-d8.py")
     norm = {"type": "BN", "requires_grad": True}
     config.model.pretrained = None
     config.model.backbone.depth = depth
+    for key, value in (backbone or {}).items():
+        config.model.backbone.pop(key, None)
+        if value is not None:
+            config.model.backbone[key] = value
     for part in (config.model.backbone, config.model.decode_head, config.model.auxiliary_head):
         part.norm_cfg = norm
     register_all_modules()
@@ -89,7 +97,7 @@ def randomize(model: torch.nn.Module) -> None:
 def run_model(args: argparse.Namespace) -> None:
     """Write a checkpoint as mmengine's runner does, and all four logits of the given images."""
     torch.manual_seed(args.depth)
-    model, text = build_model(args.depth)
+    model, text = build_model(args.depth, args.backbone)
     randomize(model)
     model.eval()
     dataset = CityscapesDataset.METAINFO
@@ -214,6 +222,7 @@ def add_commands(commands: Any) -> None:
 
     model = commands.add_parser("model", help="run the whole network on given images")
     model.add_argument("--depth", type=int, choices=[50, 101], default=50)
+    model.add_argument("--backbone", type=json.loads, help="changes to the config's backbone")
     model.add_argument("--images", type=Path, required=True, help="one tensor 'images', [B,3,H,W]")
     model.add_argument("--checkpoint", type=Path, required=True, help="gets the weights")
     model.add_argument("--out", type=Path, required=True, help="gets all four logits")

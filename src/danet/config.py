@@ -336,7 +336,7 @@ def _find(
             annotation = model.model_fields[str(part)].annotation
             if part != location[-1]:
                 model = _model_in(annotation)
-        elif model is None and get_origin(annotation) in (Union, UnionType):
+        elif isinstance(part, str) and get_origin(annotation) in (Union, UnionType):
             continue
         path.append(str(part))
     return path, model

@@ -24,7 +24,6 @@ from danet.evaluation.report import Case
 from danet.model import DANet
 from danet.model_folder import Metadata
 
-
 _READERS = 2
 """Threads that decode, and pictures that wait decoded."""
 

@@ -334,8 +334,7 @@ def _find(
     for part in location:
         if model is not None and part in model.model_fields:
             annotation = model.model_fields[str(part)].annotation
-            if part != location[-1]:
-                model = _model_in(annotation)
+            model = _model_in(annotation)
         elif isinstance(part, str) and get_origin(annotation) in (Union, UnionType):
             continue
         path.append(str(part))

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 import danet
+from danet.bench.workload import Workload
 from danet.cli import main
 from danet.model_folder import Metadata
 
@@ -198,6 +199,14 @@ LONG = "x" * 300
         (("bench", "demo", "--estimate", "--memory", "nan"), "--memory nan: give GiB above 0"),
         (("bench", "demo", "--estimate", "--memory", "inf"), "--memory inf: give GiB above 0"),
         (("bench", "demo", "--estimate", "--memory=-1"), "--memory -1: give GiB above 0"),
+        (("bench", "demo", "--memory", "24"), "--memory goes with --estimate"),
+        (("bench", "demo", "--estimate", "--batch", "1"), "leave it out, or leave out --batch"),
+        (("bench", "demo", "--estimate", "--peer"), "leave it out, or leave out --peer"),
+        (("bench", "demo", "--estimate", "--compile"), "leave it out, or leave out --compile"),
+        (
+            ("bench", "demo", "--estimate", "--rounds", "3", "--repeats", "3"),
+            "--estimate measures nothing; leave it out, or leave out --rounds and --repeats",
+        ),
         (("bench", "demo", "--device", "cpu:foo"), "use cpu or cpu:0"),
         (("convert", LONG, "--out", "/nowhere"), LONG),
         (("convert", "/nowhere.pth", "--out", "/nowhere"), "no such file"),
@@ -311,6 +320,26 @@ def test_only_the_first_process_probes_what_it_writes(
     for rank, message in (("0", "cannot be written"), ("1", "model /nowhere: no such folder")):
         monkeypatch.setenv("RANK", rank)
         assert message in fails("evaluate", "/nowhere", "--json", tmp_path / "file" / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "how"), [((), (1, 3, 3)), (("--batch=8", "--rounds=1", "--repeats=2"), (8, 1, 2))]
+)
+def test_bench_measures_as_often_as_told(
+    options: tuple[str, ...],
+    how: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    run: Command,
+) -> None:
+    measured = []
+
+    def benchmark(workload: Workload, *_: object, rounds: int, repeats: int) -> None:
+        measured.append((workload.batch, rounds, repeats))
+
+    monkeypatch.setattr("danet.bench.report.benchmark", benchmark)
+    monkeypatch.setattr("danet.bench.report.print_benchmark", lambda _: None)
+    run("bench", "demo", *options)
+    assert measured == [how]
 
 
 def test_bench_probes_its_file_before_it_measures(

@@ -1,12 +1,22 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from danet.bench.cost import cost_by_part, estimate_peak_bytes, largest_batch, process_bytes
+from danet.bench import cost
+from danet.bench.cost import (
+    LARGEST_BATCH,
+    cost_by_part,
+    estimate_peak_bytes,
+    largest_batch,
+    process_bytes,
+)
 from danet.bench.measure import Form, measure
 from danet.bench.workload import Workload
 from danet.config import RunConfig, load_recipe
 
 MIB = 2**20
+R50 = "cityscapes_r50_512x1024_40k"
 
 
 def small(**train: object) -> RunConfig:
@@ -46,16 +56,57 @@ def test_memory_grows_with_pictures_and_their_size() -> None:
     assert estimate((128, 96), 1) < estimate((128, 96), 2) < estimate((256, 192), 2)
 
 
-def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    held = process_bytes("cpu")
-    job, limit = workload(small(), (128, 96)), held + 256 * MIB
+@pytest.mark.parametrize("mode", ["training", "prediction"])
+@pytest.mark.parametrize(
+    ("config", "size", "room"),
+    [
+        (small(), (128, 96), 256 * MIB),
+        pytest.param(load_recipe(R50), (64, 48), 1024 * MIB, marks=pytest.mark.slow),
+    ],
+    ids=["small", "ResNet-50"],
+)
+def test_the_largest_batch_fits_and_one_more_does_not(
+    config: RunConfig, size: tuple[int, int], room: int, mode: str
+) -> None:
+    job = Workload(config, size, 1, mode)
+    limit = process_bytes("cpu") + room
     found = largest_batch(job, "cpu", bfloat16=False, limit=limit)
-    needs = [
-        held + estimate_peak_bytes(job._replace(batch=batch), "cpu", bfloat16=False)
+    needs, too_much = (
+        estimate_peak_bytes(job._replace(batch=batch), "cpu", bfloat16=False)
         for batch in (found.batch, found.batch + 1)
-    ]
-    assert needs[0] <= limit < needs[1]
-    assert largest_batch(job, "cpu", bfloat16=False, limit=held + MIB).batch == 0
+    )
+    assert needs <= room < too_much
+    assert found.further_bytes == too_much - needs
+
+
+@pytest.mark.parametrize("room", [2, 700, 1_020, 1_100, 5_000, 60_000])
+@pytest.mark.parametrize(
+    "need",
+    [
+        lambda batch: 9 * batch,
+        lambda batch: max(1_000 + batch // 8, 13 * batch),  # few are less than setting up
+        lambda batch: max(1_000, 700 + batch),
+        lambda batch: 40 * (1 + batch // 3) + 4 * batch,
+    ],
+    ids=["line", "bend", "late bend", "stairs"],
+)
+def test_few_estimates_find_the_largest_batch(
+    need: Callable[[int], int], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimated = []
+
+    def estimate(workload: Workload, device: str, *, bfloat16: bool) -> int:
+        estimated.append(workload.batch)
+        return need(workload.batch)
+
+    monkeypatch.setattr(cost, "estimate_peak_bytes", estimate)
+    limit = process_bytes("cpu") + room
+    found = largest_batch(workload(small()), "cpu", bfloat16=False, limit=limit)
+    fitting = [batch for batch in range(1, LARGEST_BATCH + 1) if need(batch) <= room]
+    assert found.batch == max(fitting, default=0)
+    assert found.first_bytes == need(1)
+    assert len(estimated) <= 18
+    assert max(estimated) <= max(2, 8 * found.batch)  # training on more takes longer to estimate
 
 
 def test_checkpointing_needs_less_memory() -> None:
@@ -86,7 +137,7 @@ def test_every_loss_can_be_estimated(train: dict[str, object]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["training", "prediction"])
 def test_estimates_are_within_15_percent_of_what_is_measured(mode: str) -> None:
-    config = load_recipe("cityscapes_r50_512x1024_40k")
+    config = load_recipe(R50)
     job = Workload(config, (384, 256), 2, mode)
     measured = measure(job, [Form("danet", bfloat16=False)], "cpu", rounds=1, repeats=1)["danet"]
     assert measured is not None

@@ -32,6 +32,9 @@ must fit. On a GPU they are not in its memory."""
 _SAFE_SHARE = 0.85
 """Of the memory that may be filled, which an estimate must not exceed to be recommended."""
 
+LARGEST_BATCH = 4096
+"""That is looked for: an estimate of training takes time for every picture."""
+
 _PARTS = ("backbone", "head.position_branch", "head.channel_branch", "head", "auxiliary_head")
 
 
@@ -103,9 +106,9 @@ class BatchLimit(NamedTuple):
     """How many pictures fit.
 
     Attributes:
-        batch: the largest, 0 where not even one fits.
+        batch: the largest up to `LARGEST_BATCH`, 0 where not even one fits.
         first_bytes: what a batch of one needs.
-        further_bytes: what every further picture needs.
+        further_bytes: what one picture more than `batch` needs.
     """
 
     batch: int
@@ -119,14 +122,35 @@ def process_bytes(device: str) -> int:
 
 
 def largest_batch(workload: Workload, device: str, *, bfloat16: bool, limit: int) -> BatchLimit:
-    """What of the workload fits where its process may fill `limit` bytes."""
-    first, second = (
-        estimate_peak_bytes(workload._replace(batch=batch), device, bfloat16=bfloat16)
-        for batch in (1, 2)
-    )
-    further = max(second - first, 1)
-    left = limit - process_bytes(device) - first
-    return BatchLimit(max(0, left // further + 1), first, further)
+    """What of the workload fits where its process may fill `limit` bytes.
+
+    The batch is estimated, and so is one picture more, which does not fit. Small batches may need
+    no more than preparing the network does, so what they need says nothing about large ones.
+    """
+    room = limit - process_bytes(device)
+
+    def need(batch: int) -> int:
+        return estimate_peak_bytes(workload._replace(batch=batch), device, bfloat16=bfloat16)
+
+    needs = {batch: need(batch) for batch in (1, 2)}
+    steps_between = 0
+    while True:
+        fits = max((batch for batch in needs if needs[batch] <= room), default=0)
+        # The two batches next to the answer as far as it is known.
+        lower = max(batch for batch in sorted(needs)[:-1] if batch <= max(fits, 1))
+        upper = min(batch for batch in needs if batch > lower)
+        further = max(needs[upper] - needs[lower], 1) / (upper - lower)
+        if fits + 1 in needs or fits == LARGEST_BATCH:
+            return BatchLimit(fits, needs[1], int(further))
+        guess = fits + int((room - needs[fits]) / further)
+        most = min(8 * fits, LARGEST_BATCH)
+        if upper > fits:
+            most = upper - 1
+            steps_between += 1
+            if steps_between > 3 and steps_between % 2 == 0:  # Lines may creep up to a bend.
+                guess = (fits + upper) // 2
+        guess = min(max(guess, fits + 1), most)
+        needs[guess] = need(guess)
 
 
 def advise_after_running_out(config: RunConfig, processes: int) -> str:

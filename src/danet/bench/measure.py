@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from danet.bench.workload import Workload
+from danet.devices import is_out_of_memory
 
 
 class Form(NamedTuple):
@@ -56,7 +57,11 @@ def measure(
                     runs[form.name].append(
                         pool.submit(_measure_once, workload, form, device, repeats).result()
                     )
-                except (torch.OutOfMemoryError, MemoryError, BrokenProcessPool):
+                except BrokenProcessPool:  # as where the kernel kills a process for memory
+                    failed.add(form.name)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
                     failed.add(form.name)
     return {
         name: None

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from danet.bench.cost import (
+    LARGEST_BATCH,
     BatchLimit,
     cost_by_part,
     estimate_peak_bytes,
@@ -131,12 +132,13 @@ def print_limits(limits: list[tuple[Workload, BatchLimit]], limit: int, device: 
         highlight=False,
         soft_wrap=True,
     )
-    table = Table("size", "largest batch", "first picture MiB", "each further MiB", box=None)
+    table = Table("size", "largest batch", "first picture MiB", "one more MiB", box=None)
     for workload, found in limits:
         width, height = workload.size
+        batch = f"{found.batch} or more" if found.batch == LARGEST_BATCH else str(found.batch)
         table.add_row(
             f"{width}x{height}",
-            str(found.batch) if found.batch else "none fits",
+            batch if found.batch else "none fits",
             f"{found.first_bytes / _MIB:.0f}",
             f"{found.further_bytes / _MIB:.0f}",
         )
@@ -151,6 +153,7 @@ def limits_as_json(
         "limit_MiB": limit / _MIB,
         "process_MiB": process_bytes(device) / _MIB,
         "mode": limits[0][0].mode,
+        "searched_up_to": LARGEST_BATCH,
         "sizes": [
             {
                 "size": list(workload.size),

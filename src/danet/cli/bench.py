@@ -18,7 +18,9 @@ def bench(
             metavar="WIDTHxHEIGHT", help="Of the pictures; the recipe's crop unless given."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures at a time; 1 unless given.")
+    ] = None,
     train: Annotated[
         bool, typer.Option("--train", help="Measure training steps instead of prediction.")
     ] = False,
@@ -32,8 +34,12 @@ def bench(
     memory: Annotated[
         float | None, typer.Option(help="GiB that --estimate may fill; the device's unless given.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes for each form.")] = 3,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs in each process.")] = 3,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Fresh processes for each form; 3 unless given.")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed runs in each process; 3 unless given.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures.")
     ] = None,
@@ -50,6 +56,14 @@ def bench(
     from danet.evaluation.evaluate import write_json
 
     check_precision(precision)
+    how = {"batch": batch, "peer": peer, "rounds": rounds, "repeats": repeats}
+    given = [f"--{name}" for name, value in {**how, "compile": compile_graph}.items() if value]
+    if estimate and given:
+        raise UserError(
+            f"--estimate measures nothing; leave it out, or leave out {' and '.join(given)}"
+        )
+    if memory is not None and not estimate:
+        raise UserError("--memory goes with --estimate, which says what batch fits it")
     # A million GiB is more than any machine has; nan is in no range.
     if memory is not None and not 0 < memory <= 1e6:
         raise UserError(f"--memory {memory:g}: give GiB above 0, such as 24")
@@ -59,7 +73,8 @@ def bench(
     config = load_recipe(recipe, overrides or ())
     sizes = [_parse_size(text) for text in size or ()] or [config.data.crop_size]
     workloads = [
-        Workload(config, pixels, batch, "training" if train else "prediction") for pixels in sizes
+        Workload(config, pixels, batch or 1, "training" if train else "prediction")
+        for pixels in sizes
     ]
     if estimate:
         limit = memory_limit(chosen) if memory is None else int(memory * 2**30)
@@ -71,7 +86,9 @@ def bench(
         results = []
         for workload in workloads:
             results.append(
-                report.benchmark(workload, forms, str(chosen), rounds=rounds, repeats=repeats)
+                report.benchmark(
+                    workload, forms, str(chosen), rounds=rounds or 3, repeats=repeats or 3
+                )
             )
             report.print_benchmark(results[-1])
         found = {"results": results}

@@ -1,0 +1,25 @@
+import pytest
+
+from danet.bench.cost import LARGEST_BATCH, BatchLimit
+from danet.bench.report import limits_as_json, print_limits
+from danet.bench.workload import Workload
+from danet.config import RunConfig
+
+MIB = 2**20
+
+
+def test_a_search_that_ended_before_memory_did_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = [
+        (Workload(RunConfig(), (side, side), 1, "prediction"), BatchLimit(batch, 9 * MIB, 2 * MIB))
+        for side, batch in ((8, LARGEST_BATCH), (64, 12), (512, 0))
+    ]
+    print_limits(limits, 1024 * MIB, "cuda")
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [" ".join(row.split()) for row in rows] == [
+        "8x8 4096 or more 9 2",
+        "64x64 12 9 2",
+        "512x512 none fits 9 2",
+    ]
+    written = limits_as_json(limits, 1024 * MIB, "cuda")
+    assert written["searched_up_to"] == 4096
+    assert [size["largest_batch"] for size in written["sizes"]] == [4096, 12, 0]

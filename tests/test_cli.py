@@ -200,7 +200,6 @@ LONG = "x" * 300
         (("bench", "demo", "--estimate", "--memory", "inf"), "--memory inf: give GiB above 0"),
         (("bench", "demo", "--estimate", "--memory=-1"), "--memory -1: give GiB above 0"),
         (("bench", "demo", "--memory", "24"), "--memory goes with --estimate"),
-        (("bench", "demo", "--estimate", "--batch", "1"), "leave it out, or leave out --batch"),
         (("bench", "demo", "--estimate", "--peer"), "leave it out, or leave out --peer"),
         (("bench", "demo", "--estimate", "--compile"), "leave it out, or leave out --compile"),
         (

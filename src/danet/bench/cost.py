@@ -109,11 +109,13 @@ class BatchLimit(NamedTuple):
         batch: the largest up to `LARGEST_BATCH`, 0 where not even one fits.
         first_bytes: what a batch of one needs.
         further_bytes: what one picture more than `batch` needs.
+        given_bytes: what the workload's own batch needs.
     """
 
     batch: int
     first_bytes: int
     further_bytes: int
+    given_bytes: int
 
 
 def process_bytes(device: str) -> int:
@@ -141,7 +143,8 @@ def largest_batch(workload: Workload, device: str, *, bfloat16: bool, limit: int
         upper = min(batch for batch in needs if batch > lower)
         further = max(needs[upper] - needs[lower], 1) / (upper - lower)
         if fits + 1 in needs or fits == LARGEST_BATCH:
-            return BatchLimit(fits, needs[1], int(further))
+            given = needs.get(workload.batch) or need(workload.batch)
+            return BatchLimit(fits, needs[1], int(further), given)
         guess = fits + int((room - needs[fits]) / further)
         most = min(8 * fits, LARGEST_BATCH)
         if upper > fits:

@@ -132,7 +132,9 @@ def print_limits(limits: list[tuple[Workload, BatchLimit]], limit: int, device: 
         highlight=False,
         soft_wrap=True,
     )
-    table = Table("size", "largest batch", "first picture MiB", "one more MiB", box=None)
+    asked = [f"{workload.batch} pictures MiB"] if workload.batch > 1 else []
+    columns = ("size", "largest batch", "first picture MiB", "one more MiB", *asked)
+    table = Table(*columns, box=None)
     for workload, found in limits:
         width, height = workload.size
         batch = f"{found.batch} or more" if found.batch == LARGEST_BATCH else str(found.batch)
@@ -141,6 +143,7 @@ def print_limits(limits: list[tuple[Workload, BatchLimit]], limit: int, device: 
             batch if found.batch else "none fits",
             f"{found.first_bytes / _MIB:.0f}",
             f"{found.further_bytes / _MIB:.0f}",
+            *(f"{found.given_bytes / _MIB:.0f}" for _ in asked),
         )
     console.print(table)
 
@@ -160,6 +163,8 @@ def limits_as_json(
                 "largest_batch": found.batch,
                 "first_MiB": found.first_bytes / _MIB,
                 "further_MiB": found.further_bytes / _MIB,
+                "batch": workload.batch,
+                "batch_MiB": found.given_bytes / _MIB,
             }
             for workload, found in limits
         ],

@@ -56,7 +56,7 @@ def bench(
     from danet.evaluation.evaluate import write_json
 
     check_precision(precision)
-    how = {"batch": batch, "peer": peer, "rounds": rounds, "repeats": repeats}
+    how = {"peer": peer, "rounds": rounds, "repeats": repeats}
     given = [f"--{name}" for name, value in {**how, "compile": compile_graph}.items() if value]
     if estimate and given:
         raise UserError(

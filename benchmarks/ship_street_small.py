@@ -1,9 +1,9 @@
-"""Makes models/street-small from a finished run of recipe street_small_noise.
+"""Makes models/street-small from a finished run, averaged with the weights that it went on from.
 
-Averaged with the weights that the run went on from, which keeps what they knew of clean pictures:
+docs/street.md has the runs and their shares.
 
-    python benchmarks/ship_street_small.py runs/street_small_noise --root DIR \
-        --former runs/street_small_last/model
+    python benchmarks/ship_street_small.py runs/street_small_more_scenes --root DIR \
+        --former street-small --share 0.5
 """
 
 import argparse
@@ -21,7 +21,7 @@ NOTE = """\
 Street scenes in the 11 classes of CamVid, small enough for a CPU. Trained from nothing:
 generated street scenes first, then the 367 training pictures of CamVid (Brostow et al.,
 University of Cambridge) in the split of the SegNet tutorial, at 480x360, then both together,
-at last with noise added. The weights are the average of those before and after the last step.
+at last with noise added. The weights are an average of those that the last runs came to.
 No other pictures and no other weights went in.
 
 **Licence.** CamVid is for research; use this model for research too. The code is under the

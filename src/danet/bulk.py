@@ -102,19 +102,19 @@ def segment_inputs(
     """
     pictures = list_pictures([one for one in inputs if not one.is_film], overlay=overlay)
     yield from segment_pictures(predictor, pictures, folder, share)
-    kinds = {"overlay"} if overlay else set()
-    kinds |= {"frames"} if frame_masks or not overlay else set()
-    films = [_film(one, kinds) for one in inputs if one.is_film]
+    masks = frame_masks or not overlay
+    films = [_film(one, overlay=overlay, masks=masks) for one in inputs if one.is_film]
     yield from _segment_films(predictor, films, folder, share, on_frame)
 
 
-def _film(film: Input, kinds: set[str]) -> Picture:
-    names = {"overlay": film_name(film.stem), "frames": film.stem}
-    results = {kind: names[kind] for kind in kinds}
+def _film(film: Input, *, overlay: bool, masks: bool) -> Picture:
+    path, stem = film
+    results = {"overlay": film_name(stem)} if overlay else {}
+    results |= {"frames": stem} if masks else {}
     try:
-        return Picture(str(film.path), film.stem, film.path, _origin_of(film.path), results)
+        return Picture(str(path), stem, path, _origin_of(path), results)
     except UserError as error:
-        return Picture(str(film.path), film.stem, error, None, results)
+        return Picture(str(path), stem, error, None, results)
 
 
 def _origin_of(path: Path) -> Origin:
@@ -194,13 +194,14 @@ def list_pictures(inputs: Sequence[Input], *, overlay: bool) -> Iterator[Picture
     Args:
         overlay: their overlays are wanted beside their masks.
     """
-    for path, stem in inputs:
+    for one in inputs:
+        path, stem = one
         try:
             origin = _origin_of(path)
         except UserError as error:
             yield Picture(str(path), stem, error, None, {})
             continue
-        if Input(path, stem).is_archive:
+        if one.is_archive:
             yield from _pictures_of_tar(path, stem, origin, overlay)
         else:
             yield Picture(str(path), stem, path, origin, _picture_results(stem, overlay))

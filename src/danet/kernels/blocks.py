@@ -36,6 +36,9 @@ _AUTOCAST_DEVICES = frozenset(
 )
 
 
+_LOG2_E = math.log2(math.e)
+
+
 class BlockShape(NamedTuple):
     """How many rows and columns of scores are formed at a time."""
 
@@ -269,7 +272,9 @@ def _backward_sample(
     grad_and_dot_Nc = torch.cat([grad_NC, torch.stack(parts, 1).neg_()], 1)
     grad_NC = grad_and_dot_Nc[:, :channels]  # contiguous rows whichever way the gradient came
     value_and_ones_Mc = torch.cat([value_MC, value_MC.new_ones(keys, len(parts))], 1)
+    # In powers of 2, which take a CPU a quarter of the time of those of e.
     query_and_sum_Nd = torch.cat([query_ND.to(exact), logsumexp_N.neg().unsqueeze(1)], 1)
+    query_and_sum_Nd.mul_(_LOG2_E)
     key_and_one_Md = torch.cat([key_MD.to(exact), logsumexp_N.new_ones(keys, 1)], 1)
 
     shape = block_shape(queries, query_ND.device)
@@ -277,7 +282,7 @@ def _backward_sample(
     score_buffer = logsumexp_N.new_empty(size)
     attention_buffer, grad_buffer = grad_NC.new_empty(size), grad_NC.new_empty(size)
     grad_query_ND = torch.zeros_like(query_ND, dtype=exact)
-    least = least_exponent(exact)
+    least = _LOG2_E * least_exponent(exact)
     tiles = _blocks(queries, shape.columns)
     for block in _blocks(keys, shape.rows):
         rows = block.stop - block.start
@@ -288,7 +293,7 @@ def _backward_sample(
             scores_mn = score_buffer[: rows * columns].view(rows, columns)
             torch.mm(key_and_one_Md[block], query_and_sum_Nd[tile].T, out=scores_mn)
             # Exactly computed it is never positive; of huge scores, rounding leaves more.
-            attention_mn = _cast(scores_mn.clamp_(least, 0).exp_(), attention_buffer)
+            attention_mn = _cast(scores_mn.clamp_(least, 0).exp2_(), attention_buffer)
             if grad_value_mC is None:
                 grad_value_MC[block] = attention_mn @ grad_NC[tile]
             else:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import danet
 import danet.bulk
-from danet.bulk import DECODED_AHEAD, Picture, list_pictures, segment_pictures
+from danet.bulk import DECODED_AHEAD, Picture, segment_inputs
 from danet.cli import app
 from danet.errors import UserError
 from danet.inputs import Input, find_inputs
@@ -377,11 +377,19 @@ def test_memory_holds_a_few_pictures(
         return real(source)
 
     monkeypatch.setattr("danet.bulk.open_image", counted)
-    pictures = list_pictures(find_inputs([str(tmp_path)])[0], overlay=False)
+    pictures, _ = find_inputs([str(tmp_path)])
     out = tmp_path / "out"
     out.mkdir()
     share = Share(0, 1)
-    for _ in segment_pictures(predictor, pictures, out, share):
+    for _ in segment_inputs(
+        predictor,
+        pictures,
+        out,
+        overlay=False,
+        frame_masks=False,
+        share=share,
+        on_frame=lambda *_: None,
+    ):
         finished += 1
     assert finished == 60
     assert largest <= DECODED_AHEAD + 10

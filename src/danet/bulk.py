@@ -13,7 +13,7 @@ import tarfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from danet.data.archives import MAX_FILE_BYTES
 from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
-from danet.inputs import RESULT_KINDS, Input, film_name, mask_name, member_stem, overlay_name
+from danet.inputs import RESULT_KINDS, Input, film_results, member_stem, picture_results
 from danet.jsonl import read_whole_lines
 from danet.predict import Segmenter, write_segmentation
 from danet.processes import Share
@@ -96,21 +96,32 @@ def segment_inputs(
 ) -> Iterator[Outcome]:
     """Segments this process's share of pictures, tar archives and films, and tells of each.
 
+    The manifest names the model by its fingerprint and each input by its `Origin`, so that results
+    of other models and of other files of the same name are made anew.
+
     Args:
         frame_masks: write the masks of films' frames too where `overlay` makes films.
         on_frame: called after each frame of a film with how many frames the film announces.
     """
     pictures = list_pictures([one for one in inputs if not one.is_film], overlay=overlay)
-    yield from segment_pictures(predictor, pictures, folder, share)
     masks = frame_masks or not overlay
     films = [_film(one, overlay=overlay, masks=masks) for one in inputs if one.is_film]
-    yield from _segment_films(predictor, films, folder, share, on_frame)
+    model = predictor.fingerprint()
+    finished = _finished(folder, model)
+    own_pictures = islice(pictures, share.rank, None, share.processes)
+    own_films = films[share.rank :: share.processes]
+    with _Manifest(_manifest_path(folder, share)) as manifest:
+        for outcome in chain(
+            _segment_pictures(predictor, own_pictures, folder, finished),
+            _segment_films(predictor, own_films, folder, finished, on_frame),
+        ):
+            _note(outcome, manifest, model)
+            yield outcome
 
 
 def _film(film: Input, *, overlay: bool, masks: bool) -> Picture:
     path, stem = film
-    results = {"overlay": film_name(stem)} if overlay else {}
-    results |= {"frames": stem} if masks else {}
+    results = film_results(stem, overlay=overlay, masks=masks)
     try:
         return Picture(str(path), stem, path, _origin_of(path), results)
     except UserError as error:
@@ -130,24 +141,14 @@ def _segment_films(
     predictor: Segmenter,
     films: Sequence[Picture],
     folder: Path,
-    share: Share,
+    finished: dict[str, Origin],
     on_frame: Callable[[Path, int], None],
 ) -> Iterator[Outcome]:
-    own = films[share.rank :: share.processes]
-    if not own:
-        return
-    model = predictor.fingerprint()
-    finished = _finished(folder, model)
-    with _Manifest(_manifest_path(folder, share)) as manifest:
-        for film in own:
-            done = _is_done(film, folder, finished)
-            outcome = (
-                Outcome(film, None, written=False)
-                if done
-                else _segment_film(predictor, film, folder, on_frame)
-            )
-            _note(outcome, manifest, model)
-            yield outcome
+    for film in films:
+        if _is_done(film, folder, finished):
+            yield Outcome(film, None, written=False)
+        else:
+            yield _segment_film(predictor, film, folder, on_frame)
 
 
 def _segment_film(
@@ -204,12 +205,7 @@ def list_pictures(inputs: Sequence[Input], *, overlay: bool) -> Iterator[Picture
         if one.is_archive:
             yield from _pictures_of_tar(path, stem, origin, overlay)
         else:
-            yield Picture(str(path), stem, path, origin, _picture_results(stem, overlay))
-
-
-def _picture_results(stem: str, overlay: bool) -> dict[str, str]:
-    results = {"mask": mask_name(stem)}
-    return {**results, "overlay": overlay_name(stem)} if overlay else results
+            yield Picture(str(path), stem, path, origin, picture_results(stem, overlay=overlay))
 
 
 def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> Iterator[Picture]:
@@ -229,52 +225,29 @@ def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> 
                     file = archive.extractfile(member)
                     assert file is not None
                     source = file.read()
-                results = _picture_results(own, overlay)
+                results = picture_results(own, overlay=overlay)
                 yield Picture(f"{path}:{member.name}", own, source, origin, results)
     except (tarfile.TarError, OSError, EOFError) as error:
         problem = UserError(f"{path}: damaged or no tar archive ({error})")
         yield Picture(str(path), stem, problem, None, {})
 
 
-def segment_pictures(
-    predictor: Segmenter, pictures: Iterator[Picture], folder: Path, share: Share
+def _segment_pictures(
+    predictor: Segmenter, pictures: Iterator[Picture], folder: Path, finished: dict[str, Origin]
 ) -> Iterator[Outcome]:
-    """Segments this process's share, writes results and manifest, and tells of each picture.
-
-    The manifest names the model by its weights and each input by its `Origin`, so that results of
-    other models and of other files of the same name are made anew.
-    """
-    model = predictor.fingerprint()
-    finished = _finished(folder, model)
-    own = islice(pictures, share.rank, None, share.processes)
-    with (
-        _Manifest(_manifest_path(folder, share)) as manifest,
-        ThreadPoolExecutor(_THREADS) as pool,
-    ):
-        for outcome in _outcomes(predictor, own, folder, finished, pool):
-            _note(outcome, manifest, model)
-            yield outcome
-
-
-def _outcomes(
-    predictor: Segmenter,
-    pictures: Iterator[Picture],
-    folder: Path,
-    finished: dict[str, Origin],
-    pool: ThreadPoolExecutor,
-) -> Iterator[Outcome]:
-    waiting: dict[tuple[int, int], list[tuple[Picture, Image.Image]]] = {}
-    for picture, image in _decoded(pictures, folder, finished, pool):
-        if image is None or isinstance(image, str):
-            yield Outcome(picture, image, written=False)
-            continue
-        same_size = waiting.setdefault(image.size, [])
-        same_size.append((picture, image))
-        if len(same_size) == BATCH or sum(map(len, waiting.values())) == DECODED_AHEAD:
-            largest = max(waiting, key=lambda size: len(waiting[size]))
-            yield from _segment_batch(predictor, waiting.pop(largest), folder, pool)
-    for batch in waiting.values():
-        yield from _segment_batch(predictor, batch, folder, pool)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting: dict[tuple[int, int], list[tuple[Picture, Image.Image]]] = {}
+        for picture, image in _decoded(pictures, folder, finished, pool):
+            if image is None or isinstance(image, str):
+                yield Outcome(picture, image, written=False)
+                continue
+            same_size = waiting.setdefault(image.size, [])
+            same_size.append((picture, image))
+            if len(same_size) == BATCH or sum(map(len, waiting.values())) == DECODED_AHEAD:
+                largest = max(waiting, key=lambda size: len(waiting[size]))
+                yield from _segment_batch(predictor, waiting.pop(largest), folder, pool)
+        for batch in waiting.values():
+            yield from _segment_batch(predictor, batch, folder, pool)
 
 
 def _manifest_path(folder: Path, share: Share) -> Path:

@@ -55,9 +55,14 @@ def film_name(stem: str) -> str:
     return f"{stem}_overlay.mp4"
 
 
-def picture_names(stem: str) -> tuple[str, str]:
-    """Of all that is written of a picture."""
-    return mask_name(stem), overlay_name(stem)
+def picture_results(stem: str, *, overlay: bool) -> dict[str, str]:
+    """What is written of a picture, by its kind (`RESULT_KINDS`)."""
+    return {"mask": mask_name(stem)} | ({"overlay": overlay_name(stem)} if overlay else {})
+
+
+def film_results(stem: str, *, overlay: bool, masks: bool) -> dict[str, str]:
+    """What is written of a film, by its kind."""
+    return ({"overlay": film_name(stem)} if overlay else {}) | ({"frames": stem} if masks else {})
 
 
 def member_pattern(archive_stem: str) -> str:
@@ -127,8 +132,12 @@ def _overwriting(named: Sequence[Input], results: Path) -> dict[Input, Input]:
         if one.is_archive:
             archives.append((one, re.compile(member_pattern(one.stem))))
             continue
-        names = (film_name(one.stem), one.stem) if one.is_film else picture_names(one.stem)
-        writers |= {results / name: one for name in names}
+        written = (
+            film_results(one.stem, overlay=True, masks=True)
+            if one.is_film
+            else picture_results(one.stem, overlay=True)
+        )
+        writers |= {results / name: one for name in written.values()}
     found: dict[Input, Input] = {}
     for one in named:
         path = one.path.resolve()

@@ -13,7 +13,7 @@ from PIL import Image
 from danet.data.scenes import render
 from danet.errors import UserError
 from danet.evaluation.evaluate import available_branches
-from danet.inputs import output_stems
+from danet.inputs import mask_name, output_stems, overlay_name
 from danet.inspection import Inspection, Point
 from danet.predict import OVERLAY_OPACITY
 from danet.web import studio as looks
@@ -211,9 +211,9 @@ class _Actions:
                     rows.append([path.name, str(error).replace(str(path), path.name)])
                     continue
                 mask = looks.encode(inspection.segmentation().mask(), "PNG")
-                file.writestr(f"{stems[path]}.png", mask)
+                file.writestr(mask_name(stems[path]), mask)
                 overlay = looks.encode(looks.overlay(inspection), "JPEG")
-                file.writestr(f"{stems[path]}_overlay.jpg", overlay)
+                file.writestr(overlay_name(stems[path]), overlay)
                 largest = class_shares(inspection)[:3]
                 rows.append([path.name, ", ".join(f"{s.name} {s.share:.0%}" for s in largest)])
         return rows, str(archive)

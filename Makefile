@@ -92,7 +92,7 @@ $(VENV)/bin/python:
 
 $(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing PyTorch and what else danet needs into $(VENV): several GB, a few minutes."
-	$(INSTALL) --quiet --no-compile --editable .
+	$(INSTALL) --quiet --editable .
 	@touch $@
 
 $(VENV)/development: $(VENV)/runtime

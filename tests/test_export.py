@@ -1,7 +1,9 @@
 import json
+import math
 import subprocess
 import sys
 import textwrap
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
@@ -20,7 +24,7 @@ from danet.data.scenes import render
 from danet.data.transforms import fitted_size
 from danet.errors import ExportDiffers, UserError
 from danet.export import SUFFIXES, export, load
-from danet.export.graph import WholePicture, attend_by_equal_widths
+from danet.export.graph import WholePicture, _fitted, attend_by_equal_widths
 from danet.model_folder import Metadata
 from danet.palette import default_palette
 
@@ -92,6 +96,19 @@ def test_any_batch_and_size_gives_the_models_logits(
         np.testing.assert_allclose(
             found, expected.numpy(), atol=1e-4 * float(expected.abs().max()), rtol=0
         )
+
+
+@given(
+    size=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+    bounds=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+)
+def test_whole_numbers_fit_a_size_as_fractions_do(
+    size: tuple[int, int], bounds: tuple[int, int]
+) -> None:
+    scale = min(Fraction(max(bounds), max(size)), Fraction(min(bounds), min(size)))
+    assert _fitted(size, bounds) == tuple(
+        max(1, math.floor(side * scale + Fraction(1, 2))) for side in size
+    )
 
 
 @pytest.mark.slow

@@ -50,18 +50,19 @@ def _fitted(size: Sequence[int], bounds: tuple[int, int]) -> tuple[int, int]:
     """Height and width by `danet.data.transforms.fitted_size`.
 
     In whole numbers, for a graph computes this itself, from symbols; where exactly half a pixel is
-    rounded, floats may have it otherwise.
+    rounded, floats may have it otherwise. Of both ways round that the bounds can lie the larger
+    fits: so no side is divided by a maximum, which makes files that take long to open.
     """
     height, width = size
     low, high = sorted(bounds)
-    long, short = torch.sym_max(height, width), torch.sym_min(height, width)
 
-    def fit(side: int) -> Any:
-        by_long = (2 * side * high + long) // (2 * long)
-        by_short = (2 * side * low + short) // (2 * short)
-        return torch.sym_max(torch.sym_min(by_long, by_short), 1)
+    def fit(side: int, other: int) -> Any:
+        lying, standing = ((2 * side * bound + other) // (2 * other) for bound in (high, low))
+        return torch.sym_max(
+            torch.sym_max(torch.sym_min(lying, low), torch.sym_min(standing, high)), 1
+        )
 
-    return fit(height), fit(width)
+    return fit(height, width), fit(width, height)
 
 
 def _same_padding(side: int, kernel: int, stride: int, dilation: int) -> Any:

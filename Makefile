@@ -92,11 +92,14 @@ $(VENV)/bin/python:
 
 $(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing PyTorch and what else danet needs into $(VENV): several GB, a few minutes."
-	$(INSTALL) --quiet --editable .
+	$(INSTALL) --quiet --no-compile --editable .
 	@touch $@
 
+# Tests start many processes, which may not be allowed to keep the bytecode that they compile.
+# Some packages hold files that are not this Python's, on which compileall fails.
 $(VENV)/development: $(VENV)/runtime
 	$(INSTALL) --quiet --editable ".[dev]"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 # The peer has its own packages and reads the project's torch, torchvision and numpy.

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import subprocess
@@ -69,15 +70,29 @@ def expected_logits(model: danet.DANet, images: Tensor) -> Tensor:
     return logits if scale is None else model.upsample(logits, (height, width))
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+FITTED = ((150, 100), {"align_corners": True})
+
+
 @pytest.mark.parametrize(
-    ("scale", "options"),
+    ("file_format", "scale", "options"),
     [
-        (None, {}),
-        ((150, 100), {"align_corners": True}),
-        pytest.param(None, {"position": False}, marks=pytest.mark.slow),
-        pytest.param(None, {"channel_affinity": "paper"}, marks=pytest.mark.slow),
-        pytest.param(None, {"output_stride": 16, "channel": False}, marks=pytest.mark.slow),
+        *((file_format, None, {}) for file_format in FORMATS),
+        ("onnx", *FITTED),
+        *(
+            pytest.param(file_format, *case, marks=pytest.mark.slow)
+            for file_format, case in [
+                ("torch", FITTED),
+                ("openvino", FITTED),
+                *itertools.product(
+                    FORMATS,
+                    [
+                        (None, {"position": False}),
+                        (None, {"channel_affinity": "paper"}),
+                        (None, {"output_stride": 16, "channel": False}),
+                    ],
+                ),
+            ]
+        ),
     ],
 )
 def test_any_batch_and_size_gives_the_models_logits(

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import danet
-from danet.kernels import blocks
 from danet.kernels.cpu import onednn_keeps_float32
+from danet.kernels.precision import fast_exact_float32
 
 PROCESSES = 2
 
@@ -84,7 +84,7 @@ def test_the_global_precision_setting_is_left_as_it_was() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     danet.functional.position_attention(*(torch.randn(1, 4, 9) for _ in range(3)))
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    with pytest.raises(RuntimeError), blocks.fast_exact_float32(torch.device("cpu")):
+    with pytest.raises(RuntimeError), fast_exact_float32(torch.device("cpu")):
         raise RuntimeError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
@@ -94,7 +94,7 @@ def test_threads_share_the_global_precision_setting() -> None:
         return torch.backends.mkldnn.matmul.fp32_precision
 
     before, cpu = setting(), torch.device("cpu")
-    first, second = blocks.fast_exact_float32(cpu), blocks.fast_exact_float32(cpu)
+    first, second = fast_exact_float32(cpu), fast_exact_float32(cpu)
     first.__enter__()
     during = setting()
     assert (during != before) == onednn_keeps_float32()
@@ -109,7 +109,7 @@ def test_the_global_precision_setting_stays_inherited(monkeypatch: pytest.Monkey
     """What all operators share, and what this one's own is, are the user's as before."""
     setting = torch.backends.mkldnn
     monkeypatch.setattr(setting, "fp32_precision", "bf16")
-    with blocks.fast_exact_float32(torch.device("cpu")):
+    with fast_exact_float32(torch.device("cpu")):
         pass
     setting.fp32_precision = "ieee"
     assert setting.matmul.fp32_precision == "ieee"
@@ -119,5 +119,5 @@ def test_the_global_precision_setting_stays_inherited(monkeypatch: pytest.Monkey
 def test_float32_stays_exact_on_arm(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
     monkeypatch.setattr("platform.machine", lambda: machine)
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with blocks.fast_exact_float32(torch.device("cpu")):
+    with fast_exact_float32(torch.device("cpu")):
         assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -162,3 +162,12 @@ def test_mistakes_say_what_to_do(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         build(**options)
+
+
+def test_why_timm_could_not_build_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise TypeError("a stage went missing")
+
+    monkeypatch.setattr("danet.backbone.timm.create_model", refuse)
+    with pytest.raises(UserError, match=r"resnet18 .* feature maps \(a stage went missing\)"):
+        Backbone("resnet18", pretrained=False)

@@ -25,8 +25,7 @@ def test_bfloat16_is_chosen_only_where_it_is_faster(
     monkeypatch.setattr(
         "danet.devices.multiplies_bfloat16_fast", cpu.multiplies_bfloat16_fast.__wrapped__
     )
-    possible = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    assert uses_bfloat16("auto", torch.device("cpu")) == (possible and fast)
+    assert uses_bfloat16("auto", torch.device("cpu")) == fast
     assert uses_bfloat16("bf16", torch.device("cpu"))
     assert not uses_bfloat16("fp32", torch.device("cpu"))
 
@@ -45,3 +44,16 @@ def test_a_device_may_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"device {name}: no such device.*use cpu or cpu:0"):
         choose_device(name)
+
+
+def test_without_onednn_a_cpu_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("danet.devices.multiplies_bfloat16_fast", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not uses_bfloat16("auto", torch.device("cpu"))
+
+
+def test_a_torch_that_cannot_tell_its_instructions_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert not cpu.has_amx()

@@ -16,6 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from danet import kernels
+from danet.kernels.precision import (
+    fast_exact_float32,
+    has_autocast,
+    least_exponent,
+    without_autocast,
+)
 
 Affinity = Literal["reference", "paper"]
 
@@ -38,7 +44,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ValueError: shapes do not fit, M is 0, or dtypes or devices differ.
     """
     device_type = query.device.type
-    if kernels.has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+    if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         # As torch's autocast, which leaves float64 alone.
         query, key, value = (
@@ -108,20 +114,21 @@ def channel_affinities(features: Tensor, affinity: Affinity = "reference") -> Te
         B C C, float32 or wider, rows summing to 1.
     """
     device = features.device
-    with kernels.without_autocast(device.type), kernels.fast_exact_float32(device):
+    with without_autocast(device.type), fast_exact_float32(device):
         exact_BCN = features.to(torch.promote_types(features.dtype, torch.float32))
         energy_BCC = exact_BCN @ exact_BCN.transpose(1, 2)
         if affinity == "reference":
             # softmax does not see a constant added to a row: this is softmax(max - energy).
             energy_BCC = -energy_BCC
         below_BCC = energy_BCC - energy_BCC.amax(-1, keepdim=True).detach()
-        return below_BCC.clamp(min=kernels.least_exponent(below_BCC.dtype)).softmax(-1)
+        return below_BCC.clamp(min=least_exponent(below_BCC.dtype)).softmax(-1)
 
 
 class PositionAttention(nn.Module):
-    """E = alpha * position_attention(B(A), C(A), D(A)) + A, with alpha starting at 0 (eq. 2).
+    """E = alpha * position_attention(query(A), key(A), value(A)) + A, alpha starting at 0 (eq. 2).
 
-    B, C and D are 1x1 convolutions with bias. B C H W -> the same shape, any H and W.
+    Query, key and value are 1x1 convolutions with bias: the paper's C, B and D, in this order.
+    B C H W -> the same shape, any H and W.
 
     Args:
         channels: C of the input.

@@ -199,14 +199,13 @@ def _build(
 ) -> tuple[nn.Module, bool, FeatureInfo]:
     """The network, whether it is dilated to the output stride, and its stages."""
     attempts = [{"output_stride": output_stride}, *_ANY_SIZE_OPTIONS]
+    refusal = ""
     for attempt in attempts:
         try:
             body = timm.create_model(name, features_only=True, **attempt, **options)
-            info = body.feature_info
-            assert isinstance(info, FeatureInfo)
-            return body, "output_stride" in attempt, info
         # How timm's constructors say that they do not know an option, or do not support it.
-        except (TypeError, AssertionError, NotImplementedError):
+        except (TypeError, AssertionError, NotImplementedError) as error:
+            refusal = first_line(error)
             continue
         # The hub's clients raise many types, and weights that do not fit raise others.
         except Exception as error:
@@ -215,7 +214,11 @@ def _build(
                 f"({first_line(error)}); where the hub cannot be reached, give "
                 "model.backbone_weights=FILE or model.pretrained_backbone=false"
             ) from error
-    raise UserError(f"model.backbone: timm's {name} does not give feature maps")
+        info = body.feature_info
+        if isinstance(info, FeatureInfo):
+            return body, "output_stride" in attempt, info
+        refusal = "its stages are not described"
+    raise UserError(f"model.backbone: timm's {name} does not give feature maps ({refusal})")
 
 
 def _pretrained_options(name: str, pretrained: bool, weights: Path | None) -> dict[str, Any]:

@@ -100,21 +100,24 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
     """
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
-        config = FolderConfig.model_validate(json.loads(config_path.read_text(encoding="utf-8")))
+        text = config_path.read_text(encoding="utf-8")
         state = load_file(weights_path)
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} is no model folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from error
-    except ValidationError as error:
-        raise UserError(f"{config_path}: {explain(error, FolderConfig)}") from error
-    except SafetensorError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{config_path}: not UTF-8 text ({error})") from error
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{weights_path}: damaged ({error})") from error
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error})") from error
+    try:
+        return FolderConfig.model_validate(json.loads(text)), state
+    except ValidationError as error:
+        raise UserError(f"{config_path}: {explain(error, FolderConfig)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{config_path}: not valid JSON ({error})") from error
-    return config, state
 
 
 def shipped_models() -> dict[str, Path]:

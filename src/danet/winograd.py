@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from danet.kernels.blocks import fast_exact_float32
 from danet.kernels.cpu import has_amx
+from danet.kernels.precision import fast_exact_float32
 
 _FILTER_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 """G, 4 x 3."""

@@ -20,7 +20,9 @@ from danet.errors import (
 )
 
 # typer has click inside or beside it, by its version, and exports only some of these errors.
-_CommandLineError: Any = typer.BadParameter.__mro__[2]
+_CommandLineError: Any = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -20,33 +20,24 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from danet.kernels import blocks
-from danet.kernels.blocks import (
-    fast_exact_float32,
-    has_autocast,
-    least_exponent,
-    without_autocast,
-)
 from danet.kernels.fused import attend_by_heads, fused_attention_fits
 from danet.kernels.hopper import hopper_kernels_fit, run_hopper_kernels
+from danet.kernels.precision import score_dtype, without_autocast
 
 __all__ = [
     "attend",
     "attend_backward",
-    "fast_exact_float32",
-    "has_autocast",
-    "least_exponent",
     "position_attention",
-    "without_autocast",
 ]
 
 
 def position_attention(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
     """Output B C N by the best way for the inputs, which must be of one device and dtype.
 
-    Forward-mode derivatives, which torch's operators of one's own leave out without a word, are
-    those of the plain form, which holds N x N.
+    Custom operators silently drop forward-mode tangents, so inputs that have them take the plain
+    form, which holds N x N.
     """
-    if forward_ad._current_level >= 0:
+    if any(_has_tangent(tensor) for tensor in (query_BDN, key_BDM, value_BCM)):
         return _plain(query_BDN, key_BDM, value_BCM)
     fits_hopper = hopper_kernels_fit(query_BDN, value_BCM)
     if not fits_hopper and fused_attention_fits(query_BDN, value_BCM):
@@ -56,8 +47,12 @@ def position_attention(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) ->
     return output_BCN
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
 def _plain(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
-    exact = blocks.score_dtype(query_BDN.dtype)
+    exact = score_dtype(query_BDN.dtype)
     with without_autocast(query_BDN.device.type):
         scores_BNM = query_BDN.transpose(1, 2).to(exact) @ key_BDM.to(exact)
         weights_BNM = scores_BNM.softmax(2).to(value_BCM.dtype)
@@ -100,7 +95,7 @@ def _(query_BDN: Tensor, _key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, T
     queries = query_BDN.shape[2]
     return (
         value_BCM.new_empty(batch, queries, channels).transpose(1, 2),
-        query_BDN.new_empty(batch, queries, dtype=blocks.score_dtype(query_BDN.dtype)),
+        query_BDN.new_empty(batch, queries, dtype=score_dtype(query_BDN.dtype)),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 def has_amx() -> bool:
     """Whether there are units for matrices, whose bfloat16 products take an eighth of the time."""
-    return torch.cpu._is_amx_tile_supported()
+    return _has("amx_tile")
 
 
 def onednn_keeps_float32() -> bool:
@@ -28,7 +28,12 @@ def multiplies_bfloat16_fast() -> bool:
     without AMX they are slower (150 against 240 GFLOP/s): it has one unit for them and two for
     float32. Emulated bfloat16 is slower everywhere.
     """
-    return has_amx() or bool(torch.cpu._is_avx512_bf16_supported() and not _is_intel())
+    return has_amx() or (_has("avx512_bf16") and not _is_intel())
+
+
+def _has(instructions: str) -> bool:
+    """Not where torch, whose private functions tell, has none for them."""
+    return bool(getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)())
 
 
 def _is_intel() -> bool:

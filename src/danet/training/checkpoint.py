@@ -14,6 +14,8 @@ from danet.errors import UserError, explaining_lookup, first_line
 from danet.jsonl import read_whole_lines
 from danet.model_folder import METRICS_FILE, MODEL_FOLDER, RECIPE_FILE
 
+_KEYS = {"step", "model", "average", "optimizer", "optimizer_name", "best"}
+
 
 class RunFolder:
     """Where a run keeps its files."""
@@ -118,7 +120,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         summary = first_line(error)
         raise UserError(f"{path}: damaged or no checkpoint ({summary})") from error
-    if not isinstance(checkpoint, dict) or not {"step", "model", "optimizer"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
         raise UserError(f"{path}: not a checkpoint of danet train")
     return checkpoint
 

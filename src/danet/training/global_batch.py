@@ -91,7 +91,10 @@ def _normalize(norm: _BatchNorm, features: Tensor) -> Tensor:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The gradient of what all processes see is the sum of what each makes of it."""
+    """The gradient of what all processes see is the sum of what each makes of it.
+
+    torch.distributed.nn's own is deprecated from torch 2.15 and does not compile.
+    """
 
     @staticmethod
     def forward(_: Any, sums: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ class _Trainer:
         self.run = run
         self.stop = stop
         device = choose_device(config.train.device)
-        bfloat16 = uses_bfloat16(config.train.precision, device)
-        self.fabric = launch(config.train, device, bfloat16=bfloat16)
+        self.bfloat16 = uses_bfloat16(config.train.precision, device)
+        self.fabric = launch(config.train, device, bfloat16=self.bfloat16)
         self._check_batch_size()
         notes: list[str] = []
         checkpoint = run.last_checkpoint(notes.append)
@@ -164,6 +164,13 @@ class _Trainer:
             path.write_text(self.config.to_yaml(), encoding="utf-8")
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
+        name, saved = self.config.train.optimizer, checkpoint["optimizer_name"]
+        if name != saved:
+            raise UserError(
+                f"train.optimizer={name} cannot go on from the checkpoint, which is of a run "
+                f"with {saved}; set train.optimizer={saved}, or start a new run from a finished "
+                "one's model with model.init_from"
+            )
         load_optimizer(self.optimizer.optimizer, checkpoint["optimizer"])
         if self.average is not None and checkpoint["average"] is not None:
             self.average.module.load_state_dict(checkpoint["average"])
@@ -226,10 +233,10 @@ class _Trainer:
                 if self.fabric.is_global_zero:
                     self._write_recipe()
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        dtype = "bfloat16" if self.bfloat16 else "float32"
         self.progress.say(
-            f"{parameters:.1f} M parameters on {self.fabric.device.type}"
-            f" ({self.fabric._precision.precision}), {len(self.training_data)} training pictures, "
-            f"{self.config.train.steps} steps{before}"
+            f"{parameters:.1f} M parameters on {self.fabric.device.type} ({dtype}), "
+            f"{len(self.training_data)} training pictures, {self.config.train.steps} steps{before}"
         )
 
     def _batches(self) -> Iterator[Batch]:
@@ -400,6 +407,7 @@ class _Trainer:
             "model": whole(self.model.state_dict()),
             "average": None if self.average is None else self.average.module.state_dict(),
             "optimizer": whole(self.optimizer.state_dict()),
+            "optimizer_name": self.config.train.optimizer,
             "best": self.best,
         }
 

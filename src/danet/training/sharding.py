@@ -1,6 +1,5 @@
 """FSDP2: every process keeps a share of the weights, their gradients and the optimizer's state."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,13 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from danet.errors import UserError
 from danet.model import DANet
 
 T = TypeVar("T")
-
-_OWN_SETTING = {"sgd": "dampening", "adamw": "amsgrad", "muon": "ns_steps"}
-"""A setting that no other `train.optimizer` has: checkpoints do not name theirs."""
 
 
 def sharding_strategy(processes: int) -> ModelParallelStrategy:
@@ -45,18 +40,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
     The optimizer keeps its own settings (weight decay, momentum, learning rate factors, whether
     its kernels are fused): they are the recipe's, and the state's may be of another recipe.
-
-    Raises:
-        UserError: the state is another optimizer's.
     """
     own, saved = optimizer.param_groups, state["param_groups"]
-    if _name(own) != _name(saved):
-        raise UserError(
-            f"train.optimizer={_name(own)} cannot go on from the checkpoint, which is of a run "
-            f"with {_name(saved)}; set train.optimizer={_name(saved)}, or start a new run from a "
-            "finished one's model with model.init_from"
-        )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in own for p in group["params"]]
 
     def share_of(index: int, value: Any) -> Any:
         parameter = parameters[index]
@@ -77,8 +63,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         for settings, numbers in zip(own, saved, strict=True)
     ]
     optimizer.load_state_dict({"state": shares, "param_groups": groups})
-
-
-def _name(groups: Sequence[Mapping[str, Any]]) -> str:
-    """The `train.optimizer` that parameter groups belong to."""
-    return next(name for name, setting in _OWN_SETTING.items() if setting in groups[0])

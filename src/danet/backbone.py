@@ -125,11 +125,11 @@ class Backbone(nn.Module):
         return list(_channels_first(c4, self.c4_channels).shape[-2:]) == expected
 
     def blocks(self) -> list[nn.Module]:
-        """What the stages are made of, such as a ResNet's residual blocks; not single layers."""
+        """The building blocks of all stages, such as a ResNet's residual blocks."""
         return [block for stage in self._stages() for block in stage]
 
     def early_blocks(self) -> list[nn.Module]:
-        """Those before the last stage; of a network that has one stage only, before its end."""
+        """The blocks before the last stage; of a network with one stage, all but its last block."""
         stages = self._stages()
         return [block for stage in stages[:-1] for block in stage] or self.blocks()[:-1]
 

@@ -1,4 +1,4 @@
-"""What a run is made of: the recipe, validated, and how recipes are found, extended and changed."""
+"""Recipes: their validated settings, and how they are found, extended and overridden."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -60,13 +60,13 @@ class ExtraData(Section):
     """Its folder; none for generated data, or for the main dataset's own."""
     split: str = "train"
     images: int | None = Field(None, ge=1)
-    """The first so many pictures; none: all."""
+    """Use only the first so many pictures; none: all."""
     repeat: int = Field(1, ge=1, le=1000)
-    """How often an epoch shows each."""
+    """Times that each picture is shown in an epoch."""
 
 
 class DataConfig(Section):
-    """What to train on, and how it is augmented. Sizes are width, height in pixels."""
+    """Training data and its augmentation. Sizes are width, height in pixels."""
 
     name: str = "scenes"
     root: Path | None = None
@@ -132,36 +132,36 @@ class TrainConfig(Section):
     head_lr_factor: float = Field(1.0, gt=0)
     """The heads' learning rate over the backbone's."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of sgd and muon."""
+    """Momentum of sgd and muon."""
     weight_decay: float = Field(5e-4, ge=0)
     branch_loss_weight: float = Field(1.0, ge=0)
-    """Of the position and of the channel logits; the fused logits weigh 1."""
+    """Weight of the losses of the position and the channel logits; the fused logits' is 1."""
     auxiliary_loss_weight: float = Field(0.4, ge=0)
     loss_divisor: Literal["all", "valid"] = "all"
     """Mean over all pixels, as mmsegmentation, or over labelled pixels only, as the authors."""
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    """Factors of the loss, one a class in the order of their ids."""
+    """Factors of the loss, one per class in the order of their ids."""
     hard_example_threshold: float | None = Field(None, gt=0, lt=1)
     """Online hard example mining: leave out pixels whose true class has at least this probability;
     none: keep all. The published value is 0.7."""
     hard_example_min_kept: int = Field(100_000, ge=1)
-    """But keep at least so many pixels per picture of the batch, the hardest."""
+    """Keep at least this many pixels per picture of the batch, the hardest ones."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Average the weights with this decay per step, and keep the average as the model."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bfloat16 autocast where the device computes in it."""
     activation_checkpointing: bool | Literal["early"] = False
-    """Keep the backbone's blocks' inputs only, and compute the rest again in the backward pass, for
-    the same weights from less memory and more time. early: not of the last stage, which would
-    be three quarters of that time for a quarter of that memory."""
+    """Keep only the inputs of the backbone's blocks and recompute the rest in the backward pass:
+    same result, less memory, more time. early: leave out the last stage, which would take three
+    quarters of the extra time and save a quarter of the memory."""
     compile: bool = False
     """Compile backbone and branches at the first step; takes minutes, pays in long runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(1, ge=1)
     """Processes on this machine, one per device."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """Of several processes. ddp: each has all weights and the optimizer's whole state; fsdp
-    (FSDP2): a share of them, for networks that are too large otherwise."""
+    """How several processes share the training. ddp: each holds all weights and optimizer state;
+    fsdp (FSDP2): each holds a part, for networks that do not fit otherwise."""
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
@@ -191,7 +191,7 @@ class TrainConfig(Section):
 
 
 class TestConfig(Section):
-    """How whole pictures are segmented. Sizes are width, height in pixels."""
+    """Inference on whole pictures. Sizes are width, height in pixels."""
 
     __test__ = False  # pytest would take the class for tests
 
@@ -202,12 +202,12 @@ class TestConfig(Section):
     stride: Size = (341, 341)
     """Steps between sliding windows, right and down."""
     window_border: Literal["shift", "pad"] = "shift"
-    """Windows that would reach over the border: shifted back to end there, as mmsegmentation does,
-    or kept and filled up with black, as the authors do."""
+    """Windows that would cross the border: shifted back to end there, as in mmsegmentation, or
+    kept in place and padded with black, as in the authors' code."""
     ratios: tuple[Annotated[float, Field(gt=0, le=16)], ...] = Field((1.0,), min_length=1)
     """Factors whose softmax scores are averaged."""
     ratios_of: Literal["scale", "image"] = "scale"
-    """What they are factors of: the test scale, as in mmsegmentation 0.x and the published scores,
+    """What the ratios multiply: the test scale, as in mmsegmentation 0.x and the published scores,
     or the picture's own size, as in 1.x."""
     flip: bool = False
     """Average with the mirrored picture's scores too."""
@@ -255,7 +255,7 @@ def _built_in() -> tuple[str, ...]:
 
 
 class RecipeHeader(NamedTuple):
-    """What a built-in recipe says of itself in its comments."""
+    """The title and scores in the comments at the top of a built-in recipe."""
 
     title: str
     published: str
@@ -327,7 +327,7 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
 def _find(
     schema: type[BaseModel], location: Sequence[int | str]
 ) -> tuple[list[str], type[BaseModel] | None]:
-    """Where an error is, without pydantic's names for a union's members, and in which model."""
+    """The path to an invalid setting, without pydantic's names of union members, and its model."""
     path: list[str] = []
     model: type[BaseModel] | None = schema
     annotation: Any = schema

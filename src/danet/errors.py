@@ -29,7 +29,7 @@ class OutOfMemory(RuntimeError):
 
 
 class ExportDiffers(RuntimeError):
-    """What was exported computes something else than the model; nothing was written."""
+    """The exported file computes something other than the model; nothing was written."""
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def explaining_lookup(path: Path | str) -> AbstractContextManager[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, cut to one line; its type where it says nothing."""
+    """The first line of another library's error message, or its type where that is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

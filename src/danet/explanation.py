@@ -1,4 +1,4 @@
-"""What attention looks at in one picture, as arrays and as a figure."""
+"""The attention of one picture, as arrays and as a figure."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ CHANNELS_SHOWN = 3
 
 
 class Explanation(NamedTuple):
-    """What `danet explain` draws.
+    """The contents of a `danet explain` figure.
 
     Attributes:
         image: the upright picture, H W.

@@ -128,7 +128,7 @@ def _draw(picture: "_Picture") -> Figure:
 
 
 class _Picture:
-    """What all panels of an explanation share: the picture as drawn and the classes' colours."""
+    """Shared by all panels of an explanation: the picture as drawn and the classes' colours."""
 
     def __init__(self, explanation: "Explanation") -> None:
         self.explanation = explanation

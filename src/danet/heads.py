@@ -123,7 +123,7 @@ def _classify(classify: nn.Sequential | None, features: Tensor | None) -> Tensor
 class FCNHead(nn.Module):
     """Auxiliary head on c3, one 3x3 conv-BN-ReLU and a classifier (mmsegmentation's FCNHead).
 
-    Its width is a quarter of c3's channels, as everywhere: 256 for a ResNet-50's 1024.
+    Its width is a quarter of c3's channels, as in mmsegmentation: 256 for a ResNet-50's 1024.
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:

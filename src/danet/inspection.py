@@ -68,7 +68,7 @@ class PixelScore(NamedTuple):
 
 
 class Inspection:
-    """What the network made of one picture: at one scale, whole, not mirrored.
+    """The network's outputs and attention for one picture: at one scale, whole, not mirrored.
 
     Args:
         predictor: holds the network; its test scale is kept, its flips and windows are not.
@@ -251,7 +251,7 @@ def classes_of_cells(
 
 
 class _Pass(NamedTuple):
-    """What an attention module read and gave, each 1 C h w."""
+    """Input and output of an attention module, each 1 C h w."""
 
     module: nn.Module
     features: Tensor

@@ -121,7 +121,7 @@ def _recipe(recipe: RunConfig) -> str:
 
 
 def _without_paths(settings: Model) -> Model:
-    """With none in place of every path, however deep."""
+    """The settings with every path, at any depth, replaced by None."""
     return settings.model_copy(
         update={name: _without_path(value) for name, value in settings if value is not None}
     )

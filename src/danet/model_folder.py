@@ -33,19 +33,19 @@ Deviation = Annotated[float, Field(gt=0)]
 
 
 class Metadata(Section):
-    """What prediction has to know besides the weights."""
+    """Everything that prediction needs besides the network and its weights."""
 
     classes: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     """Names in the order of their ids."""
     palette: Palette
-    """One RGB colour a class."""
+    """One RGB colour per class."""
     mean: tuple[float, float, float] = DataConfig().mean
     """Subtracted from RGB in 0..255; the result is divided by `std`."""
     std: tuple[Deviation, Deviation, Deviation] = DataConfig().std
     dataset: str | None = None
     """The data that the model was trained on, by `danet.data.open_dataset`'s name."""
     test: TestConfig = TestConfig()
-    """How the recipe segments whole pictures."""
+    """The recipe's settings of inference."""
 
     @model_validator(mode="after")
     def _one_color_per_class(self) -> Self:
@@ -55,7 +55,7 @@ class Metadata(Section):
 
     @classmethod
     def placeholder(cls, num_classes: int) -> Self:
-        """For a network that nobody has named the classes of."""
+        """Metadata of a network whose classes have no names."""
         names = tuple(f"class {index}" for index in range(num_classes))
         return cls(classes=names, palette=default_palette(num_classes))
 
@@ -121,7 +121,7 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
 
 
 def shipped_models() -> dict[str, Path]:
-    """The models that come with this package, by name."""
+    """The models that ship with this package: name -> folder."""
     package = Path(__file__).parent
     # In a wheel, or beside src/ in a checkout.
     folders = (package / "models", package.parents[1] / "models")

@@ -94,7 +94,7 @@ class Segmentation:
 
 
 class Segmenter(Protocol):
-    """What segments pictures: `Predictor`, or `danet.export.predictor.ExportedPredictor`."""
+    """Interface of `Predictor` and `danet.export.predictor.ExportedPredictor`."""
 
     def segment_batch(self, images: npt.NDArray[np.uint8]) -> list[Segmentation]:
         """Segments pictures of one size together, uint8 RGB P H W 3."""
@@ -197,7 +197,7 @@ class Predictor:
         ]
 
     def fingerprint(self) -> str:
-        """Of all but the device: network, metadata, protocol, and the weights' bits in use."""
+        """Hash of the network, its metadata, test settings and weights as used; not of the device."""
         settings = (self.model.config, self.model.metadata, self.test)
         digest = hashlib.sha256("".join(one.model_dump_json() for one in settings).encode())
         for tensor in self.model.state_dict().values():

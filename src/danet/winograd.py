@@ -9,9 +9,9 @@ and * is, over all tiles and channels, 16 matrix products. In exact arithmetic t
 convolution; in float32 it differs from the direct one by rounding alone (about 1e-6). In bfloat16
 what is rounded between the steps doubles the error of a layer, 3e-3 of its output to 6e-3.
 
-A dilated convolution is one of each picture of every d-th row and column, its phases, that
-nothing else mixes with. What is transformed are strips of tile rows, of one phase or of several
-together, small enough for the cache, in memory that is used again.
+A convolution of dilation d is an ordinary one on each of its d x d phases, the pictures of every
+d-th row and column. Strips of tile rows, of one phase or several, are transformed at a time: small
+enough for the cache, in memory that is used again.
 
 Shapes: B batch, H W C the channels-last input, O output channels; of a strip P phases, R rows and
 S columns of tiles, T = P B R S tiles.

@@ -18,28 +18,28 @@ _MIB = 2**20
 _CPU_HEAP_FACTOR = {"prediction": 1.1, "training": 1.2}
 _CPU_RUNTIME_BYTES = 48 * _MIB
 _CPU_WEIGHT_COPIES = {"prediction": 1, "training": 4}
-"""What a CPU's libraries take besides the tensors: what lies between blocks of the heap, their own
-code and, at the largest convolution, its weight in other layouts and a gradient for each thread.
+"""Memory that libraries take on a CPU besides the tensors: gaps between blocks of the heap, their
+own code and, at the largest convolution, its weight in other layouts and a gradient per thread.
 Fitted, see docs/performance.md."""
 
 _STATE_COPIES = {"sgd": 1, "adamw": 2, "muon": 1}
-"""What each optimizer keeps for every parameter."""
+"""Tensors that each optimizer keeps per parameter."""
 
 _CPU_PROCESS_BYTES = 700 * _MIB
-"""What Python and the libraries hold before any work is done, to be added where a whole process
-must fit. On a GPU they are not in its memory."""
+"""Held by Python and the libraries before any work is done; added where a whole process must fit.
+Not part of a GPU's memory."""
 
 _SAFE_SHARE = 0.85
-"""Of the memory that may be filled, which an estimate must not exceed to be recommended."""
+"""The share of the memory limit that a recommended setting may need by estimate."""
 
 LARGEST_BATCH = 4096
-"""That is looked for: an estimate of training takes time for every picture."""
+"""End of the search for the largest batch: estimates of training take time for every picture."""
 
 _PARTS = ("backbone", "head.position_branch", "head.channel_branch", "head", "auxiliary_head")
 
 
 class PartCost(NamedTuple):
-    """Of one part of the network, for one picture's forward pass.
+    """Cost of one part of the network in the forward pass of one picture.
 
     Attributes:
         operations: floating point, two for a multiply-add.
@@ -51,7 +51,7 @@ class PartCost(NamedTuple):
 
 
 def cost_by_part(workload: Workload) -> list[PartCost]:
-    """The parts, in the order of the data; "head" is what is outside its branches."""
+    """The parts in the order of computation; "head" is the head without its branches."""
     width, height = workload.size
     with torch.device("meta"):
         model = workload.build_model().eval()
@@ -103,13 +103,13 @@ def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> i
 
 
 class BatchLimit(NamedTuple):
-    """How many pictures fit.
+    """The largest batch that fits, and the memory that batches need.
 
     Attributes:
         batch: the largest up to `LARGEST_BATCH`, 0 where not even one fits.
-        first_bytes: what a batch of one needs.
-        further_bytes: what one picture more than `batch` needs.
-        given_bytes: what the workload's own batch needs.
+        first_bytes: memory of a batch of one.
+        further_bytes: memory of one more picture than `batch`.
+        given_bytes: memory of the workload's own batch.
     """
 
     batch: int
@@ -119,15 +119,15 @@ class BatchLimit(NamedTuple):
 
 
 def process_bytes(device: str) -> int:
-    """What a process holds of the device's memory before any work is done, about."""
+    """About how much of the device's memory a process holds before any work is done."""
     return _CPU_PROCESS_BYTES if torch.device(device).type == "cpu" else 0
 
 
 def largest_batch(workload: Workload, device: str, *, bfloat16: bool, limit: int) -> BatchLimit:
-    """What of the workload fits where its process may fill `limit` bytes.
+    """Largest batch of the workload that fits in a process of `limit` bytes.
 
-    The batch is estimated, and so is one picture more, which does not fit. Small batches may need
-    no more than preparing the network does, so what they need says nothing about large ones.
+    Searches until one batch fits by estimate and the next one does not. Small batches may peak
+    while the network is prepared, so their memory does not extrapolate to large ones.
     """
     room = limit - process_bytes(device)
 
@@ -157,7 +157,7 @@ def largest_batch(workload: Workload, device: str, *, bfloat16: bool, limit: int
 
 
 def advise_after_running_out(config: RunConfig, processes: int) -> str:
-    """What to change in a recipe so that its training fits the memory, by the estimate."""
+    """Advice which setting to change so that training fits the memory, by the estimate."""
     settings = config.train
     device = choose_device(settings.device)
     bfloat16 = uses_bfloat16(settings.precision, device)

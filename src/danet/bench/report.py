@@ -1,4 +1,4 @@
-"""What `danet bench` finds, as data and as tables."""
+"""Results of `danet bench`, as data and as tables."""
 
 import os
 import platform
@@ -114,7 +114,7 @@ def print_benchmark(result: dict[str, Any]) -> None:
 def estimate_limits(
     workloads: list[Workload], device: str, *, bfloat16: bool, limit: int
 ) -> list[tuple[Workload, BatchLimit]]:
-    """What of each workload fits where its process may fill `limit` bytes."""
+    """The largest batch of each workload that fits in a process of `limit` bytes."""
     return [
         (workload, largest_batch(workload, device, bfloat16=bfloat16, limit=limit))
         for workload in workloads

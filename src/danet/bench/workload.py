@@ -1,6 +1,6 @@
-"""What is measured: whole prediction, or a training step, of a recipe's network on random pictures.
+"""Measured work: whole prediction, or a training step, of a recipe's network on random pictures.
 
-Weights are random: they change neither time nor memory.
+Weights are random too, which changes neither time nor memory.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Workload(NamedTuple):
     mode: Literal["prediction", "training"]
 
     def build_model(self) -> DANet:
-        """With random weights."""
+        """The network with random weights."""
         spec = dataset_spec(self.config.data.name, self.config.data.root)
         settings = self.config.model.model_dump(
             exclude={"init_from", "pretrained_backbone", "backbone_weights"}
@@ -146,6 +146,6 @@ def _all_logits(model: DANet, logits: Tensor, size: torch.Size) -> None:
 
 
 def materialized_position_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What the authors' code computes: the N x N matrix, kept for the backward pass."""
+    """The authors' form: holds the N x N matrix, and keeps it for the backward pass."""
     attention = (query.transpose(1, 2) @ key).softmax(-1)
     return value @ attention.transpose(1, 2)

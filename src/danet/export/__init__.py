@@ -36,7 +36,7 @@ CALIBRATION_SIDE = 1024
 
 
 class Agreement(NamedTuple):
-    """How a file compares with the model.
+    """Comparison of an exported file with its model.
 
     Attributes:
         difference: the largest of the logits, as a share of the largest logit.

@@ -138,7 +138,7 @@ def _metadata(network: WholePicture) -> str:
 
 
 class Engine(NamedTuple):
-    """What runs an exported file.
+    """An exported file, opened in its runtime.
 
     Attributes:
         run: pictures float32 B 3 H W in 0..1 -> logits B K H W.

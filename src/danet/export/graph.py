@@ -1,4 +1,4 @@
-"""What is exported: the network as a graph from pictures of any size to their logits.
+"""The module that is exported: from pictures of any size to their logits.
 
 Shapes: B batch, K classes, H W the picture; D key width, C value width, N queries, M keys.
 """
@@ -21,7 +21,7 @@ from danet.optimize import fold_batch_norms
 
 
 class WholePicture(nn.Module):
-    """What is exported: pictures float32 B 3 H W, RGB in 0..1 -> logits B K H W at their size."""
+    """Pictures float32 B 3 H W, RGB in 0..1 -> logits B K H W at their size."""
 
     mean: Tensor
     std: Tensor
@@ -49,9 +49,9 @@ class WholePicture(nn.Module):
 def _fitted(size: Sequence[int], bounds: tuple[int, int]) -> tuple[int, int]:
     """Height and width by `danet.data.transforms.fitted_size`.
 
-    In whole numbers, for a graph computes this itself, from symbols; where exactly half a pixel is
-    rounded, floats may have it otherwise. Of both ways round that the bounds can lie the larger
-    fits: so no side is divided by a maximum, which makes files that take long to open.
+    Integer arithmetic, because the graph evaluates it on symbolic sizes; where exactly half a pixel
+    is rounded, floats may round the other way. Fits both orientations of the bounds and keeps the
+    larger, which avoids dividing by a maximum: files with such divisions take long to open.
     """
     height, width = size
     low, high = sorted(bounds)

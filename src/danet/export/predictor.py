@@ -133,7 +133,7 @@ class ExportedPredictor:
             ) from error
 
     def fingerprint(self) -> str:
-        """Of the file's bytes, of the .bin file beside it, and of the precision."""
+        """Hash of the file, of the .bin file beside it, and of the precision."""
         digest = hashlib.sha256(b"bf16" if self._bfloat16 else b"fp32")
         for path in (self.path, self.path.with_suffix(".bin")):
             if path.is_file():

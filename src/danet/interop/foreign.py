@@ -14,7 +14,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from danet.errors import UserError, explaining_lookup, first_line
 
 _NO_LITERAL = (ValueError, TypeError, SyntaxError, RecursionError)
-"""What `ast.literal_eval` raises on other expressions."""
+"""Raised by `ast.literal_eval` on expressions that are no literals."""
 
 
 class Inert:

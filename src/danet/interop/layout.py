@@ -1,4 +1,4 @@
-"""What every foreign layout is translated to, and what they share: the ResNet under it."""
+"""The common form that foreign checkpoints are translated to, and the ResNet keys they share."""
 
 import re
 from collections.abc import Mapping

@@ -85,7 +85,7 @@ def _section(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
 
 
 def _normalization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is done to the pictures before the network: 0.x in the test pipeline, 1.x in the model.
+    """The normalization settings: in the test pipeline of 0.x, in the model of 1.x.
 
     Raises:
         UserError: they stay BGR, as mmsegmentation reads them.
@@ -134,7 +134,7 @@ def _test_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _test_pipeline(config: Mapping[str, Any]) -> Any:
-    """What the test data goes through, in 1.x or 0.x; the variable where that is only named."""
+    """The transforms of the test data, in 1.x or 0.x, or else the config's `test_pipeline`."""
     for path in ("test_dataloader.dataset", "data.test"):
         pipeline = _section(config, path).get("pipeline")
         if isinstance(pipeline, list):

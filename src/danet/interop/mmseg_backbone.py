@@ -1,7 +1,8 @@
-"""What mmsegmentation's config says of its ResNet, in this project's terms.
+"""Reads the ResNet options of an mmsegmentation config.
 
-Different networks have the same names and shapes of weights, so what has no counterpart here is
-refused. Keys that a config lacks have the defaults of mmsegmentation's `ResNet`.
+Networks that compute different things can have the same names and shapes of weights, so options
+without a counterpart here are refused. Missing keys take the defaults of mmsegmentation's
+`ResNet`.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ _EPSILON = 1e-5
 
 
 class Dilation(NamedTuple):
-    """As `danet.DANet` takes it; by default that of the published networks."""
+    """Arguments of `danet.DANet`; the defaults are those of the published networks."""
 
     output_stride: int = 8
     multi_grid: tuple[int, ...] | None = None
@@ -84,7 +85,7 @@ def _require_the_weights(
 
 
 def _require_the_same_layers(backbone: Mapping[str, Any]) -> None:
-    """Of what does not show in the weights."""
+    """Checks the options that cannot be seen in the weights."""
     if backbone.get("style", "pytorch") != "pytorch":
         raise _refusal("style", "is not 'pytorch', the only one that can be converted")
     convolution, norm = backbone.get("conv_cfg"), backbone.get("norm_cfg")

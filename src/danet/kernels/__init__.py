@@ -1,4 +1,4 @@
-"""How equations (1) and (2) of the paper are evaluated in O(N) memory.
+"""Equations (1) and (2) of the paper, evaluated in O(N) memory.
 
 One exact result, three ways to it:
 

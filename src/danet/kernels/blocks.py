@@ -34,7 +34,7 @@ _LOG2_E = math.log2(math.e)
 
 
 class BlockShape(NamedTuple):
-    """How many rows and columns of scores are formed at a time."""
+    """The largest number of rows and columns of scores that exist at a time."""
 
     rows: int
     columns: int

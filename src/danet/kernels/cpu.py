@@ -1,4 +1,4 @@
-"""What a CPU computes quickly."""
+"""Which arithmetic is fast and exact on this CPU."""
 
 import functools
 import platform
@@ -32,7 +32,7 @@ def multiplies_bfloat16_fast() -> bool:
 
 
 def _has(instructions: str) -> bool:
-    """Not where torch, whose private functions tell, has none for them."""
+    """Whether the CPU has them; False where torch lacks this private function."""
     return bool(getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)())
 
 

@@ -38,9 +38,11 @@ def hopper_kernels_fit(query_BDN: Tensor, value_BCM: Tensor) -> bool:
 
 
 def run_hopper_kernels(function: str, *tensors: Tensor) -> tuple[Tensor, ...] | None:
-    """What a function of `triton_attention` returns, or None: for tensors that are too large, and,
-    never tried again, where Triton does not run. It compiles at first use, which takes a C compiler
-    and a folder to write to."""
+    """Calls a function of `triton_attention`; None where the tensors are too large or Triton fails.
+
+    Triton compiles at first use, which needs a C compiler and a writable folder. After a failure it
+    is not tried again.
+    """
     if any(len(t) > _LARGEST_BATCH or t[0].numel() >= _LARGEST_SAMPLE for t in tensors):
         return None
     try:

@@ -20,12 +20,12 @@ _ROW_DOT_ROWS = 16
 
 
 class Configuration(NamedTuple):
-    """How a kernel is built.
+    """Compile-time constants of a kernel.
 
     Attributes:
-        rows: positions that a program has.
-        columns: positions that its loop takes at a time.
-        width: channels that a program has.
+        rows: positions per program.
+        columns: positions per step of its loop.
+        width: channels per program.
         warps: of 32 threads.
         stages: tiles in flight.
         descriptors: tiles come through tensor descriptors where alignment allows.
@@ -61,7 +61,7 @@ little so at N = 9409 and batch 1 on an H200, where larger ones win by a fifth a
 
 
 class Problem(NamedTuple):
-    """What the kernels are launched on."""
+    """The sizes of the inputs."""
 
     batch: int
     queries: int
@@ -75,7 +75,7 @@ class Problem(NamedTuple):
         return cls(batch, queries, value_BMC.shape[1], key_width, value_BMC.shape[2])
 
     def parts(self, width: int) -> int:
-        """How many programs share the channels of a block of positions."""
+        """The number of programs that share the channels of a block of positions."""
         return -(-self.channels // width)
 
 
@@ -256,7 +256,7 @@ def _launch(
 
 
 def _padded(width: int) -> int:
-    """What a product takes: a power of two of at least 16."""
+    """The width rounded up to what `tl.dot` takes: a power of two, at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 

@@ -40,7 +40,7 @@ def open_rows(
     WIDTH: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """What `load_rows` reads tiles of ROWS x WIDTH from: a matrix of `count` x CHANNELS."""
+    """The matrix of `count` x CHANNELS that `load_rows` reads tiles of ROWS x WIDTH from."""
     if TMA:
         return tl.make_tensor_descriptor(start, [count, CHANNELS], [stride, 1], [ROWS, WIDTH])
     else:

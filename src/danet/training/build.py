@@ -1,4 +1,4 @@
-"""What a run trains: the network with its first weights, and its optimizer."""
+"""Builds the network with its initial weights, and its optimizer."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

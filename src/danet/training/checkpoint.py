@@ -18,7 +18,7 @@ _KEYS = {"step", "model", "average", "optimizer", "optimizer_name", "best"}
 
 
 class RunFolder:
-    """Where a run keeps its files."""
+    """Paths of a run's files, and how they are read and written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -22,7 +22,7 @@ from danet.training.sharding import sharding_strategy
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 _SIGNAL_SECONDS = 0.5
-"""How long the news of a dead worker may take."""
+"""How long the signal of a dead data worker may take to arrive."""
 
 
 def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fabric:

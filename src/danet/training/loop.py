@@ -315,7 +315,7 @@ class _Trainer:
         )
 
     def _residual_weights(self) -> dict[str, float]:
-        """How much of each attention is added to its branch (alpha and beta, equations 2 and 4)."""
+        """The learned factors of the attention outputs, alpha and beta of equations (2) and (4)."""
         head = self.model.head
         branches = {"position": head.position_branch, "channel": head.channel_branch}
         return {

@@ -15,7 +15,7 @@ from danet.model import DANetOutput
 
 
 def loss_divisor(labels: Tensor, config: TrainConfig) -> Tensor:
-    """What the summed cross-entropy of B H W labels is divided by, at least a tiny number.
+    """The divisor of the summed cross-entropy of B H W labels; never zero.
 
     "all" counts every pixel, ignored ones too, as mmsegmentation's CrossEntropyLoss does by
     default; "valid" sums the class weights (1 without) of the labelled pixels, as torch's

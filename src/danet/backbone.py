@@ -86,9 +86,10 @@ class Backbone(nn.Module):
         self.c3_channels, self.c4_channels = info.channels()[-2:]
         self.size_multiple = 1
         self.fixed_size: tuple[int, int] | None = None
-        if not (dilated and self._gives_expected_sizes(*_PROBE_SIZE)):
+        expected = tuple(-(-side // output_stride) for side in _PROBE_SIZE)
+        if not (dilated and self._c4_size(*_PROBE_SIZE) == expected):
             self.size_multiple = math.lcm(output_stride, *info.reduction())
-            if not self._gives_expected_sizes(3 * self.size_multiple, 4 * self.size_multiple):
+            if self._c4_size(3 * self.size_multiple, 4 * self.size_multiple) is None:
                 self.fixed_size = _fixed_size(self.body, name)
         if multi_grid is not None:
             _set_multi_grid(self.body, name, multi_grid)
@@ -108,21 +109,19 @@ class Backbone(nn.Module):
         )
 
     @torch.no_grad()
-    def _gives_expected_sizes(self, height: int, width: int) -> bool:
-        """Whether the network takes such pictures, and gives maps of their size over its stride."""
+    def _c4_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Height and width of c4 for pictures of this size; None where the network refuses it."""
         training = self.body.training
         device = next(self.body.parameters()).device
         try:
             c4 = self.body.eval()(torch.zeros(1, 3, height, width, device=device))[-1]
         # How networks refuse a size: each family in its own way.
         except (RuntimeError, AssertionError, ValueError, TypeError):
-            return False
+            return None
         finally:
             self.body.train(training)
-        if self.size_multiple > 1:
-            return True
-        expected = [-(-side // self.output_stride) for side in (height, width)]
-        return list(_channels_first(c4, self.c4_channels).shape[-2:]) == expected
+        rows, columns = _channels_first(c4, self.c4_channels).shape[-2:]
+        return rows, columns
 
     def blocks(self) -> list[nn.Module]:
         """The building blocks of all stages, such as a ResNet's residual blocks."""

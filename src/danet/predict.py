@@ -197,7 +197,7 @@ class Predictor:
         ]
 
     def fingerprint(self) -> str:
-        """Hash of the network, its metadata, test settings and weights as used; not of the device."""
+        """Hash of the network, metadata, test settings and the weights as they are used."""
         settings = (self.model.config, self.model.metadata, self.test)
         digest = hashlib.sha256("".join(one.model_dump_json() for one in settings).encode())
         for tensor in self.model.state_dict().values():

@@ -1,3 +1,4 @@
+import inspect
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import danet
 from danet.config import ModelConfig
 from danet.errors import UserError
+from danet.heads import DualAttentionHead
 from danet.model_folder import Metadata
 
 
@@ -162,6 +164,16 @@ def test_design_signature_is_what_the_config_takes() -> None:
     assert model.head.channel_branch.attention.affinity == "paper"
     assert model.auxiliary_head is None
     assert model.head.position_branch is None
+
+
+def test_constructors_and_recipes_have_the_same_defaults() -> None:
+    config = ModelConfig()
+    names = {"channels": "head_channels", "affinity": "channel_affinity"}
+    for build_part in (danet.DANet, DualAttentionHead):
+        for name, parameter in inspect.signature(build_part).parameters.items():
+            setting = names.get(name, name)
+            if setting in ModelConfig.model_fields and parameter.default is not parameter.empty:
+                assert parameter.default == getattr(config, setting), name
 
 
 def test_number_of_classes_and_names_must_agree() -> None:

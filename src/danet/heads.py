@@ -57,8 +57,10 @@ class DualAttentionHead(nn.Module):
 
     Args:
         in_channels: channels of c4.
+        num_classes: K.
         channels: width of both branches.
         key_channels: width of position attention's query and key.
+        affinity: of channel attention, see `danet.functional.channel_attention`.
         position, channel: switch the branches for ablation.
     """
 

@@ -183,6 +183,8 @@ class _Trainer:
     def fit(self) -> None:
         settings = self.config.train
         with self.progress:
+            if self.first_step:
+                self._take_over_changed_settings()
             self._announce()
             history: list[dict[str, Tensor]] = []
             since = time.monotonic()
@@ -220,18 +222,19 @@ class _Trainer:
         told = torch.tensor(float(self.stop.received is not None), device=self.fabric.device)
         return bool(self._reduce(told, "max"))
 
+    def _take_over_changed_settings(self) -> None:
+        """Tells which settings differ from the resumed run's, and makes them the run's."""
+        changed = differing_keys(load_recipe(self.run.recipe), self.config)
+        if changed:
+            self.progress.say(
+                f"note: {', '.join(changed)}: other than in {self.run.recipe}; the remaining "
+                "steps go by the new settings"
+            )
+            if self.fabric.is_global_zero:
+                self._write_recipe()
+
     def _announce(self) -> None:
-        before = ""
-        if self.first_step:
-            before = f", going on after step {self.first_step}"
-            changed = differing_keys(load_recipe(self.run.recipe), self.config)
-            if changed:
-                self.progress.say(
-                    f"note: {', '.join(changed)}: other than in {self.run.recipe}; the remaining "
-                    "steps go by the new settings"
-                )
-                if self.fabric.is_global_zero:
-                    self._write_recipe()
+        before = f", going on after step {self.first_step}" if self.first_step else ""
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         dtype = "bfloat16" if self.bfloat16 else "float32"
         self.progress.say(

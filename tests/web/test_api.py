@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from starlette.websockets import WebSocketDisconnect
 
 import danet
 from danet.evaluation.inference import predict_classes
@@ -300,6 +301,20 @@ def test_other_sites_and_hosts_are_refused(client: TestClient) -> None:
     assert client.get("/api/model", headers={"origin": "http://evil.example"}).status_code == 403
     own = {"origin": "http://127.0.0.1", "host": "127.0.0.1"}
     assert client.get("/api/model", headers=own).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers", [{"host": "evil.example"}, {"host": "127.0.0.1", "origin": "http://evil.example"}]
+)
+def test_websockets_of_other_sites_and_hosts_are_closed(
+    client: TestClient, headers: dict[str, str]
+) -> None:
+    with (
+        pytest.raises(WebSocketDisconnect) as closed,
+        client.websocket_connect("/", headers=headers),
+    ):
+        pass
+    assert closed.value.code == 1008
 
 
 def test_no_file_of_the_machine_can_be_read(client: TestClient) -> None:

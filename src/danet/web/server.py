@@ -25,7 +25,7 @@ from danet.errors import UserError
 from danet.predict import Predictor
 from danet.web.api import SEGMENT, router
 from danet.web.page import CSS, THEME, build_page
-from danet.web.studio import Limits, Studio
+from danet.web.sessions import Limits, Sessions
 
 _SLOWEST_UPLOAD_SECONDS = 60
 _SECONDS_TO_FINISH = 5
@@ -61,7 +61,7 @@ def serve(
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
-    application = build_application(Studio(predictor, limits), [shown, *names])
+    application = build_application(Sessions(predictor, limits), [shown, *names])
     print(
         f"danet serves on {address} (HTTP interface: {address}/openapi.json); Ctrl+C stops it",
         flush=True,
@@ -78,7 +78,7 @@ def serve(
     uvicorn.Server(settings).run(sockets=[listening])
 
 
-def build_application(studio: Studio, names: Sequence[str]) -> FastAPI:
+def build_application(sessions: Sessions, names: Sequence[str]) -> FastAPI:
     """The page and the HTTP interface behind their limits.
 
     Args:
@@ -86,21 +86,21 @@ def build_application(studio: Studio, names: Sequence[str]) -> FastAPI:
             "0.0.0.0" or "[::]", any address in digits may be.
     """
     application = FastAPI(title="danet", docs_url=None, redoc_url=None)
-    application.include_router(router(studio))
-    page = build_page(studio)
+    application.include_router(router(sessions))
+    page = build_page(sessions)
     gr.mount_gradio_app(
         application,
         page,
         path="/",
         theme=THEME,
         css=CSS,
-        max_file_size=studio.limits.megabytes << 20,
+        max_file_size=sessions.limits.megabytes << 20,
         show_error=True,
         ssr_mode=False,
         footer_links=[],
     )
     application.add_middleware(ReadableJson)
-    application.add_middleware(UploadLimit, limits=studio.limits)
+    application.add_middleware(UploadLimit, limits=sessions.limits)
     application.add_middleware(SameOrigin)
     application.add_middleware(TrustedHosts, names=[*names, *_LOCAL_HOSTS])
     return application

@@ -2,6 +2,7 @@
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; the functions below, by their
 names, make them. With --check nothing is written and the status is 1 where a page is out of date.
+The status is 1 too where a recipe's header has another score than published.csv or scores.csv.
 """
 
 import csv
@@ -13,6 +14,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
+RECIPES = DOCS.parent / "src" / "danet" / "recipes"
 UNSURE = re.compile(r"^# (?:unconfirmed|unresolved): (.*)$", re.MULTILINE)
 """In a recipe's header."""
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,7 +42,7 @@ def recipes() -> str:
         measured.setdefault(row["recipe"], []).append(score)
     published = {row["recipe"]: row for row in rows_of("published")}
     cells = []
-    for path in sorted((DOCS.parent / "src/danet/recipes").glob("[!_]*.yaml")):
+    for path in _recipe_files():
         name = path.stem
         unsure = UNSURE.search(path.read_text(encoding="utf-8"))
         row = published.get(name, dict.fromkeys(rows_of("published")[0], ""))
@@ -49,6 +51,45 @@ def recipes() -> str:
         source = row["source"] or "ours"
         cells.append([f"`{name}`", scores or "-", source, unsure[1] if unsure else "", here])
     return markdown(["recipe", "published", "by", "unsure", "measured here"], cells)
+
+
+def _recipe_files() -> list[Path]:
+    return sorted(RECIPES.glob("[!_]*.yaml"))
+
+
+def wrong_headers() -> list[str]:
+    """The recipes whose headers' scores the results files do not have, with both."""
+    measured: dict[str, dict[str, list[float]]] = {}
+    for row in rows_of("scores"):
+        by_steps = measured.setdefault(row["recipe"], {})
+        by_steps.setdefault(row["steps"], []).append(100 * float(row["mIoU"]))
+    published = {row["recipe"]: row for row in rows_of("published")}
+    wrong = []
+    for path in _recipe_files():
+        name, header = path.stem, path.read_text(encoding="utf-8")
+        row = published.get(name, {})
+        expected = (row.get("mIoU", ""), row.get("mIoU_multi_scale_flip", ""))
+        line = _header_line(header, "published")
+        found = (_score(line, "mIoU {}"), _score(line, "{} multi-scale"))
+        if found != expected:
+            wrong.append(f"{name}: published {found}, published.csv {expected}")
+        # A header gives the score of one run, or the mean of those with as many steps.
+        known = measured.get(name, {}).values()
+        scores = {f"{score:.2f}" for runs in known for score in (*runs, statistics.mean(runs))}
+        score = _score(_header_line(header, "measured"), "mIoU {}")
+        if score not in (scores or {""}):
+            wrong.append(f"{name}: measured {score or 'nothing'}, scores.csv {sorted(scores)}")
+    return wrong
+
+
+def _header_line(header: str, fact: str) -> str:
+    found = re.search(rf"^# {fact}:(.*)$", header, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _score(line: str, pattern: str) -> str:
+    found = re.search(pattern.format(r"(\d+\.\d+)"), line)
+    return found[1] if found else ""
 
 
 def position_attention() -> str:
@@ -306,8 +347,10 @@ def main() -> int:
                 page.write_text(renewed, encoding="utf-8")
     if check and stale:
         print(f"out of date: {', '.join(stale)}; run make docs")
-        return 1
-    return 0
+    wrong = wrong_headers()
+    for problem in wrong:
+        print(f"header of recipe {problem}")
+    return int(bool(wrong or (check and stale)))
 
 
 if __name__ == "__main__":

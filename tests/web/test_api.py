@@ -12,12 +12,13 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from starlette.websockets import WebSocketDisconnect
 
 import danet
 from danet.evaluation.inference import predict_classes
 from danet.inspection import Inspection
 from danet.web.server import build_application
-from danet.web.studio import Limits, Studio
+from danet.web.sessions import Limits, Sessions
 from networks import tiny_danet
 
 LIMITS = Limits(megabytes=1, megapixels=1, waiting=1, pictures=2)
@@ -30,14 +31,14 @@ def predictor() -> danet.Predictor:
 
 
 @pytest.fixture
-def studio(predictor: danet.Predictor) -> Studio:
-    return Studio(predictor, LIMITS)
+def sessions(predictor: danet.Predictor) -> Sessions:
+    return Sessions(predictor, LIMITS)
 
 
 @pytest.fixture
-def client(studio: Studio) -> Iterator[TestClient]:
+def client(sessions: Sessions) -> Iterator[TestClient]:
     with TestClient(
-        build_application(studio, ["streets.example"]), base_url="http://127.0.0.1"
+        build_application(sessions, ["streets.example"]), base_url="http://127.0.0.1"
     ) as client:
         yield client
 
@@ -148,10 +149,10 @@ def test_bombs_and_heavy_uploads_are_refused(client: TestClient) -> None:
 
 
 def test_an_upload_that_stands_still_is_ended(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("danet.web.server._SLOWEST_UPLOAD_SECONDS", 0.2)
-    application = build_application(studio, [])
+    application = build_application(sessions, [])
     sent: list[dict] = []
 
     async def silence() -> dict:
@@ -170,7 +171,7 @@ def test_an_upload_that_stands_still_is_ended(
 
 def test_any_request_is_answered_as_the_description_says(predictor: danet.Predictor) -> None:
     """But for files, of which the description cannot say what is a picture."""
-    application = build_application(Studio(predictor, LIMITS), ["*"])
+    application = build_application(Sessions(predictor, LIMITS), ["*"])
     api = schemathesis.openapi.from_asgi("/openapi.json", application)
     operations = [found.ok() for found in api.get_all_operations()]
     assert len(operations) == 6
@@ -191,7 +192,7 @@ def test_pictures_that_do_not_fit_the_memory_are_refused(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
 
     with monkeypatch.context() as patch:
-        patch.setattr("danet.web.studio.Inspection", runs_out)
+        patch.setattr("danet.web.sessions.Inspection", runs_out)
         answer = client.post("/api/segment", files={"image": ("a.png", png(picture()))})
     assert answer.status_code == 413
     assert "too little memory" in answer.json()["detail"]
@@ -199,11 +200,11 @@ def test_pictures_that_do_not_fit_the_memory_are_refused(
 
 
 def test_large_pictures_are_kept_for_less_long(predictor: danet.Predictor) -> None:
-    studio = Studio(predictor, LIMITS._replace(pictures=9, kept_megapixels=1))
-    names = [studio.keep(studio.inspect(png(picture(900, 600)))) for _ in range(3)]
-    assert studio.find(names[2]).image.width == 900
+    sessions = Sessions(predictor, LIMITS._replace(pictures=9, kept_megapixels=1))
+    names = [sessions.keep(sessions.inspect(png(picture(900, 600)))) for _ in range(3)]
+    assert sessions.find(names[2]).image.width == 900
     with pytest.raises(KeyError):
-        studio.find(names[1])
+        sessions.find(names[1])
 
 
 def test_only_the_latest_pictures_are_kept(client: TestClient) -> None:
@@ -254,7 +255,7 @@ def test_malformed_bodies_are_refused(client: TestClient) -> None:
         assert answer.json()["detail"]
 
 
-def test_a_refused_visitor_may_finish_sending_and_gets_the_answer(studio: Studio) -> None:
+def test_a_refused_visitor_may_finish_sending_and_gets_the_answer(sessions: Sessions) -> None:
     """A connection that is closed while something is still coming is reset."""
     sent: list[dict] = []
     left = [{"type": "http.request", "body": b"x", "more_body": True}] * 3
@@ -270,7 +271,7 @@ def test_a_refused_visitor_may_finish_sending_and_gets_the_answer(studio: Studio
 
     headers = [(b"host", b"localhost"), (b"content-length", b"999999999")]
     scope = {"type": "http", "method": "POST", "path": "/api/segment", "headers": headers}
-    asyncio.run(build_application(studio, [])(scope, receive, send))
+    asyncio.run(build_application(sessions, [])(scope, receive, send))
     assert sent[0]["status"] == 413
     assert [message.get("more_body", False) for message in sent[1:]] == [True, False]
     assert left_when_done == [4, 4, 0]
@@ -278,9 +279,9 @@ def test_a_refused_visitor_may_finish_sending_and_gets_the_answer(studio: Studio
 
 @pytest.mark.parametrize("listening", ["0.0.0.0", "[::]"])
 def test_addresses_are_served_where_every_one_is_listened_on(
-    studio: Studio, listening: str
+    sessions: Sessions, listening: str
 ) -> None:
-    client = TestClient(build_application(studio, [listening]))
+    client = TestClient(build_application(sessions, [listening]))
     hosts = {"192.168.1.5:7860": 200, "[fe80::1]:7860": 200, "streets.example": 400}
     for host, status in hosts.items():
         assert client.get("/api/model", headers={"host": host}).status_code == status, host
@@ -300,6 +301,20 @@ def test_other_sites_and_hosts_are_refused(client: TestClient) -> None:
     assert client.get("/api/model", headers={"origin": "http://evil.example"}).status_code == 403
     own = {"origin": "http://127.0.0.1", "host": "127.0.0.1"}
     assert client.get("/api/model", headers=own).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers", [{"host": "evil.example"}, {"host": "127.0.0.1", "origin": "http://evil.example"}]
+)
+def test_websockets_of_other_sites_and_hosts_are_closed(
+    client: TestClient, headers: dict[str, str]
+) -> None:
+    with (
+        pytest.raises(WebSocketDisconnect) as closed,
+        client.websocket_connect("/", headers=headers),
+    ):
+        pass
+    assert closed.value.code == 1008
 
 
 def test_no_file_of_the_machine_can_be_read(client: TestClient) -> None:

@@ -32,7 +32,7 @@ def serve(
         from danet.web.server import serve as serve_forever
     except ModuleNotFoundError as error:
         raise UserError(f"danet serve needs {error.name}: pip install 'danet[web]'") from error
-    from danet.web.studio import Limits
+    from danet.web.sessions import Limits
 
     limits = Limits(megabytes=megabytes, megapixels=megapixels)
     predictor = Predictor(model, device, precision)

@@ -1,7 +1,7 @@
 """The HTTP interface, for scripts. Its description is at /openapi.json."""
 
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, HTTPException, Query, Response, UploadFile
 from pydantic import BaseModel
@@ -11,8 +11,8 @@ from danet.errors import UserError
 from danet.evaluation.evaluate import available_branches
 from danet.inspection import Inspection
 from danet.predict import OVERLAY_OPACITY
-from danet.web import studio as looks
-from danet.web.studio import BusyError, Studio, class_shares
+from danet.web import drawings
+from danet.web.sessions import BusyError, Sessions
 
 _PREFIX = "/api"
 SEGMENT = f"{_PREFIX}/segment"
@@ -70,27 +70,27 @@ class Problem(BaseModel):
     detail: str
 
 
-_REFUSALS = {
+_REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The file is no picture, or a value does not fit it."},
     413: {"model": Problem, "description": "The file or the picture is too large."},
     429: {"model": Problem, "description": "Too many others wait; try again in a moment."},
 }
 # Not by their model, which FastAPI would describe as pictures where the answer is one.
 _PROBLEM = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-_OF_PICTURE = {
+_OF_PICTURE: dict[int | str, dict[str, Any]] = {
     400: {"content": _PROBLEM, "description": "A value does not fit the picture or the model."},
     404: {"content": _PROBLEM, "description": "No such picture, or it is no longer kept."},
 }
 
 
-def router(studio: Studio) -> APIRouter:
+def router(sessions: Sessions) -> APIRouter:
     """The routes under /api."""
     api = APIRouter(prefix=_PREFIX, tags=["danet"])
 
     @api.get("/model")
     def model() -> ModelFacts:
         """What the model is and which classes it knows."""
-        network = studio.predictor.model
+        network = sessions.predictor.model
         return ModelFacts(
             backbone=network.config.backbone,
             classes=list(network.metadata.classes),
@@ -99,45 +99,47 @@ def router(studio: Studio) -> APIRouter:
             trained_on=network.metadata.dataset,
         )
 
-    @api.post(SEGMENT.removeprefix(_PREFIX), responses=_REFUSALS)  # type: ignore[arg-type]
+    @api.post(SEGMENT.removeprefix(_PREFIX), responses=_REFUSALS)
     def segment(image: UploadFile) -> SegmentedPicture:
         """Segments an uploaded picture."""
-        inspection = _answered(lambda: studio.inspect(image.file.read()))
+        inspection = _answered(lambda: sessions.inspect(image.file.read()))
         return SegmentedPicture(
-            id=studio.keep(inspection),
+            id=sessions.keep(inspection),
             width=inspection.image.width,
             height=inspection.image.height,
-            classes=[ClassInPicture(**share._asdict()) for share in class_shares(inspection)],
+            classes=[
+                ClassInPicture(**share._asdict()) for share in drawings.class_shares(inspection)
+            ],
             disagreement=float(inspection.disagreement.mean()),
         )
 
-    @api.get("/pictures/{picture_id}/mask.png", responses=_OF_PICTURE, response_class=_Png)  # type: ignore[arg-type]
+    @api.get("/pictures/{picture_id}/mask.png", responses=_OF_PICTURE, response_class=_Png)
     def mask(picture_id: str, branch: str = "fused") -> Response:
         """Class ids at the picture's size, as a palette PNG."""
-        inspection = _find(studio, picture_id)
-        chosen = _answered(lambda: looks.check_branch(inspection, branch))
-        return _Png(looks.encode(inspection.segmentation(chosen).mask(), "PNG"))
+        inspection = _find(sessions, picture_id)
+        chosen = _answered(lambda: drawings.check_branch(inspection, branch))
+        return _Png(drawings.encode(inspection.segmentation(chosen).mask(), "PNG"))
 
-    @api.get("/pictures/{picture_id}/overlay.jpg", responses=_OF_PICTURE, response_class=_Jpeg)  # type: ignore[arg-type]
+    @api.get("/pictures/{picture_id}/overlay.jpg", responses=_OF_PICTURE, response_class=_Jpeg)
     def overlay(
         picture_id: str, branch: str = "fused", opacity: Opacity = OVERLAY_OPACITY
     ) -> Response:
         """The classes over the picture."""
-        inspection = _find(studio, picture_id)
-        chosen = _answered(lambda: looks.check_branch(inspection, branch))
-        return _Jpeg(looks.encode(looks.overlay(inspection, chosen, opacity), "JPEG"))
+        inspection = _find(sessions, picture_id)
+        chosen = _answered(lambda: drawings.check_branch(inspection, branch))
+        return _Jpeg(drawings.encode(drawings.overlay(inspection, chosen, opacity), "JPEG"))
 
-    @api.get("/pictures/{picture_id}/attention.jpg", responses=_OF_PICTURE, response_class=_Jpeg)  # type: ignore[arg-type]
+    @api.get("/pictures/{picture_id}/attention.jpg", responses=_OF_PICTURE, response_class=_Jpeg)
     def attention(picture_id: str, x: Side, y: Side) -> Response:
         """Where one pixel looks, over the grey picture."""
-        inspection = _find(studio, picture_id)
-        drawn = _answered(lambda: looks.attention(inspection, (x, y)))
-        return _Jpeg(looks.encode(drawn, "JPEG"))
+        inspection = _find(sessions, picture_id)
+        drawn = _answered(lambda: drawings.attention(inspection, (x, y)))
+        return _Jpeg(drawings.encode(drawn, "JPEG"))
 
-    @api.get("/pictures/{picture_id}/pixel", responses=_OF_PICTURE)  # type: ignore[arg-type]
+    @api.get("/pictures/{picture_id}/pixel", responses=_OF_PICTURE)
     def pixel(picture_id: str, x: Side, y: Side) -> PixelFacts:
         """The class of one pixel and how sure the model is."""
-        inspection = _find(studio, picture_id)
+        inspection = _find(sessions, picture_id)
         score = _answered(lambda: inspection.score((x, y)))
         name = inspection.metadata.classes[score.class_id]
         return PixelFacts(
@@ -155,9 +157,9 @@ class _Jpeg(Response):
     media_type = "image/jpeg"
 
 
-def _find(studio: Studio, picture_id: str) -> Inspection:
+def _find(sessions: Sessions, picture_id: str) -> Inspection:
     try:
-        return studio.find(picture_id)
+        return sessions.find(picture_id)
     except KeyError as error:
         raise HTTPException(
             404, "no such picture, or it is no longer kept; send it anew"

@@ -16,8 +16,8 @@ from danet.evaluation.evaluate import available_branches
 from danet.inputs import mask_name, output_stems, overlay_name
 from danet.inspection import Inspection, Point
 from danet.predict import OVERLAY_OPACITY
-from danet.web import studio as looks
-from danet.web.studio import Studio, class_shares
+from danet.web import drawings
+from danet.web.sessions import Sessions
 
 MAX_SHOWN_SIDE = 1024
 """Larger pictures are shrunk on the page; downloads are not."""
@@ -50,32 +50,32 @@ CSS = """
 """
 
 
-def build_page(studio: Studio) -> gr.Blocks:
+def build_page(sessions: Sessions) -> gr.Blocks:
     """The page for one model."""
-    metadata = studio.predictor.model.metadata
+    metadata = sessions.predictor.model.metadata
     page: gr.Blocks
     with gr.Blocks(title="danet", analytics_enabled=False, delete_cache=(1800, 1800)) as page:
         gr.Markdown(
             f"# danet\nScene segmentation with dual attention: {len(metadata.classes)} classes, "
-            f"{studio.predictor.model.config.backbone}"
+            f"{sessions.predictor.model.config.backbone}"
             + (f", trained on {metadata.dataset}." if metadata.dataset else ".")
         )
         with gr.Tab("One picture"):
-            _build_picture_tab(studio)
+            _build_picture_tab(sessions)
         with gr.Tab("Many pictures"):
-            _build_batch_tab(studio)
+            _build_batch_tab(sessions)
         with gr.Tab("For scripts"):
             gr.Markdown(_SCRIPT_HELP)
-    page.queue(max_size=studio.limits.waiting, default_concurrency_limit=2, api_open=False)
+    page.queue(max_size=sessions.limits.waiting, default_concurrency_limit=2, api_open=False)
     return page
 
 
-def _build_picture_tab(studio: Studio) -> None:
-    branches = available_branches(studio.predictor.model)
+def _build_picture_tab(sessions: Sessions) -> None:
+    branches = available_branches(sessions.predictor.model)
     views = [_CLASSES, *(_BRANCHES[branch] for branch in branches if branch in _BRANCHES)]
     views += [_DISAGREEMENT] if len(branches) > 1 else []
     views += [_ATTENTION, _RECEIVED] if "position" in branches else []
-    actions = _Actions(studio)
+    actions = _Actions(sessions)
     name = gr.State(None)
     point = gr.State(None)
     with gr.Row():
@@ -88,7 +88,7 @@ def _build_picture_tab(studio: Studio) -> None:
                 buttons=[],
                 height=300,
             )
-            gr.Examples(_example_pictures(studio.folder), source, label="Generated scenes")
+            gr.Examples(_example_pictures(sessions.folder), source, label="Generated scenes")
         with gr.Column(scale=2, min_width=300):
             shown = gr.Image(
                 label="Click a pixel to see its class and where it looks",
@@ -130,8 +130,8 @@ def _build_picture_tab(studio: Studio) -> None:
         changed(_downloads, [name, view, opacity], downloads, queue=False, show_progress="hidden")
 
 
-def _build_batch_tab(studio: Studio) -> None:
-    count = studio.limits.batch
+def _build_batch_tab(sessions: Sessions) -> None:
+    count = sessions.limits.batch
     sources = gr.File(
         label=f"Up to {count} photos",
         file_count="multiple",
@@ -142,30 +142,30 @@ def _build_batch_tab(studio: Studio) -> None:
     start = gr.Button("Segment", variant="primary")
     table = gr.Dataframe(headers=["picture", "result"], label="Results", interactive=False)
     archive = gr.File(label="Masks and overlays", interactive=False, elem_id="archive")
-    actions = _Actions(studio)
+    actions = _Actions(sessions)
     start.click(actions.segment_batch, sources, [table, archive], concurrency_limit=1)
 
 
 class _Actions:
     """What happens when a visitor does something."""
 
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
+    def __init__(self, sessions: Sessions) -> None:
+        self.sessions = sessions
         self._archives: deque[tempfile.TemporaryDirectory[str]] = deque(maxlen=_ARCHIVES_KEPT)
 
     def segment(self, source: str | None, opacity: float) -> tuple[Any, ...]:
         if source is None:
             return None, None, _CLASSES, None, "", "", ""
         try:
-            inspection = self.studio.inspect(Path(source))
+            inspection = self.sessions.inspect(Path(source))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        name = self.studio.keep(inspection)
+        name = self.sessions.keep(inspection)
         return (
             name,
             None,
             _CLASSES,
-            _shrunk(looks.overlay(inspection, "fused", opacity)),
+            _shrunk(drawings.overlay(inspection, "fused", opacity)),
             "Click a pixel of the picture.",
             _legend(inspection),
             _downloads(name, _CLASSES, opacity),
@@ -196,8 +196,10 @@ class _Actions:
 
     def segment_batch(self, sources: list[str] | None) -> tuple[list[list[str]], str | None]:
         paths = [Path(source) for source in sources or ()]
-        if not 0 < len(paths) <= self.studio.limits.batch:
-            raise gr.Error(f"Choose 1 to {self.studio.limits.batch} photos.", print_exception=False)
+        if not 0 < len(paths) <= self.sessions.limits.batch:
+            raise gr.Error(
+                f"Choose 1 to {self.sessions.limits.batch} photos.", print_exception=False
+            )
         stems = output_stems(paths)
         rows = []
         folder = tempfile.TemporaryDirectory(prefix="danet-")
@@ -206,34 +208,34 @@ class _Actions:
         with zipfile.ZipFile(archive, "w") as file:
             for path in paths:
                 try:
-                    inspection = self.studio.inspect(path)
+                    inspection = self.sessions.inspect(path)
                 except UserError as error:
                     rows.append([path.name, str(error).replace(str(path), path.name)])
                     continue
-                mask = looks.encode(inspection.segmentation().mask(), "PNG")
+                mask = drawings.encode(inspection.segmentation().mask(), "PNG")
                 file.writestr(mask_name(stems[path]), mask)
-                overlay = looks.encode(looks.overlay(inspection), "JPEG")
+                overlay = drawings.encode(drawings.overlay(inspection), "JPEG")
                 file.writestr(overlay_name(stems[path]), overlay)
-                largest = class_shares(inspection)[:3]
+                largest = drawings.class_shares(inspection)[:3]
                 rows.append([path.name, ", ".join(f"{s.name} {s.share:.0%}" for s in largest)])
         return rows, str(archive)
 
     def _find(self, name: str | None) -> Inspection:
         try:
-            return self.studio.find(name or "")
+            return self.sessions.find(name or "")
         except KeyError as error:
             raise gr.Error(_FORGOTTEN, print_exception=False) from error
 
 
 def _drawn(inspection: Inspection, point: Point | None, view: str, opacity: float) -> Image.Image:
     if view == _DISAGREEMENT:
-        return looks.disagreement(inspection)
+        return drawings.disagreement(inspection)
     if view == _RECEIVED:
-        return looks.attention(inspection, None)
+        return drawings.attention(inspection, None)
     if view == _ATTENTION:
         width, height = inspection.image.size
-        return looks.attention(inspection, point or (width // 2, height // 2))
-    return looks.overlay(inspection, _branch_of(view), opacity)
+        return drawings.attention(inspection, point or (width // 2, height // 2))
+    return drawings.overlay(inspection, _branch_of(view), opacity)
 
 
 def _branch_of(view: str) -> Any:
@@ -244,7 +246,7 @@ def _legend(inspection: Inspection) -> str:
     entries = (
         f'<span><i style="background:{share.color}"></i>'
         f"{html.escape(share.name)} {100 * share.share:.1f} %</span>"
-        for share in class_shares(inspection)
+        for share in drawings.class_shares(inspection)
     )
     return f'<div class="legend">{"".join(entries)}</div>'
 

@@ -25,11 +25,13 @@ from danet.errors import UserError
 from danet.predict import Predictor
 from danet.web.api import SEGMENT, router
 from danet.web.page import CSS, THEME, build_page
-from danet.web.studio import Limits, Studio
+from danet.web.sessions import Limits, Sessions
 
 _SLOWEST_UPLOAD_SECONDS = 60
 _SECONDS_TO_FINISH = 5
 _LARGEST_JSON = 4 << 20
+_POLICY_VIOLATION = 1008
+"""The code with which a refused websocket is closed (RFC 6455, 7.4.1)."""
 _PAGE_UPLOAD = "/gradio_api/upload"
 _FILE_UPLOADS = (_PAGE_UPLOAD, SEGMENT)
 _LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
@@ -59,7 +61,7 @@ def serve(
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
-    application = build_application(Studio(predictor, limits), [shown, *names])
+    application = build_application(Sessions(predictor, limits), [shown, *names])
     print(
         f"danet serves on {address} (HTTP interface: {address}/openapi.json); Ctrl+C stops it",
         flush=True,
@@ -76,7 +78,7 @@ def serve(
     uvicorn.Server(settings).run(sockets=[listening])
 
 
-def build_application(studio: Studio, names: Sequence[str]) -> FastAPI:
+def build_application(sessions: Sessions, names: Sequence[str]) -> FastAPI:
     """The page and the HTTP interface behind their limits.
 
     Args:
@@ -84,21 +86,21 @@ def build_application(studio: Studio, names: Sequence[str]) -> FastAPI:
             "0.0.0.0" or "[::]", any address in digits may be.
     """
     application = FastAPI(title="danet", docs_url=None, redoc_url=None)
-    application.include_router(router(studio))
-    page = build_page(studio)
+    application.include_router(router(sessions))
+    page = build_page(sessions)
     gr.mount_gradio_app(
         application,
         page,
         path="/",
         theme=THEME,
         css=CSS,
-        max_file_size=studio.limits.megabytes << 20,
+        max_file_size=sessions.limits.megabytes << 20,
         show_error=True,
         ssr_mode=False,
         footer_links=[],
     )
     application.add_middleware(ReadableJson)
-    application.add_middleware(UploadLimit, limits=studio.limits)
+    application.add_middleware(UploadLimit, limits=sessions.limits)
     application.add_middleware(SameOrigin)
     application.add_middleware(TrustedHosts, names=[*names, *_LOCAL_HOSTS])
     return application
@@ -139,7 +141,8 @@ class TrustedHosts:
             host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
             name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
             if name not in self.names and not (self.any_address and _is_address(name)):
-                await _refuse(receive, send, 400, "this host is not served here; see --host-name")
+                detail = "this host is not served here; see --host-name"
+                await _refuse(scope, receive, send, 400, detail)
                 return
         await self.application(scope, receive, send)
 
@@ -163,7 +166,7 @@ class SameOrigin:
         origin = headers.get(b"origin", b"").decode("latin-1")
         host = headers.get(b"host", b"").decode("latin-1")
         if origin and origin.partition("://")[2] != host:
-            await _refuse(receive, send, 403, "requests from other sites are refused")
+            await _refuse(scope, receive, send, 403, "requests from other sites are refused")
             return
         await self.application(scope, receive, send)
 
@@ -188,7 +191,7 @@ class UploadLimit:
         allowed = self._bytes(scope["path"])
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > allowed:
-            await self._refuse(receive, send)
+            await self._refuse(scope, receive, send)
             return
         received = 0
         started = refused = complete = False
@@ -211,7 +214,7 @@ class UploadLimit:
                 complete = not message.get("more_body", False)
             if (received > allowed or late) and not started:
                 refused = True
-                await self._refuse(receive, send)
+                await self._refuse(scope, receive, send)
                 return {"type": "http.disconnect"}
             return message
 
@@ -228,9 +231,9 @@ class UploadLimit:
             if not refused:
                 raise
 
-    async def _refuse(self, receive: Receive, send: Send) -> None:
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         detail = f"uploads may have {self.limits.megabytes} MB and take a minute"
-        await _refuse(receive, send, 413, detail)
+        await _refuse(scope, receive, send, 413, detail)
 
 
 class ReadableJson:
@@ -252,14 +255,13 @@ class ReadableJson:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > _LARGEST_JSON:
-                await _refuse(
-                    receive if more else None, send, 413, f"JSON may have {_LARGEST_JSON >> 20} MB"
-                )
+                detail = f"JSON may have {_LARGEST_JSON >> 20} MB"
+                await _refuse(scope, receive if more else None, send, 413, detail)
                 return
         try:
             json.loads(body or b"null", parse_constant=_finite, parse_float=_finite)
         except (ValueError, RecursionError):
-            await _refuse(None, send, 400, "the body is no JSON that can be read")
+            await _refuse(scope, None, send, 400, "the body is no JSON that can be read")
             return
         whole: Message = {"type": "http.request", "body": body, "more_body": False}
         pending = [whole]
@@ -277,15 +279,21 @@ def _finite(text: str) -> float:
     return number
 
 
-async def _refuse(receive: Receive | None, send: Send, status: int, detail: str) -> None:
+async def _refuse(
+    scope: Scope, receive: Receive | None, send: Send, status: int, detail: str
+) -> None:
     """Answers at once, then lets the visitor finish sending for a moment.
 
     A connection that is closed while something is still coming is reset, and the answer lost.
+    A websocket is closed instead: ASGI allows no HTTP answer there.
 
     Args:
         receive: None where all has come.
     """
-    body = f'{{"detail":"{detail}"}}'.encode()
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": detail})
+        return
+    body = json.dumps({"detail": detail}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

@@ -1,27 +1,20 @@
-"""What the page and the HTTP interface both do: segment pictures, and answer questions about them.
+"""Segments visitors' pictures and keeps the latest, to answer questions about them.
 
-Pictures that were segmented stay in memory, the latest ones only, under names that cannot be
-guessed.
+A session is one segmented picture, under an id that cannot be guessed.
 """
 
-import io
 import secrets
 import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple, get_args
-
-import numpy as np
-from PIL import Image
+from typing import NamedTuple
 
 from danet.data.images import PictureTooLarge, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
-from danet.evaluation.inference import Branch
-from danet.figure import DISAGREEMENT_COLOR, attention_overlay
-from danet.inspection import Inspection, Point
-from danet.predict import OVERLAY_OPACITY, Predictor
+from danet.inspection import Inspection
+from danet.predict import Predictor
 
 
 class Limits(NamedTuple):
@@ -48,16 +41,7 @@ class BusyError(UserError):
     """More requests wait than are let in."""
 
 
-class ClassShare(NamedTuple):
-    """A class that occurs in a picture, and the part of its pixels, 0..1."""
-
-    id: int
-    name: str
-    color: str
-    share: float
-
-
-class Studio:
+class Sessions:
     """A predictor for many visitors: one picture goes through the network at a time.
 
     Args:
@@ -65,7 +49,7 @@ class Studio:
         limits: what one request may ask for.
 
     Attributes:
-        folder: for files, as long as the studio lives.
+        folder: for files, as long as this object lives.
     """
 
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
@@ -79,7 +63,7 @@ class Studio:
         self._keeping = threading.Lock()
 
     def keep(self, inspection: Inspection) -> str:
-        """Keeps a picture, and forgets the oldest; returns its name."""
+        """Keeps a picture, and forgets the oldest; returns its id."""
         name = secrets.token_urlsafe(16)
         with self._keeping:
             self._kept[name] = inspection
@@ -127,60 +111,3 @@ class Studio:
         with self._keeping:
             self._kept.move_to_end(name)
             return self._kept[name]
-
-
-def class_shares(inspection: Inspection, branch: Branch = "fused") -> list[ClassShare]:
-    """The classes of a picture, the largest first."""
-    classes = inspection.branches[branch]
-    counts = np.bincount(classes.ravel(), minlength=len(inspection.metadata.classes))
-    return [
-        ClassShare(
-            id=index,
-            name=inspection.metadata.classes[index],
-            color="#{:02x}{:02x}{:02x}".format(*inspection.metadata.palette[index]),
-            share=float(counts[index] / classes.size),
-        )
-        for index in map(int, np.argsort(-counts, kind="stable"))
-        if counts[index]
-    ]
-
-
-def overlay(
-    inspection: Inspection, branch: Branch = "fused", opacity: float = OVERLAY_OPACITY
-) -> Image.Image:
-    """A branch's classes over the picture."""
-    return inspection.segmentation(branch).overlay(inspection.image, opacity)
-
-
-def disagreement(inspection: Inspection) -> Image.Image:
-    """The grey picture, coloured where the branches are not of one opinion."""
-    drawn = inspection.image.convert("L").convert("RGB")
-    drawn.paste(DISAGREEMENT_COLOR, mask=Image.fromarray(inspection.disagreement))
-    return drawn
-
-
-def attention(inspection: Inspection, point: Point | None) -> Image.Image:
-    """The attention that a pixel pays over the grey picture, or that all pixels pay."""
-    if point is None:
-        return attention_overlay(inspection.image, inspection.received_attention(), None)
-    return attention_overlay(inspection.image, inspection.attention(point), point)
-
-
-def check_branch(inspection: Inspection, name: str) -> Branch:
-    """The branch of this name.
-
-    Raises:
-        UserError: the network has none.
-    """
-    for branch in get_args(Branch):
-        if branch == name and branch in inspection.branches:
-            found: Branch = branch
-            return found
-    raise UserError(f"branch {name}: the model has {', '.join(inspection.branches)}")
-
-
-def encode(image: Image.Image, image_format: str) -> bytes:
-    """The bytes of a PNG or JPEG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, quality=90)
-    return buffer.getvalue()

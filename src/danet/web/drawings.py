@@ -1,0 +1,79 @@
+"""What the page and the HTTP interface show of a segmented picture."""
+
+import io
+from typing import NamedTuple, get_args
+
+import numpy as np
+from PIL import Image
+
+from danet.errors import UserError
+from danet.evaluation.inference import Branch
+from danet.figure import DISAGREEMENT_COLOR, attention_overlay
+from danet.inspection import Inspection, Point
+from danet.predict import OVERLAY_OPACITY
+
+
+class ClassShare(NamedTuple):
+    """A class that occurs in a picture, and the part of its pixels, 0..1."""
+
+    id: int
+    name: str
+    color: str
+    share: float
+
+
+def class_shares(inspection: Inspection, branch: Branch = "fused") -> list[ClassShare]:
+    """The classes of a picture, the largest first."""
+    classes = inspection.branches[branch]
+    counts = np.bincount(classes.ravel(), minlength=len(inspection.metadata.classes))
+    return [
+        ClassShare(
+            id=index,
+            name=inspection.metadata.classes[index],
+            color="#{:02x}{:02x}{:02x}".format(*inspection.metadata.palette[index]),
+            share=float(counts[index] / classes.size),
+        )
+        for index in map(int, np.argsort(-counts, kind="stable"))
+        if counts[index]
+    ]
+
+
+def overlay(
+    inspection: Inspection, branch: Branch = "fused", opacity: float = OVERLAY_OPACITY
+) -> Image.Image:
+    """A branch's classes over the picture."""
+    return inspection.segmentation(branch).overlay(inspection.image, opacity)
+
+
+def disagreement(inspection: Inspection) -> Image.Image:
+    """The grey picture, coloured where the branches are not of one opinion."""
+    drawn = inspection.image.convert("L").convert("RGB")
+    drawn.paste(DISAGREEMENT_COLOR, mask=Image.fromarray(inspection.disagreement))
+    return drawn
+
+
+def attention(inspection: Inspection, point: Point | None) -> Image.Image:
+    """The attention that a pixel pays over the grey picture, or that all pixels pay."""
+    if point is None:
+        return attention_overlay(inspection.image, inspection.received_attention(), None)
+    return attention_overlay(inspection.image, inspection.attention(point), point)
+
+
+def check_branch(inspection: Inspection, name: str) -> Branch:
+    """The branch of this name.
+
+    Raises:
+        UserError: the network has none.
+    """
+    for branch in get_args(Branch):
+        if branch == name and branch in inspection.branches:
+            found: Branch = branch
+            return found
+    raise UserError(f"branch {name}: the model has {', '.join(inspection.branches)}")
+
+
+def encode(image: Image.Image, image_format: str) -> bytes:
+    """The bytes of a PNG or JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, quality=90)
+    return buffer.getvalue()

@@ -19,18 +19,12 @@ from danet.data.files import (
     require_all,
     require_root,
 )
-from danet.data.spec import DatasetSpec
+from danet.data.spec import CatalogEntry, constant
 
-SPLITS = ("train", "val")
-COUNTS = {"train": 4998, "val": 5105}
 SPEC = read_spec("pascal_context")
 
 
-def spec(root: Path | None) -> DatasetSpec:
-    return SPEC
-
-
-def open_split(root: Path | None, split: str) -> PairedFiles:
+def _open_split(root: Path | None, split: str) -> PairedFiles:
     train_ids = label_map({i: i for i in range(SPEC.num_classes)})
     return PairedFiles(SPEC, pairs(root, split), train_ids)
 
@@ -43,3 +37,11 @@ def pairs(root: Path | None, split: str) -> list[FilePair]:
     require_all(images, names, voc / "JPEGImages")
     label_folder = voc / "SegmentationClassContext"
     return pair_up(images, existing(label_folder, names, ".png"), label_folder)
+
+
+ENTRY = CatalogEntry(
+    splits=("train", "val"),
+    spec=constant(SPEC),
+    open_split=_open_split,
+    counts=constant({"train": 4998, "val": 5105}),
+)

@@ -26,11 +26,9 @@ from danet.data.files import (
 )
 from danet.data.images import open_label
 from danet.data.mat import open_sbd_label
-from danet.data.spec import DatasetSpec
+from danet.data.spec import CatalogEntry, constant
 from danet.errors import UserError
 
-SPLITS = ("train", "val", "train_aug")
-COUNTS = {"train": 1464, "val": 1449, "train_aug": 10_582}
 SPEC = read_spec("voc")
 _AUGMENTED = "SegmentationClassAug"
 _SBD = (
@@ -43,11 +41,7 @@ _SBD = (
 )
 
 
-def spec(root: Path | None) -> DatasetSpec:
-    return SPEC
-
-
-def open_split(root: Path | None, split: str) -> PairedFiles:
+def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
     voc = find_folder(folder, "VOCdevkit/VOC2012", "VOC2012", ".")
     names = read_names(_listing(voc, "val" if split == "val" else "train"))
@@ -90,3 +84,11 @@ def _added_labels(root: Location, voc: Location) -> tuple[Location, dict[str, Lo
 
 def _open_any_label(path: Location) -> npt.NDArray[np.uint8]:
     return open_sbd_label(path) if path.suffix == ".mat" else open_label(path)
+
+
+ENTRY = CatalogEntry(
+    splits=("train", "val", "train_aug"),
+    spec=constant(SPEC),
+    open_split=_open_split,
+    counts=constant({"train": 1464, "val": 1449, "train_aug": 10_582}),
+)

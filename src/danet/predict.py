@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as TF
 
 from danet.atomic import replacing
 from danet.config import TestConfig
@@ -165,7 +166,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(self.device)
+        pixels = TF.pil_to_tensor(image).to(self.device)
         with autocast(self.precision, self.device):
             scores = predict_probabilities(self.model, pixels, self.test)[0]
         found: npt.NDArray[np.float32] = scores.float().cpu().numpy()

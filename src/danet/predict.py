@@ -24,7 +24,7 @@ from danet.evaluation.strips import most_likely_classes
 from danet.inputs import mask_name, overlay_name
 from danet.model import DANet
 from danet.optimize import optimize_for_inference
-from danet.palette import Color, palette_bytes
+from danet.palette import Color, colored
 
 OVERLAY_OPACITY = 0.55
 FINGERPRINT_DIGITS = 16
@@ -65,9 +65,7 @@ class Segmentation:
 
     def mask(self) -> Image.Image:
         """A palette image of class ids, coloured by class."""
-        image = Image.fromarray(self.classes)
-        image.putpalette(palette_bytes(self.palette))
-        return image
+        return colored(self.classes, self.palette)
 
     def overlay(
         self, image: Image.Image | None = None, opacity: float = OVERLAY_OPACITY

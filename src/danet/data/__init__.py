@@ -22,7 +22,7 @@ __all__ = ["DatasetSpec", "Sample", "dataset_names", "dataset_spec", "open_datas
 
 
 def dataset_names() -> tuple[str, ...]:
-    """Every name that `open_dataset` takes."""
+    """The names that `open_dataset` accepts."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(catalog.__path__)))
 
 
@@ -30,7 +30,7 @@ def splits_of(name: str, root: Path | str | None = None) -> dict[str, int | None
     """The splits of a dataset, each with its official number of pictures or None.
 
     Args:
-        root: tells versions of a dataset apart, where it has several.
+        root: the dataset's folder, for datasets whose versions differ in their numbers.
     """
     entry = _entry(name)
     counts = entry.counts(_path(root))
@@ -41,7 +41,7 @@ def dataset_spec(name: str, root: Path | str | None = None) -> DatasetSpec:
     """The classes of a dataset.
 
     Args:
-        root: needed where the classes are the user's own (`folder`).
+        root: the dataset's folder; required by `folder`, whose classes are the user's own.
 
     Raises:
         UserError: no such dataset, or its classes cannot be read.
@@ -53,7 +53,7 @@ def submission_format(name: str) -> SubmissionFormat:
     """The format in which the dataset's benchmark server takes label files.
 
     Raises:
-        UserError: no such dataset, or it has no server.
+        UserError: no such dataset, or it has no benchmark server.
     """
     submission = _entry(name).submission
     if submission is None:
@@ -67,12 +67,12 @@ def open_dataset(
     """Opens one split as a sequence of `Sample(image, label, name)` with a `.spec`.
 
     Args:
-        root: the folder the data lies in, in the layout of the dataset's official archives;
-            None for generated data.
+        root: the folder of the data, in the layout of the dataset's official archives; None for
+            generated data.
 
     Raises:
         UserError: no such dataset or split, or its files are missing or do not pair up. Reading
-            an item raises it for a damaged file or a label id out of range.
+            an item raises it for a damaged file or an undefined label id.
     """
     entry = _entry(name)
     if split not in entry.splits:

@@ -14,7 +14,7 @@ from danet.palette import Color, default_palette
 T = TypeVar("T")
 
 IGNORE_INDEX = 255
-"""Train id of pixels that neither train nor score (every dataset here maps its void to it)."""
+"""Train id of pixels left out of loss and scores; every dataset maps its void class to it."""
 
 
 class Sample(NamedTuple):
@@ -23,7 +23,7 @@ class Sample(NamedTuple):
     Attributes:
         image: RGB, any size.
         label: H W uint8 train ids of the same size; 255 is ignored.
-        name: identifies the sample within its split and is safe as a file stem.
+        name: unique in the split and safe as a file stem.
     """
 
     image: Image.Image
@@ -63,7 +63,7 @@ class SubmissionFormat(NamedTuple):
 
     Attributes:
         file_ids: the id to write for each train id.
-        suffix: of the file names, after the picture's name.
+        suffix: follows the picture's name in the file name.
     """
 
     file_ids: tuple[int, ...]
@@ -71,7 +71,7 @@ class SubmissionFormat(NamedTuple):
 
 
 class SegmentationDataset(Protocol):
-    """A sequence of samples that knows its classes. Items may be read from several processes."""
+    """A sequence of samples with its classes. Several processes may read items."""
 
     @property
     def spec(self) -> DatasetSpec: ...

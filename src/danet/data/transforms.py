@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from danet.config import DataConfig, Size
-from danet.data.colour import PhotometricDistortion
+from danet.data.photometric import PhotometricDistortion
 from danet.data.resize import Box, bilinear_part, nearest_part
 from danet.data.spec import IGNORE_INDEX
 
@@ -26,20 +26,20 @@ _PIECE_ROWS = 32
 
 
 def normalize(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """RGB 3 H W in 0..255, any dtype -> float32 with mean and deviation taken out."""
+    """RGB 3 H W in 0..255, any dtype -> float32, minus the mean and divided by the deviation."""
     normalized: Tensor = TF.normalize(image.float(), list(mean), list(std))
     return normalized
 
 
 def fitted_size(size: Size, bounds: Size, factor: float = 1.0) -> Size:
-    """The size, with the aspect kept, that fits `factor` times the bounds.
+    """The largest size of the same aspect ratio that fits `factor` times the bounds.
 
-    The longer side fits the larger bound and the shorter side the smaller one, whichever is
-    tighter (mmsegmentation's keep_ratio rule).
+    The longer side must fit the larger bound, the shorter side the smaller one (mmsegmentation's
+    keep_ratio rule).
 
     Args:
         size: width, height of the picture.
-        bounds: two sides in any order, scaled by `factor` and cut to whole pixels first.
+        bounds: two sides in any order; times `factor`, they are truncated to whole pixels.
     """
     low, high = sorted(int(bound * factor) for bound in bounds)
     scale = min(high / max(size), low / min(size))
@@ -124,7 +124,7 @@ def _is_varied(label: Tensor, class_cap: float) -> bool:
 
 
 class RandomGamma(v2.Transform):
-    """Raises images to a power whose logarithm is uniform between those of 1/2 and 2."""
+    """Gamma correction of images with a log-uniform exponent in 1/2..2."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {"gamma": 2 ** (2 * torch.rand(()).item() - 1)}
@@ -136,7 +136,7 @@ class RandomGamma(v2.Transform):
 
 
 class RandomWhiteBalance(v2.Transform):
-    """Multiplies each colour by a factor, its logarithm uniform between those of 3/4 and 4/3."""
+    """Multiplies each colour channel by its own log-uniform factor in 3/4..4/3."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {"gains": (4 / 3) ** (2 * torch.rand(3, 1, 1) - 1)}
@@ -149,8 +149,10 @@ class RandomWhiteBalance(v2.Transform):
 
 
 class RandomNoise(v2.Transform):
-    """Adds a sensor's noise: normal, of a standard deviation uniform in 0..16 levels, its grain
-    uniform in 1..2.5 pixels, for a picture may have been enlarged since."""
+    """Adds Gaussian sensor noise with a standard deviation uniform in 0..16 levels.
+
+    The grain size is uniform in 1..2.5 pixels, as in pictures enlarged after they were taken.
+    """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         level, grain = torch.rand(2).tolist()
@@ -168,7 +170,7 @@ class RandomNoise(v2.Transform):
 
 
 def degradation(probability: float) -> v2.Transform:
-    """Gamma, white balance, greyscale and blur, each with this probability, on images only."""
+    """Gamma, white balance, greyscale and blur of images, each with this probability."""
     if probability == 0:
         return v2.Identity()
     return v2.Compose(
@@ -184,9 +186,9 @@ def degradation(probability: float) -> v2.Transform:
 def paste_classes(
     image: Tensor, label: Tensor, other_image: Tensor, other_label: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Half of the other crop's classes, drawn at random and rounded down, over this crop.
+    """Pastes a random half (rounded down) of the other crop's classes onto this crop.
 
-    ClassMix (Olsson et al., arXiv 2007.07936), but with true labels in place of predicted ones.
+    ClassMix (Olsson et al., arXiv 2007.07936) with true labels instead of predicted ones.
     Ignored pixels are never pasted.
 
     Args:
@@ -201,7 +203,7 @@ def paste_classes(
 
 
 class NormalizeAndPad(v2.Transform):
-    """Normalises the image, then pads right and below to `size` (width, height)."""
+    """Normalises the image, then pads image and label right and below to `size` (width, height)."""
 
     def __init__(self, size: Size, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Cityscapes, fine annotations, 19 classes: 2975 / 500 / 1525 pictures of 2048x1024.
 
 Layout: `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
-`gtFine/SPLIT/CITY/*_gtFine_labelIds.png` (ids 0..33) or `*_gtFine_labelTrainIds.png`. The labels of
-the test split in the official archive are all void. The official `.zip` files in the root are read
-as they are.
+`gtFine/SPLIT/CITY/*_gtFine_labelIds.png` (ids 0..33) or `*_gtFine_labelTrainIds.png`. The official
+labels of the test split are all void. The official `.zip` files in the root are read without
+unpacking.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from danet.errors import UserError
 
 SPEC = read_spec("cityscapes")
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""The label id of each train id, in their order; the other ids 0..33 are ignored."""
+"""The label id of each train id, in train id order; the other ids in 0..33 are ignored."""
 
 _IMAGE, _IDS, _TRAIN_IDS = "_leftImg8bit.png", "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
 

@@ -1,8 +1,8 @@
 """A user's own pictures: `images/{split}` and `labels/{split}` (or `masks/{split}`).
 
 An image and its label share the stem. Labels hold ids 0.., 255 is ignored. `classes.txt` in the
-root names the classes in the order of their ids, one a line, each optionally followed by its
-colour as three numbers 0..255; without it the largest id in the labels tells how many there are.
+root names the classes in the order of their ids, one per line, each optionally followed by its
+colour as three numbers 0..255. Without that file, the largest id in the labels gives the number.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def _count_classes(root: Location) -> DatasetSpec:
     largest = -1
     splits = [path for path in _label_folder(root).iterdir() if path.is_dir()]
     for path in (path for split in splits for path in list_images(split)):
-        with contextlib.suppress(UserError):  # told of where the picture is read
+        with contextlib.suppress(UserError):  # reported where the picture is read
             ids = np.unique(open_label(path))
             largest = max([largest, *ids[ids != IGNORE_INDEX].tolist()])
     if largest < 0:

@@ -1,8 +1,8 @@
 """PASCAL Context on VOC 2010, 60 classes, background among them: 4998 / 5105 pictures.
 
 Layout: `VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext}`, the
-labels and lists as mmsegmentation's converter makes them from the annotations. Users' conversions
-give 4996 / 5104 pictures. `pascal_context_59` ignores the background.
+labels and lists as written by mmsegmentation's converter. Users' conversions have 4996 / 5104
+pictures. `pascal_context_59` ignores the background.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def _open_split(root: Path | None, split: str) -> PairedFiles:
 
 
 def pairs(root: Path | None, split: str) -> list[FilePair]:
-    """The files of a split."""
+    """The image and label files of a split."""
     voc = find_folder(require_root(SPEC.name, root), "VOCdevkit/VOC2010", "VOC2010", ".")
     names = read_names(voc / "ImageSets" / "SegmentationContext" / f"{split}.txt")
     images = existing(voc / "JPEGImages", names, ".jpg")

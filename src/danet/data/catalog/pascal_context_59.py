@@ -1,4 +1,4 @@
-"""PASCAL Context without its background, 59 classes; files as `pascal_context`."""
+"""PASCAL Context without its background, 59 classes; the files are `pascal_context`'s."""
 
 from pathlib import Path
 

@@ -14,7 +14,7 @@ _LENGTHS = {"train": 20_000, "val": 100, "test": 100}
 
 
 class Scenes:
-    """Draws each scene when it is asked for; every split is another stream of scenes."""
+    """Draws each scene on access; every split has its own stream of scenes."""
 
     spec = SPEC
 

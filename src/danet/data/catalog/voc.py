@@ -1,7 +1,7 @@
 """PASCAL VOC 2012, 21 classes: 1464 / 1449 pictures, 10582 with SBD's annotations.
 
 Layout: `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}`. Split `train_aug`
-is VOC's training images and all of SBD's that VOC does not validate on. SBD's labels are read from
+is VOC's training images and SBD's, without VOC's validation images. SBD's labels are read from
 `SegmentationClassAug/*.png` in VOC2012, or from SBD's own `cls/*.mat` in
 `benchmark_RELEASE/dataset` or `VOCaug/dataset`. Images of VOC's own list keep VOC's labels.
 """
@@ -62,7 +62,7 @@ def _listing(voc: Location, split: str) -> Location:
 
 
 def _added_labels(root: Location, voc: Location) -> tuple[Location, dict[str, Location]]:
-    """Where SBD's labels lie, and the label of every image that VOC does not validate on."""
+    """The folder of SBD's labels, and the label of each image not in VOC's validation split."""
     validated = set(read_names(_listing(voc, "val")))
     if (voc / _AUGMENTED).is_dir():
         folder = voc / _AUGMENTED

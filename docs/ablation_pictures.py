@@ -8,10 +8,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-from picture import colored
 from tables import DOCS
 
 import danet
+from danet.palette import colored
 
 SHOWN = 3
 """Scenes of each kind."""

@@ -4,25 +4,15 @@ python docs/picture.py runs/demo
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 import danet
-from danet.palette import Color, palette_bytes
+from danet.palette import colored
 
 SCENES = (3, 8, 21, 40)
 WIDTH, HEIGHT, GAP = 300, 225, 6
-
-
-def colored(labels: npt.NDArray[np.uint8], palette: Sequence[Color]) -> Image.Image:
-    """H W train ids in their classes' colours, ignored ones in black."""
-    picture = Image.fromarray(labels)
-    picture.putpalette(palette_bytes(palette))
-    return picture.convert("RGB")
 
 
 def main() -> None:

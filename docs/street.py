@@ -7,12 +7,12 @@ explained.png from the model itself.
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from picture import colored
 from tables import DOCS, rows_of
 
 import danet
 from danet.figure import attention_overlay, draw_explanation
 from danet.inspection import Inspection
+from danet.palette import colored
 
 MODEL = "street-small"
 SCENES = 100

@@ -44,10 +44,8 @@ def test_folding_changes_no_logits(backbone: str, left: int) -> None:
     images = torch.randn(2, 3, 75, 91)
     with torch.no_grad():
         expected = model(images)
-        count = batch_norms(model)
-        folded = fold_batch_norms(model)
+        fold_batch_norms(model)
         actual = model(images)
-    assert folded == count - batch_norms(model)
     assert batch_norms(model) == left
     for branch, reference in zip(actual, expected, strict=True):
         assert relative_error(branch, reference) < 1e-5
@@ -65,8 +63,8 @@ def test_a_convolution_that_is_read_twice_keeps_its_norm() -> None:
 
     model = network("test_resnet")
     model.head.position_branch.attention = ReadTwice().eval()
-    before = batch_norms(model)
-    assert fold_batch_norms(model) == before - 1
+    fold_batch_norms(model)
+    assert batch_norms(model) == 1
     assert isinstance(model.head.position_branch.attention.norm, nn.BatchNorm2d)
 
 

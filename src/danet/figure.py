@@ -22,6 +22,7 @@ from PIL import Image, ImageColor, ImageDraw
 from danet.atomic import replacing
 from danet.errors import UserError
 from danet.inspection import ChannelMap, FloatMap, Point, classes_of_cells
+from danet.palette import highlighted
 
 if TYPE_CHECKING:
     from danet.explanation import Explanation
@@ -278,9 +279,10 @@ def _branch_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
         panel.set_title(titles[branch], fontsize="medium")
     if len(found.branches) > 1:
         differs = Image.fromarray(found.disagreement).resize(picture.shown.size)
-        pale = np.repeat(picture.grey[..., None], 3, 2).astype(np.float64) * 0.5 + 120
-        pale[np.asarray(differs)] = DISAGREEMENT_COLOR
-        panels[0].imshow(pale.astype(np.uint8))
+        marked = highlighted(
+            picture.shown, np.asarray(differs), DISAGREEMENT_COLOR, gain=0.5, offset=120
+        )
+        panels[0].imshow(marked)
         share = 100 * found.disagreement.mean()
         panels[0].set_title(f"where they disagree ({share:.1f} %)", fontsize="medium")
 

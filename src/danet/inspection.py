@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
 
 from danet.attention import ChannelAttention, PositionAttention, channel_affinities
 from danet.devices import autocast
@@ -95,7 +96,7 @@ class Inspection:
         self._received: FloatMap | None = None
         self._receiving = threading.Lock()
         names = available_branches(predictor.model)
-        pixels = torch.from_numpy(np.array(self.image)).permute(2, 0, 1).to(predictor.device)
+        pixels = TF.pil_to_tensor(self.image).to(predictor.device)
         test = predictor.test.model_copy(
             update={"mode": "whole", "ratios": (1.0,), "ratios_of": "scale", "flip": False}
         )

@@ -65,15 +65,14 @@ def convert_parameters(model: nn.Module, *, bfloat16: bool) -> None:
 
 
 @torch.no_grad()
-def fold_batch_norms(model: DANet) -> int:
-    """Folds every batch norm that follows a convolution into its weights, and returns how many.
+def fold_batch_norms(model: DANet) -> None:
+    """Folds every batch norm that follows a convolution into its weights, in place.
 
     Which follows which is read off a run, so that any backbone will do: a pair is folded where a
     convolution's output goes to one batch norm and nowhere else, and each runs once.
     """
-    pairs = _pairs_to_fold(model)
     replaced: dict[nn.Module, nn.Module] = {}
-    for convolution, norm in pairs:
+    for convolution, norm in _pairs_to_fold(model):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         weight, bias = fuse_conv_bn_weights(
@@ -93,7 +92,6 @@ def fold_batch_norms(model: DANet) -> int:
         for name, child in list(parent.named_children()):
             if child in replaced:
                 setattr(parent, name, replaced[child])
-    return len(pairs)
 
 
 def _pairs_to_fold(model: DANet) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:

@@ -1,6 +1,10 @@
-"""Colours of classes."""
+"""Colours of classes, and pictures drawn in them."""
 
 from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 Color = tuple[int, int, int]
 """RGB, each 0..255."""
@@ -19,7 +23,38 @@ def default_palette(num_classes: int) -> tuple[Color, ...]:
     return tuple(color(index) for index in range(num_classes))
 
 
-def palette_bytes(palette: Sequence[Color]) -> bytes:
-    """A palette as the 768 bytes of a PNG palette; unused ids, 255 among them, are black."""
+def hex_color(color: Color) -> str:
+    """The colour as `#rrggbb`."""
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def colored(classes: npt.NDArray[np.uint8], palette: Sequence[Color]) -> Image.Image:
+    """H W class ids -> a palette image of them; ids outside of the palette are black."""
+    image = Image.fromarray(classes)
     flat = [channel for color in palette for channel in color]
-    return bytes(flat + [0] * (768 - len(flat)))
+    image.putpalette(bytes(flat + [0] * (768 - len(flat))))
+    return image
+
+
+def highlighted(
+    image: Image.Image,
+    mask: npt.NDArray[np.bool_],
+    color: Color,
+    *,
+    gain: float = 1.0,
+    offset: float = 0.0,
+    dimmed: npt.NDArray[np.bool_] | None = None,
+) -> Image.Image:
+    """The picture in grey with the pixels of a mask in one colour, RGB.
+
+    Args:
+        mask: H W.
+        gain, offset: grey levels 0..255 are multiplied and shifted by these, to 0..255 again.
+        dimmed: H W, pixels that are darkened to 30 % of that.
+    """
+    grey = np.asarray(image.convert("L"), dtype=np.float32) * gain + offset
+    if dimmed is not None:
+        grey[dimmed] *= 0.3
+    pixels = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    pixels[mask] = color
+    return Image.fromarray(pixels)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as TF
 
 from danet.atomic import replacing
 from danet.config import TestConfig
@@ -23,7 +24,7 @@ from danet.evaluation.strips import most_likely_classes
 from danet.inputs import mask_name, overlay_name
 from danet.model import DANet
 from danet.optimize import optimize_for_inference
-from danet.palette import Color, palette_bytes
+from danet.palette import Color, colored
 
 OVERLAY_OPACITY = 0.55
 FINGERPRINT_DIGITS = 16
@@ -64,9 +65,7 @@ class Segmentation:
 
     def mask(self) -> Image.Image:
         """A palette image of class ids, coloured by class."""
-        image = Image.fromarray(self.classes)
-        image.putpalette(palette_bytes(self.palette))
-        return image
+        return colored(self.classes, self.palette)
 
     def overlay(
         self, image: Image.Image | None = None, opacity: float = OVERLAY_OPACITY
@@ -165,7 +164,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(self.device)
+        pixels = TF.pil_to_tensor(image).to(self.device)
         with autocast(self.precision, self.device):
             scores = predict_probabilities(self.model, pixels, self.test)[0]
         found: npt.NDArray[np.float32] = scores.float().cpu().numpy()

@@ -1,10 +1,12 @@
+import importlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from danet.data import dataset_names, dataset_spec, open_dataset
+from danet.data import catalog, dataset_names, dataset_spec, open_dataset, splits_of
+from danet.data.spec import CatalogEntry
 from danet.errors import UserError
 
 
@@ -111,3 +113,27 @@ def test_names() -> None:
         open_dataset("cityscape")
     with pytest.raises(UserError, match="no split 'trainval'; it has train, val, test"):
         open_dataset("scenes", split="trainval")
+
+
+def test_a_new_module_of_the_catalog_is_all_that_a_dataset_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made_up.py").write_text(
+        "from danet.data.spec import CatalogEntry, DatasetSpec, constant\n"
+        "SPEC = DatasetSpec('made_up', ('sky', 'road'))\n"
+        "ENTRY = CatalogEntry(('val',), constant(SPEC), lambda root, split: (root, split))\n"
+    )
+    monkeypatch.setattr(catalog, "__path__", [*catalog.__path__, str(tmp_path)])
+    assert "made_up" in dataset_names()
+    assert dataset_spec("made_up").classes == ("sky", "road")
+    assert splits_of("made_up") == {"val": None}
+    assert open_dataset("made_up", tmp_path, "val") == (tmp_path, "val")
+    with pytest.raises(UserError, match="no split 'train'; it has val"):
+        open_dataset("made_up", tmp_path)
+
+
+@pytest.mark.parametrize("name", dataset_names())
+def test_every_module_of_the_catalog_has_an_entry(name: str) -> None:
+    entry = importlib.import_module(f"{catalog.__name__}.{name}").ENTRY
+    assert isinstance(entry, CatalogEntry)
+    assert set(entry.counts(None)) <= set(entry.splits)

@@ -10,17 +10,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
+from augmentation import as_tensors, scaled_then_cropped
 from danet.config import DataConfig
 from danet.data import transforms
+from danet.data.resize import Box
 from danet.data.transforms import (
-    ClassCappedCrop,
     PhotometricDistortion,
     RandomGamma,
     RandomNoise,
-    RandomScale,
+    RandomScaledCrop,
     RandomWhiteBalance,
-    ScaledCrop,
-    as_tensors,
     degradation,
     fitted_size,
     paste_classes,
@@ -50,10 +49,10 @@ def test_fitted_size(size, bounds, factor: float, expected) -> None:
     assert fitted_size(size, bounds, factor) == expected
 
 
-def test_random_scale_is_uniform_in_its_range() -> None:
+def test_scale_is_uniform_in_its_range() -> None:
     torch.manual_seed(0)
-    scale = RandomScale(None, (0.5, 2.0))
-    widths = [scale(*pair(20, 100))[0].shape[-1] for _ in range(300)]
+    transform = RandomScaledCrop(None, (0.5, 2.0), (10, 10), 1)
+    widths = [transform.make_params(pair(20, 100))["scaled"][1] for _ in range(300)]
     assert 50 <= min(widths) < 60
     assert 190 < max(widths) <= 200
     assert np.mean(widths) == pytest.approx(125, abs=8)
@@ -61,8 +60,10 @@ def test_random_scale_is_uniform_in_its_range() -> None:
 
 def test_labels_are_scaled_by_the_nearest_id() -> None:
     image, label = pair()
-    _, label = RandomScale(None, (1.7, 1.7))(image, label.bool() * 200)
-    assert set(label.unique().tolist()) == {0, 200}
+    two_ids = tv_tensors.Mask(label.bool() * 200)
+    _, scaled = RandomScaledCrop(None, (1.7, 1.7), (100, 100), 1)(image, two_ids)
+    assert scaled.shape == (51, 68)
+    assert set(scaled.unique().tolist()) == {0, 200}
 
 
 def test_image_and_label_are_cropped_and_flipped_alike() -> None:
@@ -88,10 +89,10 @@ def test_image_and_label_are_cropped_and_flipped_alike() -> None:
     assert 3 < mirrored < 17
 
 
-class TestClassCappedCrop:
+class TestClassCap:
     def crops(self, label: Tensor, cap: float, draws: int = 60) -> list[Tensor]:
         torch.manual_seed(0)
-        crop = ClassCappedCrop((10, 10), cap)
+        crop = RandomScaledCrop(None, (1, 1), (10, 10), cap)
         return [crop(tv_tensors.Mask(label)).as_subclass(Tensor) for _ in range(draws)]
 
     def test_avoids_crops_that_one_class_fills(self) -> None:
@@ -104,38 +105,40 @@ class TestClassCappedCrop:
 
     def test_gives_up_after_ten_more_draws(self, monkeypatch: pytest.MonkeyPatch) -> None:
         draws = 0
-        draw = ClassCappedCrop._draw
+        draw = RandomScaledCrop._draw_box
 
-        def counting(self: ClassCappedCrop, label: Tensor) -> dict[str, int]:
+        def counting(self: RandomScaledCrop, scaled: tuple[int, int]) -> Box:
             nonlocal draws
             draws += 1
-            return draw(self, label)
+            return draw(self, scaled)
 
-        monkeypatch.setattr(ClassCappedCrop, "_draw", counting)
+        monkeypatch.setattr(RandomScaledCrop, "_draw_box", counting)
         self.crops(torch.zeros(20, 20, dtype=torch.uint8), 0.75, draws=1)
         assert draws == transforms.CROP_TRIES + 1
 
     def test_ignored_pixels_do_not_count(self) -> None:
         label = torch.full((10, 10), 255, dtype=torch.uint8)
         label[0, :2], label[0, 2:5] = 0, 1
-        crop = ClassCappedCrop((10, 10), 0.75)
-        assert crop._is_varied(label, 0, 0, 10, 10)
+        assert transforms._is_varied(label, 0.75)
         label[0, 2:9] = 1
-        assert not crop._is_varied(label, 0, 0, 10, 10)
+        assert not transforms._is_varied(label, 0.75)
 
 
 @pytest.mark.parametrize("base_size", [None, (120, 90)])
-def test_scaled_crop_is_scale_then_crop(base_size: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize("class_cap", [0.6, 1.0])
+def test_scaled_crop_is_scale_then_crop(
+    base_size: tuple[int, int] | None, class_cap: float
+) -> None:
     """With the same draws, also of the tries that the class cap refuses."""
     image, label = pair(60, 80)
     label[:, 20:] = 2
-    scale, crop = RandomScale(base_size, (0.5, 2.0)), ClassCappedCrop((50, 40), 0.6)
+    arguments = (base_size, (0.5, 2.0), (50, 40), class_cap)
     for seed in range(30):
         torch.manual_seed(seed)
-        expected_image, expected_label = crop(*scale(image, label))
+        expected_image, expected_label = scaled_then_cropped(image, label, *arguments)
         following = torch.rand(())
         torch.manual_seed(seed)
-        made_image, made_label = ScaledCrop(scale, crop)(image, label)
+        made_image, made_label = RandomScaledCrop(*arguments)(image, label)
         assert torch.equal(torch.rand(()), following)
         assert torch.equal(made_label, expected_label)
         # torch's 8-bit resize rounds twice, after the columns and after the rows.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from danet.data.catalog import cityscapes
+from danet.data import open_dataset
 from danet.errors import UserError
 from danet.evaluation.submission import submission_writer
 
@@ -42,5 +42,5 @@ def test_a_submission_read_back_as_labels_is_the_prediction(tmp_path: Path) -> N
     (tmp_path / f"out/{name}_pred_labelIds.png").rename(
         tmp_path / f"gtFine/val/ulm/{name}_gtFine_labelIds.png"
     )
-    label = cityscapes.open_split(tmp_path, "val")[0].label
+    label = open_dataset("cityscapes", tmp_path, "val")[0].label
     np.testing.assert_array_equal(label, classes)

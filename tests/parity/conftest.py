@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from augmentation import as_tensors
 from danet.config import DataConfig
 from danet.data import open_dataset
-from danet.data.transforms import as_tensors, normalize
+from danet.data.transforms import normalize
 
 PEER_SCRIPT = Path(__file__).with_name("peer")
 

@@ -14,14 +14,11 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 from danet.config import DataConfig
-from danet.data.resize import Box
+from danet.data.resize import Box, nearest_part
 from danet.data.transforms import (
-    ClassCappedCrop,
     NormalizeAndPad,
     PhotometricDistortion,
-    RandomScale,
-    ScaledCrop,
-    ScaledLabel,
+    RandomScaledCrop,
     fitted_size,
 )
 
@@ -79,14 +76,14 @@ def test_pictures_are_equal_pixel_for_pixel_given_the_same_draws(
     ):
         *bounds, left, top, mirrored = draw
         width, height = fitted_size(size, (bounds[0], bounds[1]))
-        box = {"top": top, "left": left}
-        box |= {"width": min(crop[0], width), "height": min(crop[1], height)}
-        params = {"label": ScaledLabel(label, (height, width)), "part": Box(**box)}
-        cap = ClassCappedCrop(crop, 0.75)
-        scaled_crop = ScaledCrop(RandomScale(None, (1, 1)), cap)
+        box = Box(top, left, min(crop[1], height), min(crop[0], width))
+        scaled = (height, width)
+        part = nearest_part(label.as_subclass(Tensor), scaled, box)
+        params = {"scaled": scaled, "box": box, "label": part}
+        scaled_crop = RandomScaledCrop(None, (1, 1), crop, 0.75)
         cuts = [scaled_crop.transform(item, params) for item in (image, label)]
         made: list[Tensor] = []
-        for cut in (*cuts, cap.transform(between_two_pixels(size, (width, height)), box)):
+        for cut in (*cuts, TF.crop(between_two_pixels(size, (width, height)), *box)):
             padded = normalize_and_pad.transform(TF.hflip(cut) if mirrored else cut, {})
             made.append(padded.as_subclass(Tensor))
         torch.testing.assert_close(made[1][made[2] != 1], expected_label[made[2] != 1])
@@ -117,13 +114,11 @@ def test_draws_are_distributed_alike(
     theirs = load_file(out)["draws"]
 
     torch.manual_seed(0)
-    scale, cap = RandomScale(size, (0.5, 2.0)), ClassCappedCrop(crop, 0.75)
+    transform = RandomScaledCrop(size, (0.5, 2.0), crop, 0.75)
     ours = []
     for _ in range(count):
-        height, width = scale.make_params([image])["size"]
-        scaled = tv_tensors.Mask(TF.resize(label, [height, width]))
-        box = cap.make_params([scaled])
-        ours.append([width, box["left"], box["top"]])
+        params = transform.make_params([image, label])
+        ours.append([params["scaled"][1], params["box"].left, params["box"].top])
     drawn = torch.tensor(ours)
     widths = torch.tensor([fitted_size(size, (w, h))[0] for w, h in theirs[:, :2].tolist()])
     for name, first, second in (

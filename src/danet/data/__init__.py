@@ -7,17 +7,22 @@ image, label, name = scenes[0]
 import importlib
 import pkgutil
 from pathlib import Path
-from types import ModuleType
 
 from danet.data import catalog
-from danet.data.spec import DatasetSpec, Sample, SegmentationDataset, SubmissionFormat
+from danet.data.spec import (
+    CatalogEntry,
+    DatasetSpec,
+    Sample,
+    SegmentationDataset,
+    SubmissionFormat,
+)
 from danet.errors import UserError
 
 __all__ = ["DatasetSpec", "Sample", "dataset_names", "dataset_spec", "open_dataset"]
 
 
 def dataset_names() -> tuple[str, ...]:
-    """Every name that `open_dataset` takes."""
+    """The names that `open_dataset` accepts."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(catalog.__path__)))
 
 
@@ -25,39 +30,34 @@ def splits_of(name: str, root: Path | str | None = None) -> dict[str, int | None
     """The splits of a dataset, each with its official number of pictures or None.
 
     Args:
-        root: tells versions of a dataset apart, where it has several.
+        root: the dataset's folder, for datasets whose versions differ in their numbers.
     """
-    module = _module(name)
-    counts = getattr(module, "COUNTS", {})
-    if callable(counts):
-        counts = counts(None if root is None else Path(root))
-    return {split: counts.get(split) for split in module.SPLITS}
+    entry = _entry(name)
+    counts = entry.counts(_path(root))
+    return {split: counts.get(split) for split in entry.splits}
 
 
 def dataset_spec(name: str, root: Path | str | None = None) -> DatasetSpec:
     """The classes of a dataset.
 
     Args:
-        root: needed where the classes are the user's own (`folder`).
+        root: the dataset's folder; required by `folder`, whose classes are the user's own.
 
     Raises:
         UserError: no such dataset, or its classes cannot be read.
     """
-    spec = _module(name).spec(None if root is None else Path(root))
-    assert isinstance(spec, DatasetSpec)
-    return spec
+    return _entry(name).spec(_path(root))
 
 
 def submission_format(name: str) -> SubmissionFormat:
-    """How the dataset's server takes label files.
+    """The format in which the dataset's benchmark server takes label files.
 
     Raises:
-        UserError: no such dataset, or it has no server.
+        UserError: no such dataset, or it has no benchmark server.
     """
-    submission = getattr(_module(name), "SUBMISSION", None)
+    submission = _entry(name).submission
     if submission is None:
         raise UserError(f"{name} has no server that takes label files")
-    assert isinstance(submission, SubmissionFormat)
     return submission
 
 
@@ -67,21 +67,25 @@ def open_dataset(
     """Opens one split as a sequence of `Sample(image, label, name)` with a `.spec`.
 
     Args:
-        root: the folder the data lies in, in the layout of the dataset's official archives;
-            None for generated data.
+        root: the folder of the data, in the layout of the dataset's official archives; None for
+            generated data.
 
     Raises:
         UserError: no such dataset or split, or its files are missing or do not pair up. Reading
-            an item raises it for a damaged file or a label id out of range.
+            an item raises it for a damaged file or an undefined label id.
     """
-    module = _module(name)
-    if split not in module.SPLITS:
-        raise UserError(f"{name} has no split {split!r}; it has {', '.join(module.SPLITS)}")
-    dataset: SegmentationDataset = module.open_split(None if root is None else Path(root), split)
-    return dataset
+    entry = _entry(name)
+    if split not in entry.splits:
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(entry.splits)}")
+    return entry.open_split(_path(root), split)
 
 
-def _module(name: str) -> ModuleType:
+def _path(root: Path | str | None) -> Path | None:
+    return None if root is None else Path(root)
+
+
+def _entry(name: str) -> CatalogEntry:
     if name not in dataset_names():
         raise UserError(f"no dataset named {name!r}; there are {', '.join(dataset_names())}")
-    return importlib.import_module(f"{catalog.__name__}.{name}")
+    entry: CatalogEntry = importlib.import_module(f"{catalog.__name__}.{name}").ENTRY
+    return entry

@@ -1,4 +1,4 @@
-"""Files inside .zip archives, read where they lie as if they were in a folder."""
+"""Reads files in .zip archives as if the archive were a folder, without unpacking it."""
 
 import functools
 import io
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from danet.errors import UserError
 
 MAX_FILE_BYTES = 1 << 29
-"""A packed file that unpacks to more is refused: no picture within the pixel limit needs it."""
+"""Files that unpack to more are refused; no picture within the pixel limit is larger."""
 
 
 _TOP = PurePosixPath()
@@ -19,10 +19,10 @@ _TOP = PurePosixPath()
 
 @dataclass(frozen=True, order=True)
 class ZipPath:
-    """A file or folder in an archive, with what the readers use of `pathlib.Path`.
+    """A file or folder in an archive, with the part of `pathlib.Path`'s interface readers use.
 
-    Nothing is unpacked to disk. May be pickled and used after a fork: every process opens the
-    archive for itself.
+    Nothing is unpacked to disk. Can be pickled and used after a fork: each process opens the
+    archive on its own.
 
     Raises:
         UserError: the archive or the file in it cannot be read.
@@ -81,7 +81,7 @@ class ZipPath:
 
 
 Location = Path | ZipPath
-"""Where a file of a dataset lies."""
+"""The path of a dataset's file or folder, on disk or in an archive."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ if hasattr(os, "register_at_fork"):  # an open file's position would be shared b
 
 
 def locate(root: Location, path: str) -> Location:
-    """`root / path`, where a part of the path that is a .zip file is gone into."""
+    """`root / path`, where .zip files on the path are entered like folders."""
     location = root
     for part in PurePosixPath(path).parts:
         location = location / part

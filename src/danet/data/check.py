@@ -1,4 +1,4 @@
-"""Looking over a dataset before hours are spent on it."""
+"""Checks a dataset's files before a training run."""
 
 import os
 from collections.abc import Callable
@@ -17,18 +17,18 @@ FILES_SHOWN = 3
 
 
 class Finding(NamedTuple):
-    """What is wrong with one file; `kind` is the same for all files with the same problem."""
+    """A problem with one file; `kind` groups the files that have the same problem."""
 
     kind: str
     message: str
 
 
 class SplitCheck(NamedTuple):
-    """What was found in one split.
+    """The result of checking one split.
 
     Attributes:
-        findings: everything that training or evaluation would fail on.
-        pixels: K + 1 counts of pixels by train id, the ignored ones last.
+        findings: the problems on which training or evaluation would fail.
+        pixels: K + 1 pixel counts by train id, ignored pixels last.
     """
 
     findings: list[Finding]
@@ -38,7 +38,7 @@ class SplitCheck(NamedTuple):
 def check_pictures(
     dataset: SegmentationDataset, on_picture: Callable[[], None] = lambda: None
 ) -> SplitCheck:
-    """Reads every image and label of a split; generated data has none that could be wrong.
+    """Reads every image and label of a split; generated datasets have no files to check.
 
     Args:
         on_picture: called after each picture.
@@ -79,7 +79,7 @@ def _check_pair(dataset: PairedFiles, pair: FilePair) -> Finding | npt.NDArray[n
 
 
 def summarize(findings: list[Finding]) -> list[str]:
-    """One line for each kind of problem, with how many files have it and the first few."""
+    """One line per kind of problem: the number of files and the first few messages."""
     by_kind: dict[str, list[str]] = {}
     for finding in findings:
         by_kind.setdefault(finding.kind, []).append(finding.message)

@@ -1,4 +1,4 @@
-"""Datasets that are pairs of image and label files on disk."""
+"""Datasets of image and label files, on disk or in archives."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ from danet.errors import UserError, explaining_lookup
 
 
 class LabelMap(NamedTuple):
-    """What the 256 possible ids of a label file mean.
+    """Maps the 256 possible ids of a label file to train ids.
 
     Attributes:
         train_ids: 256 uint8; 0 where the dataset does not define the id.
-        defined: 256 bool; whether it does. With 255 classes and the ignored id no train id is left
-            to stand for this.
+        defined: 256 bool; whether the dataset defines the id. A separate table, because 255
+            classes and the ignored id leave no train id to mark undefined ones.
     """
 
     train_ids: npt.NDArray[np.uint8]
@@ -36,7 +36,7 @@ class FilePair(NamedTuple):
 
 
 def label_map(train_ids: Mapping[int, int]) -> LabelMap:
-    """The tables from label file ids to train ids; 255 always maps to itself."""
+    """Builds the tables from file id -> train id pairs; 255 always maps to itself."""
     tables = LabelMap(np.zeros(256, np.uint8), np.zeros(256, np.bool_))
     for file_id, train_id in {IGNORE_INDEX: IGNORE_INDEX, **train_ids}.items():
         tables.train_ids[file_id] = train_id
@@ -45,7 +45,7 @@ def label_map(train_ids: Mapping[int, int]) -> LabelMap:
 
 
 def require_root(name: str, root: Path | None) -> Location:
-    """The dataset's folder or .zip archive; raises a UserError where there is none."""
+    """The dataset's folder or .zip archive; raises a UserError if there is none."""
     if root is None:
         raise UserError(
             f"dataset {name} is read from disk: say where it is with data.root=DIR (--root)"
@@ -59,7 +59,7 @@ def require_root(name: str, root: Path | None) -> Location:
 
 
 def list_images(folder: Location) -> list[Location]:
-    """The image files right inside a folder, sorted by name; hidden files are left out."""
+    """The image files directly in a folder, sorted by name, without hidden files."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; check data.root and the split's name")
     images: list[Location] = [
@@ -71,10 +71,10 @@ def list_images(folder: Location) -> list[Location]:
 
 
 def find_folder(root: Location, *candidates: str) -> Location:
-    """The first of the candidates, relative to the root, that is a folder, be it in a .zip file.
+    """The first candidate path below the root that is a folder, on disk or in a .zip file.
 
     Raises:
-        UserError: none is.
+        UserError: no candidate is a folder.
     """
     for candidate in candidates:
         folder = locate(root, candidate)
@@ -84,10 +84,10 @@ def find_folder(root: Location, *candidates: str) -> Location:
 
 
 def read_names(listing: Location) -> list[str]:
-    """The names in a split's list, one a line, in its order.
+    """Reads a split's list of names, one per line.
 
     Raises:
-        UserError: it is missing or no text.
+        UserError: the file is missing or not UTF-8 text.
     """
     try:
         return listing.read_text(encoding="utf-8-sig").split()
@@ -101,7 +101,7 @@ def pair_by_stem(
     """Pairs `image_folder/STEM.*` with `label_folder/STEM{label_suffix}.*`.
 
     Raises:
-        UserError: a folder is missing or empty, an image has no label, or two share a stem.
+        UserError: a folder is missing or empty, an image has no label, or two files share a stem.
     """
     images = _by_stem(image_folder)
     if not images:
@@ -128,7 +128,7 @@ def pair_up(
     """Pairs each image with the label of the same name, in the images' order.
 
     Args:
-        label_folder: where the labels were looked for, for the message.
+        label_folder: the folder of the labels, named in the error message.
 
     Raises:
         UserError: an image has no label.
@@ -143,7 +143,7 @@ def pair_up(
 
 
 def existing(folder: Location, names: Sequence[str], suffix: str) -> dict[str, Location]:
-    """The paths of those names that are files `NAME{suffix}` in the folder."""
+    """Name -> path, for the names that have a file `NAME{suffix}` in the folder."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return {name: folder / (name + suffix) for name in names if name + suffix in there}
 
@@ -159,7 +159,7 @@ def require_all(found: Mapping[str, Location], names: Sequence[str], folder: Loc
 
 
 class PairedFiles:
-    """Reads each pair when it is asked for."""
+    """A dataset of file pairs; each pair is read on access."""
 
     def __init__(
         self,
@@ -200,8 +200,8 @@ class PairedFiles:
     def to_train_ids(
         self, pair: FilePair, file_ids: npt.NDArray[np.uint8]
     ) -> npt.NDArray[np.uint8]:
-        """Maps a label file's ids; raises a UserError for one that the dataset does not define."""
-        # take, because indexing by the ids needs twice as long.
+        """Maps a label file's ids; raises a UserError for ids the dataset does not define."""
+        # take() needs half the time of indexing by the ids.
         defined = self._ids_to_train_ids.defined.take(file_ids)
         if not defined.all():
             unknown = np.unique(file_ids[~defined]).tolist()

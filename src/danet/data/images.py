@@ -1,4 +1,4 @@
-"""Opening pictures and label images from anywhere, safely."""
+"""Decodes pictures and label images from untrusted files."""
 
 import io
 import struct
@@ -16,14 +16,14 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 150_000_000
-"""Larger pictures are refused before they are decoded (a bomb of a few KB can ask for many GB)."""
+"""Larger pictures are refused before decoding (a file of a few KB can expand to many GB)."""
 
 
 class PictureTooLarge(UserError):
-    """More pixels than are allowed."""
+    """The picture has more pixels than allowed."""
 
 
-# An allowlist: Pillow would otherwise hand a file to any plug-in, Ghostscript's among them.
+# An allowlist: Pillow would otherwise try every plug-in on the file, including Ghostscript's.
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 
@@ -35,11 +35,11 @@ def open_image(source: Location | str | bytes, max_pixels: int | None = None) ->
 
     Args:
         source: a path, or the bytes of the file.
-        max_pixels: larger pictures are refused before they are decoded; `MAX_PIXELS` where None.
+        max_pixels: larger pictures are refused before decoding; None means `MAX_PIXELS`.
 
     Raises:
-        PictureTooLarge: it has more pixels.
-        UserError: it cannot be read, is no picture, or is damaged.
+        PictureTooLarge: the picture has more pixels than that.
+        UserError: the file cannot be read, is not a picture, or is damaged.
     """
     image, where = _decode(source, max_pixels)
     try:
@@ -49,7 +49,7 @@ def open_image(source: Location | str | bytes, max_pixels: int | None = None) ->
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB from any mode; 16-bit greys keep their upper 8 bits. Transparency is dropped.
+    """Converts any mode to 8-bit RGB; 16-bit grey keeps its upper 8 bits, alpha is dropped.
 
     Raises:
         ValueError: floating-point pixels, whose range is unknown.
@@ -60,21 +60,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no known range; save it as 8 or 16 bit")
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64)
-        # In 32 bits Pillow also keeps pictures of 8.
+        # Pillow's 32-bit mode may also hold 8-bit levels.
         if image.mode != "I" or levels.max(initial=0) > 255:
             levels >>= 8
         image = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
-    # Pillow would warn of a palette's transparency, which is dropped like any other.
+    # Avoids Pillow's warning about transparent palettes: alpha is dropped in any case.
     image.info.pop("transparency", None)
     return image.convert("RGB")
 
 
 def open_label(path: Location) -> npt.NDArray[np.uint8]:
-    """Reads a label image as H W ids: grey of 8 or 16 bit, palette indices, or RGB whose three
-    channels are equal.
+    """Reads a label image as uint8 H W ids.
+
+    The image may be 8- or 16-bit grey, a palette image, or RGB with three equal channels.
 
     Raises:
-        UserError: it cannot be read, is in colour, or has ids over 255.
+        UserError: the file cannot be read, is in colour, or has ids above 255.
     """
     image, where = _decode(path)
     ids = np.asarray(image)
@@ -95,7 +96,7 @@ def open_label(path: Location) -> npt.NDArray[np.uint8]:
 def _decode(
     source: Location | str | bytes, max_pixels: int | None = None
 ) -> tuple[Image.Image, str]:
-    """The decoded picture in its own mode, and what to call it in messages."""
+    """The decoded picture in its original mode, and its name for error messages."""
     limit = MAX_PIXELS if max_pixels is None else max_pixels
     where = "the uploaded image" if isinstance(source, bytes) else str(source)
     file: Path | str | io.BytesIO
@@ -123,7 +124,7 @@ def _decode(
         raise PictureTooLarge(
             f"{where}: more than {limit // 1_000_000} million pixels; scale it down first"
         ) from error
-    # Pillow's decoders raise all of these on damaged files.
+    # Pillow's decoders raise each of these on damaged files.
     except (
         OSError,
         SyntaxError,

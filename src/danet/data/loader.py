@@ -1,4 +1,4 @@
-"""Training batches that depend on nothing but the seed and the step."""
+"""Training batches, a function of the seed and the step alone."""
 
 import signal
 from collections.abc import Iterator, Sized
@@ -21,15 +21,15 @@ _ORDER, _AUGMENTATION = 0, 1
 
 
 def derive_seed(*key: int) -> int:
-    """A 64-bit seed that is as good as independent for every different key."""
+    """A 64-bit seed; different keys give practically independent seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
 def training_samples(config: DataConfig) -> tuple[DatasetSpec, Subset[Sample]]:
-    """The pictures that an epoch of the recipe shows, and their classes.
+    """The samples of one epoch of the recipe, and their classes.
 
     Raises:
-        UserError: a dataset cannot be opened, or the extra ones have other classes.
+        UserError: a dataset cannot be opened, or an extra dataset has different classes.
     """
     main = ExtraData(
         name=config.name, root=config.root, split=config.train_split, images=config.train_images
@@ -57,7 +57,7 @@ def training_samples(config: DataConfig) -> tuple[DatasetSpec, Subset[Sample]]:
 
 
 class Cached(Dataset[Sample]):
-    """Pictures that stay in the memory of the process that read them."""
+    """Keeps each sample in the memory of the process that read it."""
 
     def __init__(self, pictures: Dataset[Sample]) -> None:
         self.pictures = pictures
@@ -73,7 +73,7 @@ class Cached(Dataset[Sample]):
 
 
 class Batch(NamedTuple):
-    """Images float32 B 3 H W, normalised; labels uint8 B H W train ids, 255 ignored."""
+    """Normalised images, float32 B 3 H W, and train ids, uint8 B H W with 255 ignored."""
 
     images: Tensor
     labels: Tensor
@@ -82,8 +82,8 @@ class Batch(NamedTuple):
 class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
     """The endless stream of augmented samples, addressed by position.
 
-    Position p is sample p mod n of epoch p // n; every epoch has its own order, and every
-    position its own augmentation, both drawn from (seed, epoch) and (seed, position).
+    Position p is sample p mod n of epoch p // n. The order of an epoch depends on (seed, epoch),
+    the augmentation of a position on (seed, position).
     """
 
     def __init__(self, samples: Dataset[Sample], config: DataConfig, seed: int) -> None:
@@ -107,7 +107,7 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
                 if self.class_mix > 0 and torch.rand(()).item() < self.class_mix:
                     other = int(torch.randint(self.length, ()))
                     crop = paste_classes(*crop, *self._crop(other))
-            # Handed over as a value: raised in a worker it would come back in a traceback's text.
+            # Returned, not raised: the loader would turn a worker's error into a traceback's text.
             except UserError as error:
                 return error
         return crop
@@ -120,7 +120,7 @@ class AugmentedSamples(Dataset[tuple[Tensor, Tensor] | UserError]):
 
 
 class StepSampler(Sampler[list[int]]):
-    """The positions of this process's share of each step's batch, from `first_step` on."""
+    """For each step from `first_step` on, the positions of this process's share of the batch."""
 
     def __init__(
         self, first_step: int, steps: int, batch_size: int, rank: int = 0, processes: int = 1
@@ -152,7 +152,7 @@ def _collate(samples: list[tuple[Tensor, Tensor] | UserError]) -> Batch | UserEr
 def training_batches(
     samples: Dataset[Sample], config: DataConfig, seed: int, sampler: StepSampler
 ) -> Iterator[Batch]:
-    """One batch per step of the sampler.
+    """Yields one batch per step of the sampler.
 
     Raises:
         UserError: a sample cannot be read.
@@ -173,7 +173,10 @@ def training_batches(
 
 
 def _leave_stopping_to_the_parent(_: int) -> None:
-    """A scheduler's SIGTERM and a terminal's Ctrl-C go to all processes, and the last step still
-    needs data."""
+    """Ignores SIGTERM and SIGINT in a worker.
+
+    A scheduler's SIGTERM and a terminal's Ctrl-C reach all processes, but the last step of the
+    parent still needs data.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

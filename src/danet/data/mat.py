@@ -1,7 +1,7 @@
-"""Labels in MATLAB files: SBD's and COCO-Stuff 10k's.
+"""Reads the labels of SBD and COCO-Stuff 10k from MATLAB files.
 
-An own reader of the few parts of the format (MATLAB's "MAT-File Level 5") that these labels use:
-scipy's dies of a segmentation fault on some damaged files, which must not end a training.
+Supports the parts of the format (MATLAB's "MAT-File Level 5") that these labels use. scipy's
+reader ends in a segmentation fault on some damaged files, which would kill a training run.
 """
 
 import struct
@@ -29,15 +29,15 @@ _NUMBERS = {
     12: "i8",
     13: "u8",
 }
-"""numpy's names of the format's data types."""
+"""The format's data types as numpy type codes."""
 _STRUCT_CLASS, _NUMBER_CLASSES = 2, range(6, 16)
 _COMPLEX = 1 << 11
 _LARGEST = 1 << 28
-"""Bytes that a file may unpack to."""
+"""Largest size of the unpacked content, in bytes."""
 
 
 class _Damaged(ValueError):
-    """The bytes are not what the format says."""
+    """The bytes violate the format."""
 
 
 class _Element(NamedTuple):
@@ -46,7 +46,7 @@ class _Element(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """An array of the file: numbers, or the fields of a single struct."""
+    """An array of the file: a numeric array, or the fields of a 1 x 1 struct."""
 
     name: str
     ids: npt.NDArray[np.generic] | None
@@ -65,7 +65,7 @@ def open_coco_stuff_label(path: Location) -> npt.NDArray[np.uint8]:
 
 
 def _read(path: Location, name: str) -> _Matrix | None:
-    """The array of this name; None where there is none."""
+    """The array of this name, or None if the file has no such array."""
     try:
         data = path.read_bytes()
         if len(data) < _HEADER or data[126:128] not in (b"IM", b"MI"):
@@ -80,7 +80,7 @@ def _read(path: Location, name: str) -> _Matrix | None:
 
 
 def _unpacked(elements: Iterator[_Element], order: str) -> Iterator[_Element]:
-    """What is inside compressed elements, in their place."""
+    """The elements, with compressed ones replaced by their content."""
     for element in elements:
         if element.kind != _COMPRESSED:
             yield element
@@ -96,11 +96,11 @@ def _elements(data: memoryview, order: str) -> Iterator[_Element]:
     position = 0
     while position + 8 <= len(data):
         kind, size = struct.unpack_from(f"{order}II", data, position)
-        if kind >> 16:  # small: size and type share four bytes, and the content follows at once
+        if kind >> 16:  # small: type and size share four bytes, the content follows directly
             kind, size, start, end = kind & 0xFFFF, kind >> 16, position + 4, position + 8
         else:
             start = position + 8
-            # Compressed elements alone are not padded to eight bytes.
+            # All but compressed elements are padded to eight bytes.
             end = start + size + (0 if kind == _COMPRESSED else -size % 8)
         if start + size > len(data):
             raise _Damaged("an element reaches over the end")

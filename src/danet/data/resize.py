@@ -1,8 +1,8 @@
-"""A part of a resized picture, without the rest of it.
+"""Computes a part of a resized picture without the rest of it.
 
 Bilinear interpolation is linear along each side, so a part is two matrix products with few
-entries besides zero: rows from the source's rows, then columns from its columns. A band of the
-output needs a window of the source only, which leaves the products of small dense matrices.
+non-zero entries: first over the source's rows, then over its columns. A band of the output needs
+only a window of the source, so the products are of small dense matrices.
 Weights are those of torch's `interpolate` (half-pixel centres, no antialiasing, float32).
 
 Suffixes: H W of the whole resized picture, h w of the source's window that a part covers.
@@ -17,15 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 _ROWS, _COLUMNS = 16, 32
-"""Output rows and columns of one product: wider bands multiply more zeros."""
+"""Output rows and columns per matrix product: wider bands multiply more zeros."""
 _STRIP = 16
-"""Bands of rows that are made together: few calls, and not the whole crop in float32."""
+"""Bands of rows computed together: few calls, without the whole crop in float32."""
 _ROUNDED_ROWS = 32
-"""Rows that are rounded together, so that they stay in the cache."""
+"""Rows rounded together: few enough to stay in the cache."""
 
 
 class Box(NamedTuple):
-    """A part of a picture, in whole pixels."""
+    """A rectangle of a picture, in pixels."""
 
     top: int
     left: int
@@ -42,7 +42,7 @@ class _Band(NamedTuple):
 
 
 def bilinear_part(image: Image.Image | Tensor, size: tuple[int, int], part: Box) -> Tensor:
-    """What the picture resized to `size` holds in `part`.
+    """The rectangle `part` of the picture resized bilinearly to `size`.
 
     Args:
         image: RGB or uint8 3 h w.
@@ -77,7 +77,7 @@ def bilinear_part(image: Image.Image | Tensor, size: tuple[int, int], part: Box)
 
 
 def nearest_part(label: Tensor, size: tuple[int, int], part: Box) -> Tensor:
-    """What the ids h w, resized to `size` by the nearest one, hold in `part`."""
+    """The rectangle `part` of uint8 h w ids resized to `size` (H, W) by nearest neighbour."""
     rows = _nearest(label.shape[0], size[0], part.top, part.height)
     columns = _nearest(label.shape[1], size[1], part.left, part.width)
     # numpy takes columns three times as fast as torch does.
@@ -85,9 +85,9 @@ def nearest_part(label: Tensor, size: tuple[int, int], part: Box) -> Tensor:
 
 
 def copy_whole(pixels: Tensor, out: Tensor) -> None:
-    """Puts float values in 0..255 without their fraction into a uint8 tensor.
+    """Copies float values in 0..255, truncated, into a uint8 tensor.
 
-    By way of 16 bits, for torch converts floats to bytes one at a time.
+    Goes through int16, because torch's conversion from float to uint8 is not vectorised.
     """
     out.copy_(pixels.to(torch.int16))
 
@@ -103,7 +103,7 @@ def _window(image: Image.Image | Tensor, box: Box) -> Tensor:
     """The box of the picture as uint8 h 3 w."""
     top, left, height, width = box
     if isinstance(image, Image.Image):
-        # Pillow splits colours faster than numpy reads pixels, of the window as of the whole.
+        # Splitting by Pillow is faster than reading interleaved pixels by numpy.
         colors = image.crop((left, top, left + width, top + height)).split()
         window: npt.NDArray[np.uint8] = np.stack([np.asarray(color) for color in colors], axis=1)
         return torch.from_numpy(window)
@@ -114,12 +114,13 @@ def _window(image: Image.Image | Tensor, box: Box) -> Tensor:
 def _bands(
     source: int, resized: int, first: int, length: int, band: int
 ) -> tuple[list[_Band], int, int]:
-    """The products along one side for `length` pixels from `first` of `resized` ones.
+    """The matrix products along one side for pixels `first` to `first + length` of `resized`.
 
     Returns:
-        Bands, whose source counts from the window's start, and that window's start and end.
+        The bands, with source indices relative to the window's start, and the start and end of
+        that window in the source.
     """
-    # In float32 as torch does, for the same weights; by numpy, quicker than torch on so few.
+    # In float32 for the same weights as torch's; numpy is faster than torch on arrays this small.
     centers = np.arange(first, first + length, dtype=np.float32) + np.float32(0.5)
     position = (centers * np.float32(source / resized) - np.float32(0.5)).clip(0, source - 1)
     lower = position.astype(np.int64)
@@ -151,6 +152,6 @@ def _bands(
 
 
 def _nearest(source: int, resized: int, first: int, length: int) -> Tensor:
-    """Which source pixels are nearest, as torch's `interpolate` has it: the coordinate cut."""
+    """Indices of the nearest source pixels as in torch's `interpolate`: truncated coordinates."""
     positions = torch.arange(first, first + length, dtype=torch.float32)
     return positions.mul_(source / resized).long().clamp_(max=source - 1)

@@ -1,8 +1,9 @@
-"""What a dataset is: its classes and colours, and what one sample of it looks like."""
+"""The types of a dataset: its classes and colours, its samples, and its entry in the catalog."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +11,10 @@ from PIL import Image
 
 from danet.palette import Color, default_palette
 
+T = TypeVar("T")
+
 IGNORE_INDEX = 255
-"""Train id of pixels that neither train nor score (every dataset here maps its void to it)."""
+"""Train id of pixels left out of loss and scores; every dataset maps its void class to it."""
 
 
 class Sample(NamedTuple):
@@ -20,7 +23,7 @@ class Sample(NamedTuple):
     Attributes:
         image: RGB, any size.
         label: H W uint8 train ids of the same size; 255 is ignored.
-        name: identifies the sample within its split and is safe as a file stem.
+        name: unique in the split and safe as a file stem.
     """
 
     image: Image.Image
@@ -56,11 +59,11 @@ class DatasetSpec:
 
 
 class SubmissionFormat(NamedTuple):
-    """How a benchmark's server takes label files.
+    """The format in which a benchmark's server takes label files.
 
     Attributes:
         file_ids: the id to write for each train id.
-        suffix: of the file names, after the picture's name.
+        suffix: follows the picture's name in the file name.
     """
 
     file_ids: tuple[int, ...]
@@ -68,7 +71,7 @@ class SubmissionFormat(NamedTuple):
 
 
 class SegmentationDataset(Protocol):
-    """A sequence of samples that knows its classes. Items may be read from several processes."""
+    """A sequence of samples with its classes. Several processes may read items."""
 
     @property
     def spec(self) -> DatasetSpec: ...
@@ -78,3 +81,31 @@ class SegmentationDataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def __iter__(self) -> Iterator[Sample]: ...
+
+
+def constant(value: T) -> Callable[[Path | None], T]:
+    """A function of a dataset's root that returns the same value for every root."""
+    return lambda _: value
+
+
+def _no_counts(_: Path | None) -> Mapping[str, int]:
+    return {}
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """A dataset of the catalog. Roots are its folder, or None where no folder was given.
+
+    Attributes:
+        splits: the names that `open_split` takes.
+        spec: root -> classes and colours; raises a UserError where they cannot be read.
+        open_split: root, split -> the samples; raises a UserError where files are missing.
+        counts: root -> the official number of pictures of each split, as far as there is one.
+        submission: the format of a benchmark server's label files; None without a server.
+    """
+
+    splits: tuple[str, ...]
+    spec: Callable[[Path | None], DatasetSpec]
+    open_split: Callable[[Path | None, str], SegmentationDataset]
+    counts: Callable[[Path | None], Mapping[str, int]] = _no_counts
+    submission: SubmissionFormat | None = None

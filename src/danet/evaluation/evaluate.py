@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
 
 from danet.atomic import replacing
 from danet.config import TestConfig
@@ -112,7 +113,7 @@ def segment_with(
 
     @torch.inference_mode()
     def segment(sample: Sample) -> Sequence[Tensor]:
-        image = torch.from_numpy(np.array(sample.image)).permute(2, 0, 1)
+        image = TF.pil_to_tensor(sample.image)
         with autocast(precision, device):
             return list(predict_classes(model, image.to(device), test, branches))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from danet.atomic import replacing
 from danet.data.spec import IGNORE_INDEX, DatasetSpec
 from danet.evaluation.metrics import scores
-from danet.palette import palette_bytes
+from danet.palette import colored, hex_color, highlighted
 
 MAX_PICTURE_SIDE = 640
 """Pictures are shrunk to this, so that the file stays small."""
@@ -119,7 +119,7 @@ def _class_rows(spec: DatasetSpec, confusion: Tensor) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "color": "#{:02x}{:02x}{:02x}".format(*color),
+            "color": hex_color(color),
             "iou": score.iou,
             "accuracy": score.accuracy,
             "share": share,
@@ -175,27 +175,18 @@ def _pictures(case: Case, spec: DatasetSpec) -> dict[str, Any]:
         "accuracy": case.accuracy,
         "pictures": {
             "picture": _as_url(case.image, "JPEG"),
-            "truth": _as_url(_colored(case.truth, spec), "PNG"),
-            "prediction": _as_url(_colored(case.prediction, spec), "PNG"),
+            "truth": _as_url(colored(case.truth, spec.palette), "PNG"),
+            "prediction": _as_url(colored(case.prediction, spec.palette), "PNG"),
             "errors": _as_url(_error_map(case.image, wrong, ignored), "JPEG"),
         },
     }
-
-
-def _colored(classes: npt.NDArray[np.uint8], spec: DatasetSpec) -> Image.Image:
-    image = Image.fromarray(classes)
-    image.putpalette(palette_bytes(spec.palette))
-    return image
 
 
 def _error_map(
     image: Image.Image, wrong: npt.NDArray[np.bool_], ignored: npt.NDArray[np.bool_]
 ) -> Image.Image:
     """The picture in pale grey, what is ignored darkened, what is wrong in a signal colour."""
-    pixels = np.array(image.convert("L").convert("RGB"), dtype=np.float32) * 0.35 + 160
-    pixels[ignored] *= 0.3
-    pixels[wrong] = WRONG_COLOR
-    return Image.fromarray(pixels.astype(np.uint8))
+    return highlighted(image, wrong, WRONG_COLOR, gain=0.35, offset=160, dimmed=ignored)
 
 
 def _as_url(image: Image.Image, file_format: str) -> str:

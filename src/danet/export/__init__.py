@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
 
 from danet.atomic import staging
 from danet.data.images import open_image
@@ -127,7 +127,7 @@ def calibration_pictures(inputs: Sequence[str]) -> list[Tensor]:
         image = open_image(one.path)
         image.thumbnail((CALIBRATION_SIDE, CALIBRATION_SIDE))
         if min(image.size) >= SMALLEST_SIDE:
-            pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
+            pictures.append(TF.pil_to_tensor(image).float() / 255)
     if not pictures:
         raise UserError(f"--calibration: no picture of at least {SMALLEST_SIDE} pixels a side")
     return pictures

@@ -1,6 +1,4 @@
-"""One module per dataset. Each has `SPLITS`, `spec(root)` and `open_split(root, split)`, and
-`COUNTS`, the official number of pictures of each split, where there is one: a dictionary, or a
-function of the root where versions differ. `SUBMISSION` says how a benchmark's server takes labels.
+"""One module per dataset, named as the dataset; its `ENTRY` is a `CatalogEntry`.
 
 A new dataset is a new module here; it is found by its file name.
 """

@@ -6,10 +6,8 @@ Layout: `{train,val,test}/*.png|jpg` and `{train,val,test}annot/*.png` with ids 
 from pathlib import Path
 
 from danet.data.files import PairedFiles, label_map, pair_by_stem, require_root
-from danet.data.spec import DatasetSpec
+from danet.data.spec import CatalogEntry, DatasetSpec, constant
 
-SPLITS = ("train", "val", "test")
-COUNTS = {"train": 367, "val": 101, "test": 233}
 VOID_ID = 11
 
 SPEC = DatasetSpec(
@@ -43,12 +41,16 @@ SPEC = DatasetSpec(
 )
 
 
-def spec(root: Path | None) -> DatasetSpec:
-    return SPEC
-
-
-def open_split(root: Path | None, split: str) -> PairedFiles:
+def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
     pairs = pair_by_stem(folder / split, folder / f"{split}annot")
     ids_to_train_ids = label_map({**{i: i for i in range(SPEC.num_classes)}, VOID_ID: 255})
     return PairedFiles(SPEC, pairs, ids_to_train_ids)
+
+
+ENTRY = CatalogEntry(
+    splits=("train", "val", "test"),
+    spec=constant(SPEC),
+    open_split=_open_split,
+    counts=constant({"train": 367, "val": 101, "test": 233}),
+)

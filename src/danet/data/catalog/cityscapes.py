@@ -1,9 +1,9 @@
 """Cityscapes, fine annotations, 19 classes: 2975 / 500 / 1525 pictures of 2048x1024.
 
 Layout: `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
-`gtFine/SPLIT/CITY/*_gtFine_labelIds.png` (ids 0..33) or `*_gtFine_labelTrainIds.png`. The labels of
-the test split in the official archive are all void. The official `.zip` files in the root are read
-as they are.
+`gtFine/SPLIT/CITY/*_gtFine_labelIds.png` (ids 0..33) or `*_gtFine_labelTrainIds.png`. The official
+labels of the test split are all void. The official `.zip` files in the root are read without
+unpacking.
 """
 
 from pathlib import Path
@@ -18,26 +18,17 @@ from danet.data.files import (
     pair_up,
     require_root,
 )
-from danet.data.spec import DatasetSpec, SubmissionFormat
+from danet.data.spec import CatalogEntry, SubmissionFormat, constant
 from danet.errors import UserError
 
-SPLITS = ("train", "val", "test")
-COUNTS = {"train": 2975, "val": 500, "test": 1525}
 SPEC = read_spec("cityscapes")
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""The label id of each train id, in their order; the other ids 0..33 are ignored."""
-
-SUBMISSION = SubmissionFormat(LABEL_IDS, "_pred_labelIds.png")
-"""The official evaluator pairs files by CITY_SEQUENCE_FRAME*.png."""
+"""The label id of each train id, in train id order; the other ids in 0..33 are ignored."""
 
 _IMAGE, _IDS, _TRAIN_IDS = "_leftImg8bit.png", "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
 
 
-def spec(root: Path | None) -> DatasetSpec:
-    return SPEC
-
-
-def open_split(root: Path | None, split: str) -> PairedFiles:
+def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
     image_folder = find_folder(
         folder, f"leftImg8bit/{split}", f"leftImg8bit_trainvaltest.zip/leftImg8bit/{split}"
@@ -64,3 +55,13 @@ def _by_name(folder: Location, suffix: str) -> dict[str, Location]:
         for path in list_images(city)
         if path.name.endswith(suffix)
     }
+
+
+ENTRY = CatalogEntry(
+    splits=("train", "val", "test"),
+    spec=constant(SPEC),
+    open_split=_open_split,
+    counts=constant({"train": 2975, "val": 500, "test": 1525}),
+    # The official evaluator pairs files by CITY_SEQUENCE_FRAME*.png.
+    submission=SubmissionFormat(LABEL_IDS, "_pred_labelIds.png"),
+)

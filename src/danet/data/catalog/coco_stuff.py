@@ -1,4 +1,4 @@
-"""COCO-Stuff, 171 classes: 10k (9000 / 1000 pictures) or 164k (118287 / 5000), told by the layout.
+"""COCO-Stuff, 171 classes: 10k (9000 / 1000 pictures) or 164k (118287 / 5000), by layout.
 
 10k: `images/*.jpg`, `annotations/*.mat` (ids 1..182 with gaps, 0 ignored) and
 `imageLists/{train,test}.txt` as in the official archive, or `{images,annotations}/{train,test}2014`
@@ -28,36 +28,31 @@ from danet.data.files import (
     require_root,
 )
 from danet.data.mat import open_coco_stuff_label
-from danet.data.spec import DatasetSpec
+from danet.data.spec import CatalogEntry, constant
 
-SPLITS = ("train", "val")
 SPEC = read_spec("coco_stuff")
 UNUSED_IDS = frozenset({11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})
-"""Ids 0..181 of the 164k pixel maps that no pixel has."""
+"""Ids in 0..181 that do not occur in the 164k pixel maps."""
 
 _TRAIN_IDS = "_labelTrainIds"
 _FOLDERS_10K = {"train": "train2014", "val": "test2014"}
 _LISTS_10K = {"train": "train.txt", "val": "test.txt"}
 
 
-def spec(root: Path | None) -> DatasetSpec:
-    return SPEC
-
-
-def COUNTS(root: Path | None) -> dict[str, int]:  # noqa: N802 - the catalog's name for it
-    """Of the version whose layout the root has."""
+def _counts(root: Path | None) -> dict[str, int]:
+    """Official numbers of pictures in the version whose layout the root has; 164k without one."""
     if root is not None and (_archive_10k(root) or _is_10k_converted(root, "train")):
         return {"train": 9000, "val": 1000}
     return {"train": 118_287, "val": 5000}
 
 
 def pixel_map_ids() -> dict[int, int]:
-    """The train id of each id in the 164k pixel maps; the .mat files' ids are larger by one."""
+    """File id -> train id in the 164k pixel maps; the ids in .mat files are larger by one."""
     used = [i for i in range(182) if i not in UNUSED_IDS]
     return {file_id: train_id for train_id, file_id in enumerate(used)}
 
 
-def open_split(root: Path | None, split: str) -> PairedFiles:
+def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
     archive = _archive_10k(folder)
     if archive:
@@ -68,7 +63,7 @@ def open_split(root: Path | None, split: str) -> PairedFiles:
 
 
 def _archive_10k(root: Location) -> Location | None:
-    """The official archive's content, unpacked or not."""
+    """The folder with the official 10k archive's content, unpacked or in the .zip file."""
     contents = (root, locate(root, "cocostuff-10k-v1.1.zip"))
     return next((content for content in contents if (content / "imageLists").is_dir()), None)
 
@@ -108,3 +103,11 @@ def _open_164k(root: Location, split: str) -> PairedFiles:
         identity = label_map({i: i for i in range(SPEC.num_classes)})
         return PairedFiles(SPEC, pair_by_stem(images, labels, _TRAIN_IDS), identity)
     return PairedFiles(SPEC, pair_by_stem(images, labels), label_map(pixel_map_ids()))
+
+
+ENTRY = CatalogEntry(
+    splits=("train", "val"),
+    spec=constant(SPEC),
+    open_split=_open_split,
+    counts=_counts,
+)

@@ -1,8 +1,8 @@
 """A user's own pictures: `images/{split}` and `labels/{split}` (or `masks/{split}`).
 
 An image and its label share the stem. Labels hold ids 0.., 255 is ignored. `classes.txt` in the
-root names the classes in the order of their ids, one a line, each optionally followed by its
-colour as three numbers 0..255; without it the largest id in the labels tells how many there are.
+root names the classes in the order of their ids, one per line, each optionally followed by its
+colour as three numbers 0..255. Without that file, the largest id in the labels gives the number.
 """
 
 import contextlib
@@ -13,26 +13,25 @@ import numpy as np
 from danet.data.archives import Location
 from danet.data.files import PairedFiles, label_map, list_images, pair_by_stem, require_root
 from danet.data.images import open_label
-from danet.data.spec import IGNORE_INDEX, DatasetSpec
+from danet.data.spec import IGNORE_INDEX, CatalogEntry, DatasetSpec
 from danet.errors import UserError
 from danet.palette import Color, default_palette
 
 NAME = "folder"
-SPLITS = ("train", "val", "test")
 _LABEL_FOLDERS = ("labels", "masks")
 _CLASSES_FILE = "classes.txt"
 
 
-def spec(root: Path | None) -> DatasetSpec:
+def _spec(root: Path | None) -> DatasetSpec:
     folder = require_root(NAME, root)
     listing = folder / _CLASSES_FILE
     return _read_classes(listing) if listing.is_file() else _count_classes(folder)
 
 
-def open_split(root: Path | None, split: str) -> PairedFiles:
+def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(NAME, root)
     pairs = pair_by_stem(folder / "images" / split, _label_folder(folder) / split)
-    classes = spec(root)
+    classes = _spec(root)
     return PairedFiles(classes, pairs, label_map({i: i for i in range(classes.num_classes)}))
 
 
@@ -71,7 +70,7 @@ def _count_classes(root: Location) -> DatasetSpec:
     largest = -1
     splits = [path for path in _label_folder(root).iterdir() if path.is_dir()]
     for path in (path for split in splits for path in list_images(split)):
-        with contextlib.suppress(UserError):  # told of where the picture is read
+        with contextlib.suppress(UserError):  # reported where the picture is read
             ids = np.unique(open_label(path))
             largest = max([largest, *ids[ids != IGNORE_INDEX].tolist()])
     if largest < 0:
@@ -79,3 +78,10 @@ def _count_classes(root: Location) -> DatasetSpec:
             f"{root}: no readable label holds a class id; name the classes in {_CLASSES_FILE}"
         )
     return DatasetSpec(NAME, tuple(f"class {index}" for index in range(largest + 1)))
+
+
+ENTRY = CatalogEntry(
+    splits=("train", "val", "test"),
+    spec=_spec,
+    open_split=_open_split,
+)

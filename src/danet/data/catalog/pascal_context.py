@@ -1,8 +1,8 @@
 """PASCAL Context on VOC 2010, 60 classes, background among them: 4998 / 5105 pictures.
 
 Layout: `VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext}`, the
-labels and lists as mmsegmentation's converter makes them from the annotations. Users' conversions
-give 4996 / 5104 pictures. `pascal_context_59` ignores the background.
+labels and lists as written by mmsegmentation's converter. Users' conversions have 4996 / 5104
+pictures. `pascal_context_59` ignores the background.
 """
 
 from pathlib import Path
@@ -19,27 +19,29 @@ from danet.data.files import (
     require_all,
     require_root,
 )
-from danet.data.spec import DatasetSpec
+from danet.data.spec import CatalogEntry, constant
 
-SPLITS = ("train", "val")
-COUNTS = {"train": 4998, "val": 5105}
 SPEC = read_spec("pascal_context")
 
 
-def spec(root: Path | None) -> DatasetSpec:
-    return SPEC
-
-
-def open_split(root: Path | None, split: str) -> PairedFiles:
+def _open_split(root: Path | None, split: str) -> PairedFiles:
     train_ids = label_map({i: i for i in range(SPEC.num_classes)})
     return PairedFiles(SPEC, pairs(root, split), train_ids)
 
 
 def pairs(root: Path | None, split: str) -> list[FilePair]:
-    """The files of a split."""
+    """The image and label files of a split."""
     voc = find_folder(require_root(SPEC.name, root), "VOCdevkit/VOC2010", "VOC2010", ".")
     names = read_names(voc / "ImageSets" / "SegmentationContext" / f"{split}.txt")
     images = existing(voc / "JPEGImages", names, ".jpg")
     require_all(images, names, voc / "JPEGImages")
     label_folder = voc / "SegmentationClassContext"
     return pair_up(images, existing(label_folder, names, ".png"), label_folder)
+
+
+ENTRY = CatalogEntry(
+    splits=("train", "val"),
+    spec=constant(SPEC),
+    open_split=_open_split,
+    counts=constant({"train": 4998, "val": 5105}),
+)

@@ -1,23 +1,25 @@
-"""PASCAL Context without its background, 59 classes; files as `pascal_context`."""
+"""PASCAL Context without its background, 59 classes; the files are `pascal_context`'s."""
 
 from pathlib import Path
 
 from danet.data.catalog import pascal_context
 from danet.data.files import PairedFiles, label_map
-from danet.data.spec import DatasetSpec
+from danet.data.spec import CatalogEntry, DatasetSpec, constant
 
-SPLITS = pascal_context.SPLITS
-COUNTS = pascal_context.COUNTS
 SPEC = DatasetSpec(
     "pascal_context_59", pascal_context.SPEC.classes[1:], pascal_context.SPEC.palette[1:]
 )
 
 
-def spec(root: Path | None) -> DatasetSpec:
-    return SPEC
-
-
-def open_split(root: Path | None, split: str) -> PairedFiles:
+def _open_split(root: Path | None, split: str) -> PairedFiles:
     train_ids = {i + 1: i for i in range(SPEC.num_classes)}
     ids = label_map({0: SPEC.ignore_index, **train_ids})
     return PairedFiles(SPEC, pascal_context.pairs(root, split), ids)
+
+
+ENTRY = CatalogEntry(
+    splits=pascal_context.ENTRY.splits,
+    spec=constant(SPEC),
+    open_split=_open_split,
+    counts=pascal_context.ENTRY.counts,
+)

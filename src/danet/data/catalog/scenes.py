@@ -5,16 +5,16 @@ from pathlib import Path
 
 from danet.data.catalog.camvid import SPEC as CAMVID
 from danet.data.scenes import render
-from danet.data.spec import DatasetSpec, Sample
+from danet.data.spec import CatalogEntry, DatasetSpec, Sample, constant
 from danet.errors import UserError
 
 SPEC = DatasetSpec(name="scenes", classes=CAMVID.classes, palette=CAMVID.palette)
-SPLITS = ("train", "val", "test")
+_SPLITS = ("train", "val", "test")
 _LENGTHS = {"train": 20_000, "val": 100, "test": 100}
 
 
 class Scenes:
-    """Draws each scene when it is asked for; every split is another stream of scenes."""
+    """Draws each scene on access; every split has its own stream of scenes."""
 
     spec = SPEC
 
@@ -29,15 +29,18 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Sample:
         position = range(len(self))[index]
-        image, label = render(SPLITS.index(self.split), position)
+        image, label = render(_SPLITS.index(self.split), position)
         return Sample(image, label, f"{self.split}_{position:05}")
 
 
-def spec(root: Path | None) -> DatasetSpec:
-    return SPEC
-
-
-def open_split(root: Path | None, split: str) -> Scenes:
+def _open_split(root: Path | None, split: str) -> Scenes:
     if root is not None:
         raise UserError(f"data.root={root}: scenes are generated; leave data.root unset")
     return Scenes(split)
+
+
+ENTRY = CatalogEntry(
+    splits=_SPLITS,
+    spec=constant(SPEC),
+    open_split=_open_split,
+)

@@ -1,7 +1,7 @@
 """PASCAL VOC 2012, 21 classes: 1464 / 1449 pictures, 10582 with SBD's annotations.
 
 Layout: `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}`. Split `train_aug`
-is VOC's training images and all of SBD's that VOC does not validate on. SBD's labels are read from
+is VOC's training images and SBD's, without VOC's validation images. SBD's labels are read from
 `SegmentationClassAug/*.png` in VOC2012, or from SBD's own `cls/*.mat` in
 `benchmark_RELEASE/dataset` or `VOCaug/dataset`. Images of VOC's own list keep VOC's labels.
 """
@@ -26,11 +26,9 @@ from danet.data.files import (
 )
 from danet.data.images import open_label
 from danet.data.mat import open_sbd_label
-from danet.data.spec import DatasetSpec
+from danet.data.spec import CatalogEntry, constant
 from danet.errors import UserError
 
-SPLITS = ("train", "val", "train_aug")
-COUNTS = {"train": 1464, "val": 1449, "train_aug": 10_582}
 SPEC = read_spec("voc")
 _AUGMENTED = "SegmentationClassAug"
 _SBD = (
@@ -43,11 +41,7 @@ _SBD = (
 )
 
 
-def spec(root: Path | None) -> DatasetSpec:
-    return SPEC
-
-
-def open_split(root: Path | None, split: str) -> PairedFiles:
+def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
     voc = find_folder(folder, "VOCdevkit/VOC2012", "VOC2012", ".")
     names = read_names(_listing(voc, "val" if split == "val" else "train"))
@@ -68,7 +62,7 @@ def _listing(voc: Location, split: str) -> Location:
 
 
 def _added_labels(root: Location, voc: Location) -> tuple[Location, dict[str, Location]]:
-    """Where SBD's labels lie, and the label of every image that VOC does not validate on."""
+    """The folder of SBD's labels, and the label of each image not in VOC's validation split."""
     validated = set(read_names(_listing(voc, "val")))
     if (voc / _AUGMENTED).is_dir():
         folder = voc / _AUGMENTED
@@ -90,3 +84,11 @@ def _added_labels(root: Location, voc: Location) -> tuple[Location, dict[str, Lo
 
 def _open_any_label(path: Location) -> npt.NDArray[np.uint8]:
     return open_sbd_label(path) if path.suffix == ".mat" else open_label(path)
+
+
+ENTRY = CatalogEntry(
+    splits=("train", "val", "train_aug"),
+    spec=constant(SPEC),
+    open_split=_open_split,
+    counts=constant({"train": 1464, "val": 1449, "train_aug": 10_582}),
+)

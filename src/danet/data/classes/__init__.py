@@ -1,4 +1,4 @@
-"""Class names and official colours of the larger datasets, one CSV file each."""
+"""Class names and official colours of the larger datasets, one CSV file per dataset."""
 
 import csv
 from importlib import resources
@@ -7,7 +7,7 @@ from danet.data.spec import DatasetSpec
 
 
 def read_spec(name: str) -> DatasetSpec:
-    """The classes of `name`, in the order of their train ids."""
+    """Reads the classes of dataset `name` in the order of their train ids."""
     text = resources.files(__name__).joinpath(f"{name}.csv").read_text(encoding="utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     return DatasetSpec(

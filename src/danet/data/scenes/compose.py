@@ -1,4 +1,4 @@
-"""From a seed and an index to a picture and its labels."""
+"""Composes a scene's picture and labels from a seed and an index."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,19 +39,19 @@ from danet.data.scenes.view import (
 DEFAULT_SIZE = (480, 360)
 _LIMIT = (64, 4096)
 _THINNEST_POLE = 3.6
-"""Poles that would be thinner than this share of a picture 480 wide, in pixels, are left out."""
+"""Smallest width of a pole, in pixels of a picture 480 wide; thinner poles are left out."""
 
 _GROUND_TEXELS = 50
-"""Texels of a texture per metre of ground."""
+"""Texture resolution in texels per metre of ground."""
 
 Drawing = tuple[float, Callable[[], None]]
-"""A distance in metres, and what draws the thing there."""
+"""A distance in metres and the function that draws the object there."""
 
 
 def render(
     seed: int, index: int, size: tuple[int, int] = DEFAULT_SIZE
 ) -> tuple[Image.Image, npt.NDArray[np.uint8]]:
-    """Draws one scene; the same at every size, and in every process.
+    """Draws one scene; its content does not depend on size or process.
 
     Args:
         seed, index: choose the scene; not negative.
@@ -102,7 +102,7 @@ def _draw_sky(canvas: Canvas) -> None:
 
 
 def _draw_bonnet(rng: np.random.Generator, canvas: Canvas) -> None:
-    """The camera's own car along the lower border."""
+    """Draws the camera's own car along the lower border."""
     width, height = canvas.view.size
     rise = rng.uniform(0.05, 0.12)
     columns = np.linspace(-0.05, 1.05, 20)
@@ -113,7 +113,7 @@ def _draw_bonnet(rng: np.random.Generator, canvas: Canvas) -> None:
 
 
 def _sides(rng: np.random.Generator, canvas: Canvas, street: Street, light: Light) -> list[Drawing]:
-    """Both sides of the street, in stretches of buildings, gardens and open ground."""
+    """Draws both sides of the street: buildings, gardens and open ground."""
     drawings: list[Drawing] = []
     for side in (-1, 1):
         wall = street.wall(side)
@@ -156,7 +156,7 @@ def _sides(rng: np.random.Generator, canvas: Canvas, street: Street, light: Ligh
 
 
 def _traffic(rng: np.random.Generator, canvas: Canvas, street: Street) -> list[Drawing]:
-    """Everything that stands or moves on road and pavement."""
+    """The objects that stand or move on road and pavement."""
     drawings: list[Drawing] = []
     own = np.random.default_rng(rng.integers(2**63))
 
@@ -178,7 +178,7 @@ def _traffic(rng: np.random.Generator, canvas: Canvas, street: Street) -> list[D
 def _roadside(
     rng: np.random.Generator, place: Callable[..., None], view: View, street: Street, side: int
 ) -> None:
-    """Parked cars, and what stands and walks on the pavement of one side."""
+    """Parked cars, and the objects and people on the pavement of one side."""
 
     def beside() -> float:
         kerb = street.kerb(side)
@@ -246,9 +246,9 @@ def _grain(
     right: Floats,
     ahead: Floats,
 ) -> Floats:
-    """Relative brightness H W of every pixel's texture: laid out on the ground, flat elsewhere.
+    """Relative brightness H W of the pixels' textures: in perspective on the ground, else flat.
 
-    The ground's fades with distance, as many of its texels fall on one pixel there.
+    The ground's texture fades with distance, where many texels fall on one pixel.
     """
     width, height = view.size
     zoom = DEFAULT_SIZE[0] / width

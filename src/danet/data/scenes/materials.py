@@ -1,4 +1,4 @@
-"""What surfaces are made of, and the light they are seen in.
+"""Materials of surfaces, and lighting.
 
 Several classes draw from one pool of materials: a grey of a given grain may be road, pavement,
 wall or overcast sky, so that only its surroundings tell which.

@@ -1,4 +1,4 @@
-"""What stands on the street: vehicles, people, bicycles, poles, signs, trees, and clutter."""
+"""Objects on the street: vehicles, people, bicycles, poles, signs, trees, and clutter."""
 
 import numpy as np
 
@@ -126,7 +126,7 @@ def _clothes(rng: np.random.Generator) -> Material:
 
 
 def draw_pedestrian(rng: np.random.Generator, canvas: Canvas, x: float, z: float) -> None:
-    """Somebody standing or walking."""
+    """A person standing or walking."""
     tall = rng.uniform(0.82, 1.08) if rng.random() < 0.85 else rng.uniform(0.6, 0.75)
     trousers, jacket = _clothes(rng), _clothes(rng)
     skin = Material(_SKINS[rng.integers(len(_SKINS))])
@@ -294,7 +294,7 @@ def draw_tree(rng: np.random.Generator, canvas: Canvas, x: float, z: float) -> N
 
 
 def draw_clutter(rng: np.random.Generator, canvas: Canvas, x: float, z: float) -> None:
-    """A bin, box or bench: what no class names."""
+    """A bin, box or bench; these have no class."""
     width, height = rng.uniform(0.4, 1.2), rng.uniform(0.5, 1.2)
     color = varied(
         rng, Material((70, 84, 74) if rng.random() < 0.5 else (110, 96, 84), m.COARSE), 0.4

@@ -1,4 +1,4 @@
-"""What does not stand alone: ground, building rows, fences, hedges and the end of the street."""
+"""Continuous parts of a street: ground, building rows, fences, hedges, and its far end."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from danet.data.scenes.materials import Material
 from danet.data.scenes.view import NEAREST, Canvas, Point
 
 FAR = 140.0
-"""Metres at which the street ends."""
+"""Distance of the end of the street, in metres."""
 _WINDOW_DISTANCE = 70.0
 _WHITE = Material((222, 222, 216))
 
@@ -37,7 +37,7 @@ class Street:
 
 
 def draw_street(rng: np.random.Generator) -> Street:
-    """Draws its widths and materials."""
+    """Draws random widths and materials."""
     road = rng.uniform(3.2, 6.5)
     return Street(
         road=road,
@@ -48,7 +48,7 @@ def draw_street(rng: np.random.Generator) -> Street:
 
 
 def varied(rng: np.random.Generator, material: Material, spread: float = 0.16) -> Material:
-    """The material a little lighter or darker, and a little off its hue."""
+    """A random variation of the material: slightly lighter or darker, with shifted hue."""
     factor = rng.uniform(1 - spread, 1 + spread)
     red, green, blue = material.color
     shift = rng.uniform(-0.03, 0.03, 3)
@@ -193,7 +193,7 @@ def _upright(x: float, near: float, far: float, bottom: float, top: float) -> li
 
 
 def draw_end(rng: np.random.Generator, canvas: Canvas) -> None:
-    """What closes the street: buildings, trees, both, or open sky over a low skyline."""
+    """The far end of the street: buildings, trees, both, or open sky over a low skyline."""
     x = -70.0
     tall = rng.random() < 0.6
     while x < 70:

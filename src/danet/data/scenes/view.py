@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from danet.data.scenes.materials import Floats, Material
 
 NEAREST = 1.6
-"""Metres before the camera at which everything is cut off."""
+"""Near clipping distance in metres."""
 
 Point = tuple[float, float, float]
 """x right, y up, z forward, in metres."""
@@ -45,7 +45,7 @@ class View:
     curve: float
 
     def project(self, points: Iterable[Point]) -> list[float]:
-        """World points -> pixel coordinates, column and row in turn."""
+        """World points -> pixel coordinates, as alternating columns and rows."""
         width, height = self.size
         corners = []
         for x, y, depth in points:
@@ -56,11 +56,11 @@ class View:
         return corners
 
     def pixels(self, metres: float, distance: float) -> float:
-        """How many pixels a length spans at a distance."""
+        """The number of pixels that a length spans at a distance, both in metres."""
         return metres * self.focal * self.size[0] / max(distance, NEAREST)
 
     def ground(self) -> tuple[Floats, Floats]:
-        """Where every pixel's ray meets the ground: metres right H W, and metres ahead H 1."""
+        """Where each pixel's ray meets the ground: metres to the right, H W, and ahead, H 1."""
         width, height = self.size
         rows = np.arange(height, dtype=np.float32)[:, None] + 0.5
         columns = np.arange(width, dtype=np.float32)[None] + 0.5
@@ -113,7 +113,7 @@ class Canvas:
         depth: float,
         shade: float = 1.0,
     ) -> None:
-        """A shape given in pixels, column and row in turn, at a depth in metres."""
+        """Draws a shape given by pixel coordinates (alternating), at a depth in metres."""
         self._draw.polygon(_enlarged(corners), fill=_fill(material, shade))
         self._draw_code.polygon(corners, fill=_code(train_id, material, depth))
 

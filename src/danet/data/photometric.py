@@ -1,4 +1,4 @@
-"""The published photometric distortion."""
+"""Photometric distortion with the published ranges and probabilities."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from danet.data.resize import copy_whole
 
 _PIECE = 1 << 15
-"""Pixels that stay in the cache, for every step passes over all of them."""
+"""Pixels processed together: few enough to stay in the cache across all steps."""
 
 
 class PhotometricDistortion(v2.Transform):
@@ -48,7 +48,7 @@ class PhotometricDistortion(v2.Transform):
 
 
 def _distort(rgb: Tensor, params: dict[str, Any]) -> Tensor:
-    """Float 3 P of whole values in 0..255, changed in place, every step to whole values again."""
+    """Distorts float 3 P pixels (whole values, 0..255) in place; each step yields whole values."""
     if params["brightness"] is not None:
         # Whole values: the sum's whole part is the sum with the addend's.
         rgb.add_(math.floor(params["brightness"])).clamp_(0, 255)
@@ -68,18 +68,18 @@ def _scale_contrast(rgb: Tensor, factor: float) -> None:
 
 
 def _scale_saturation(rgb: Tensor, factor: float) -> None:
-    """Scales HSV's saturation, at most to 1, keeping hue and value: moves RGB along V - RGB."""
+    """Scales HSV saturation, clamped to 1, at constant hue and value: moves RGB along V - RGB."""
     least, value = _extremes(rgb)
     chroma = torch.sub(value, least, out=least)
     factors = torch.div(value, chroma.clamp_(min=1e-6), out=chroma).clamp_(max=factor)
     torch.sub(value, rgb, out=rgb)
     torch.addcmul(value, rgb, factors, value=-1, out=rgb)
-    # The least of a fully saturated colour may be a rounding below 0. (trunc_ is not vectorised.)
+    # Rounding can put the minimum of a fully saturated colour below 0. (trunc_ is not vectorised.)
     rgb.clamp_(min=0).floor_()
 
 
 def _turn_hue(rgb: Tensor, turn: float) -> None:
-    """Adds to HSV's hue (1 is a whole turn), keeping saturation and value.
+    """Adds `turn` (1 is a full circle) to the HSV hue at constant saturation and value.
 
     The hexagon model: with the hue in sixths of a turn, each channel goes from the least to the
     largest of the three as a trapezoid of the hue. Here the hue is 0 at cyan, the opposite of red,
@@ -108,7 +108,7 @@ _GREEN_AND_BLUE = torch.tensor([[-1.0], [1.0]])
 
 
 def _extremes(rgb: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest of the three."""
+    """The minimum and the maximum over the three channels, each P."""
     red, green, blue = rgb
     least, largest = torch.minimum(red, green), torch.maximum(red, green)
     return torch.minimum(least, blue, out=least), torch.maximum(largest, blue, out=largest)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from danet.attention import ChannelAttention, PositionAttention, channel_affinities
 from danet.devices import autocast
 from danet.errors import UserError
-from danet.evaluation.evaluate import available_branches
-from danet.evaluation.inference import Branch, views
+from danet.evaluation.inference import views
 from danet.evaluation.strips import most_likely_classes
+from danet.heads import Branch
 from danet.predict import Predictor, Segmentation, as_rgb
 
 FloatMap = npt.NDArray[np.float32]
@@ -94,7 +94,7 @@ class Inspection:
         self.metadata = predictor.model.metadata
         self._received: FloatMap | None = None
         self._receiving = threading.Lock()
-        names = available_branches(predictor.model)
+        names = predictor.model.branches
         pixels = torch.from_numpy(np.array(self.image)).permute(2, 0, 1).to(predictor.device)
         test = predictor.test.model_copy(
             update={"mode": "whole", "ratios": (1.0,), "ratios_of": "scale", "flip": False}

@@ -14,7 +14,6 @@ from danet.errors import UserError
 from danet.evaluation.evaluate import (
     Evaluation,
     PictureScore,
-    available_branches,
     check_classes,
     evaluate,
     merge,
@@ -35,7 +34,7 @@ def model() -> danet.DANet:
 
 def test_counts_every_labelled_pixel_once(model: danet.DANet) -> None:
     dataset = open_dataset("scenes", split="val")
-    branches = available_branches(model)
+    branches = model.branches
     segment = segment_with(model, TEST, "fp32", branches)
     result = evaluate(segment, dataset, branches=branches, indices=range(3))
     truth = np.concatenate([dataset[i].label.ravel() for i in range(3)])
@@ -83,13 +82,6 @@ def test_few_pictures_are_decoded_ahead(model: danet.DANet) -> None:
         evaluate(segment, Watched(), on_picture=lambda: scored.append(1))
     assert len(scored) == 10
     assert max(ahead) <= 4
-
-
-def test_branches_that_are_off_are_not_offered() -> None:
-    network = danet.DANet(
-        2, "test_resnet", pretrained_backbone=False, head_channels=8, key_channels=2, channel=False
-    )
-    assert available_branches(network) == ("fused", "position")
 
 
 def test_another_number_of_classes_is_refused(model: danet.DANet) -> None:

@@ -20,8 +20,8 @@ from danet.errors import UserError
 if TYPE_CHECKING:
     from danet.config import TestConfig
     from danet.evaluation.evaluate import Evaluation, Segment
-    from danet.evaluation.inference import Branch
     from danet.export.predictor import ExportedPredictor
+    from danet.heads import Branch
     from danet.model_folder import Metadata
     from danet.predict import Predictor
 
@@ -148,11 +148,11 @@ def _network_subject(
     flip: bool,
     branches: bool,
 ) -> _Subject:
-    from danet.evaluation.evaluate import available_branches, segment_with
+    from danet.evaluation.evaluate import segment_with
 
     model = predictor.model
     test = _changed_test(predictor.test, mode, multi_scale, flip)
-    wanted = available_branches(model) if branches else ("fused",)
+    wanted = model.branches if branches else ("fused",)
     return _Subject(
         segment_with(model, test, precision, wanted),
         model.metadata,

@@ -18,9 +18,10 @@ from danet.config import TestConfig
 from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
 from danet.devices import autocast
 from danet.errors import UserError
-from danet.evaluation.inference import Branch, predict_classes
+from danet.evaluation.inference import predict_classes
 from danet.evaluation.metrics import Scores, confusion_matrix, scores
 from danet.evaluation.report import Case
+from danet.heads import Branch
 from danet.model import DANet
 from danet.model_folder import Metadata
 
@@ -90,14 +91,6 @@ def check_classes(
             f"{spec.classes[first]!r}; the scores are right only if these are the same classes "
             "in the same order"
         )
-
-
-def available_branches(model: DANet) -> tuple[Branch, ...]:
-    """The classifiers that the model has."""
-    branches: list[Branch] = ["fused"]
-    branches += ["position"] if model.config.position else []
-    branches += ["channel"] if model.config.channel else []
-    return tuple(branches)
 
 
 Segment = Callable[[Sample], Sequence[Tensor]]

@@ -6,7 +6,6 @@ Shapes: P pictures, R branches, K classes, V views, H W the picture, h w the fea
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +23,8 @@ from danet.evaluation.strips import (
     most_likely_classes,
     require_finite,
 )
+from danet.heads import Branch
 from danet.model import DANet
-
-Branch = Literal["fused", "position", "channel"]
 
 
 @torch.no_grad()

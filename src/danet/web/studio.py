@@ -18,8 +18,8 @@ from PIL import Image
 from danet.data.images import PictureTooLarge, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
-from danet.evaluation.inference import Branch
 from danet.figure import DISAGREEMENT_COLOR, attention_overlay
+from danet.heads import Branch
 from danet.inspection import Inspection, Point
 from danet.predict import OVERLAY_OPACITY, Predictor
 

@@ -57,7 +57,7 @@ def evaluate(
 
     An exported .onnx or .xml file is scored as it predicts: whole pictures at its own scale.
     """
-    from danet.atomic import require_writable_files
+    from danet.atomic import require_writable_files, write_json
     from danet.data import open_dataset
     from danet.evaluation import evaluate as evaluation
     from danet.evaluation.submission import submission_writer
@@ -100,7 +100,7 @@ def evaluate(
         return
     if json_file is not None:
         protocol = {"dataset": name, "split": split, "test": subject.test}
-        evaluation.write_json(json_file, {**evaluation.scores_as_json(result), **protocol})
+        write_json(json_file, {**evaluation.scores_as_json(result), **protocol})
     if report is not None:
         from danet.evaluation.report import write_report
 

@@ -1,11 +1,9 @@
 """Scoring a model on a dataset."""
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from danet.atomic import replacing
 from danet.config import TestConfig
 from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
 from danet.devices import autocast
@@ -211,9 +208,3 @@ def scores_as_json(evaluation: Evaluation) -> dict[str, Any]:
         "classes": list(names),
         "images": len(evaluation.pictures),
     }
-
-
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Writes scores, and what else was asked to go with them."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from danet.cli.options import Compile, Device, Overrides, Precision, Recipe, check_precision
+from danet.cli.options import Compile, Device, Overrides, Precision, Recipe
 from danet.errors import UserError
 
 
@@ -54,7 +54,6 @@ def bench(
     from danet.config import load_recipe
     from danet.devices import choose_device, memory_limit, uses_bfloat16
 
-    check_precision(precision)
     how = {"peer": peer, "rounds": rounds, "repeats": repeats}
     given = [f"--{name}" for name, value in {**how, "compile": compile_graph}.items() if value]
     if estimate and given:

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from danet.choices import TestMode
 from danet.cli.options import (
     Compile,
     Device,
     ModelOrFile,
     Precision,
-    check_precision,
     open_exported,
     own_device,
     say_on_stderr,
@@ -31,7 +31,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Dataset; the model's own unless given.")] = None,
     root: Annotated[Path | None, typer.Option(help="The folder of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "val",
-    mode: Annotated[str | None, typer.Option(help="whole or slide.")] = None,
+    mode: Annotated[TestMode | None, typer.Option(help="whole or slide.")] = None,
     multi_scale: Annotated[
         bool, typer.Option("--multi-scale", help="Average over the six published scales.")
     ] = False,
@@ -66,7 +66,6 @@ def evaluate(
     from danet.progress import ProgressReport
     from danet.training.checkpoint import RunFolder
 
-    check_precision(precision)
     share = Share.from_environment()
     if share.rank == 0:
         require_writable_files(json_file, report)
@@ -186,8 +185,6 @@ def _changed_test(
 ) -> "TestConfig":
     from danet.config import PUBLISHED_RATIOS
 
-    if mode not in (None, "whole", "slide"):
-        raise UserError(f"--mode {mode}: use whole or slide")
     changes: dict[str, Any] = {} if mode is None else {"mode": mode}
     if multi_scale:
         changes["ratios"] = PUBLISHED_RATIOS

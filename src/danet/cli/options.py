@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from danet import choices
 from danet.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -21,16 +22,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's key.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+Precision = Annotated[choices.Precision, typer.Option(help="auto, fp32 or bf16.")]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")
 ]
-
-
-def check_precision(precision: str) -> None:
-    """Raises a UserError unless it is a precision."""
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--precision {precision}: use auto, fp32 or bf16")
 
 
 def own_device(device: str, share: "Share") -> str:

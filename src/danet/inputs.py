@@ -8,15 +8,13 @@ from typing import NamedTuple
 
 from danet.data.images import IMAGE_SUFFIXES
 from danet.errors import UserError, explaining_lookup
-from danet.jsonl import read_whole_lines
+from danet.manifest import earlier_results
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"}
 )
 """Files that `danet predict` takes for films."""
 TAR_SUFFIX = ".tar"
-RESULT_KINDS = ("mask", "overlay", "frames")
-"""What a manifest's line may name: files, and the folder of a film's masks."""
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
@@ -90,7 +88,7 @@ def find_inputs(
     """
     found: dict[Path, None] = {}
     problems: list[str] = []
-    earlier = set() if results is None else _earlier_results(results)
+    earlier = set() if results is None else earlier_results(results)
     for text in _unlisted(inputs, problems):
         try:
             matches = _matches(text)
@@ -146,17 +144,6 @@ def _overwriting(named: Sequence[Input], results: Path) -> dict[Input, Input]:
             known += [archive for archive, member in archives if member.match(path.name)]
         found |= dict.fromkeys(known, one)
     return found
-
-
-def _earlier_results(folder: Path) -> set[Path]:
-    """The files, and of films the folders of masks, that the manifests tell of."""
-    return {
-        folder.resolve() / str(line[kind])
-        for manifest in folder.glob("manifest*.jsonl")
-        for line in read_whole_lines(manifest)
-        for kind in RESULT_KINDS
-        if kind in line
-    }
 
 
 def _is_file(text: str) -> bool:

@@ -1,9 +1,8 @@
 """Scoring a model on a dataset."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from danet.evaluation.report import Case
 from danet.heads import Branch
 from danet.model import DANet
 from danet.model_folder import Metadata
+from danet.threads import map_ahead
 
 _READERS = 2
 """Threads that decode, and pictures that wait decoded."""
@@ -154,14 +154,7 @@ def _read_ahead(
 ) -> Iterator[tuple[int, Sample]]:
     """The pictures in order, the next ones decoded while one is segmented."""
     with ThreadPoolExecutor(_READERS) as pool:
-        ahead: deque[tuple[int, Future[Sample]]] = deque()
-        for index in indices:
-            ahead.append((index, pool.submit(dataset.__getitem__, index)))
-            if len(ahead) > _READERS:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for index, future in ahead:
-            yield index, future.result()
+        yield from map_ahead(pool, dataset.__getitem__, indices, _READERS)
 
 
 def report_cases(

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writing files that appear whole or not at all."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from danet.errors import explaining_os_error
 
 
 def explaining(path: Path) -> AbstractContextManager[None]:
-    """Tells what cannot be written."""
+    """Turns an OSError into a UserError that says what cannot be written."""
     return explaining_os_error(
         path, "cannot be written", "choose a folder with space that you may write to"
     )

@@ -1,8 +1,8 @@
-"""Segmenting all that was given: pictures decoded ahead and batched by size, films frame by frame.
+"""Segmenting many inputs: pictures decoded ahead and batched by size, films frame by frame.
 
-Each gets a line in a manifest. Several processes started by torchrun share the work; each writes a
-manifest of its own. A rerun passes over what an earlier one finished with the same model, if the
-input is still the same file and no later run wrote over its results.
+Each item gets a line in a manifest. Several processes started by torchrun share the work, and each
+writes its own manifest. A rerun skips what an earlier run finished with the same model, if the
+input is still the same file and no later run overwrote its results.
 """
 
 import errno
@@ -30,7 +30,7 @@ from danet.threads import map_ahead
 BATCH = 4
 """Pictures of one size that go through the network together."""
 DECODED_AHEAD = 16
-"""Decoded pictures that wait for others of their size at most; half as many again are decoded."""
+"""Most decoded pictures that wait for others of their size; half as many again are decoded."""
 _THREADS = 2
 _LONGEST_NAME = 100
 
@@ -54,11 +54,11 @@ class WorkItem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a picture or film.
+    """The outcome for one picture or film.
 
     Attributes:
         error: why it, or the rest of a film, could not be segmented; None if it was.
-        written: whether anything was, this time.
+        written: whether this run wrote any result.
     """
 
     item: WorkItem
@@ -76,14 +76,14 @@ def segment_inputs(
     share: Share,
     on_frame: Callable[[Path, int], None],
 ) -> Iterator[Outcome]:
-    """Segments this process's share of pictures, tar archives and films, and tells of each.
+    """Segments this process's share of pictures, tar archives and films, yielding each outcome.
 
     The manifest names the model by its fingerprint and each input by its `Origin`, so that results
-    of other models and of other files of the same name are made anew.
+    of other models, or of other files of the same name, are computed again.
 
     Args:
-        frame_masks: write the masks of films' frames too where `overlay` makes films.
-        on_frame: called after each frame of a film with how many frames the film announces.
+        frame_masks: with `overlay`, write the masks of films' frames too.
+        on_frame: called after each frame with the film and its announced number of frames.
     """
     pictures = list_pictures([one for one in inputs if not one.is_film], overlay=overlay)
     masks = frame_masks or not overlay
@@ -113,7 +113,7 @@ def _film(film: Input, *, overlay: bool, masks: bool) -> WorkItem:
 
 
 def _origin_of(path: Path) -> Origin:
-    """Raises a UserError where the file cannot be looked up."""
+    """The origin of a file; raises a UserError if it cannot be looked up."""
     try:
         found = path.stat()
         return Origin(str(path.resolve()), found.st_size, found.st_mtime_ns)
@@ -156,7 +156,7 @@ def _segment_film(
 def _write_film(
     predictor: Segmenter, film: WorkItem, folder: Path, on_frame: Callable[[Path, int], None]
 ) -> str | None:
-    """Returns what could not be read of it."""
+    """Returns why the rest of a film could not be read; None if all of it was."""
     path = Path(film.name)
     try:
         from danet.video import segment_video  # noqa: PLC0415 - few have what it needs
@@ -174,10 +174,10 @@ def _write_film(
 
 
 def list_pictures(inputs: Sequence[Input], *, overlay: bool) -> Iterator[WorkItem]:
-    """The pictures that files hold: themselves, or the pictures in tar archives.
+    """Lists the pictures in files: the files themselves, or the members of tar archives.
 
     Args:
-        overlay: their overlays are wanted beside their masks.
+        overlay: whether overlays are to be written besides masks.
     """
     for one in inputs:
         path, stem = one
@@ -245,7 +245,7 @@ def _is_done(item: WorkItem, folder: Path, finished: dict[str, Origin]) -> bool:
 def _decode(
     picture: WorkItem, folder: Path, finished: dict[str, Origin]
 ) -> Image.Image | str | None:
-    """The picture, or what is wrong with it, or None if it was finished before."""
+    """The decoded picture, an error message, or None if an earlier run finished it."""
     if _is_done(picture, folder, finished):
         return None
     try:
@@ -293,7 +293,7 @@ def _segment_batch(
 
 
 def _written(picture: WorkItem, future: Future[None]) -> Outcome:
-    """What became of a picture; raises a UserError if the next one would fare the same."""
+    """The outcome of writing a picture; raises a UserError that would stop the next one too."""
     try:
         future.result()
     except UserError as error:

@@ -1,7 +1,7 @@
-"""The manifest of `danet predict`: what became of each input, one JSON object a line.
+"""The manifest of `danet predict`: the outcome of each input, one JSON object a line.
 
-It lies in the folder of the results. Each of several processes that share the work appends to a
-manifest of its own; all of them are read. A line has the keys
+It is in the folder of the results. Each of several processes that share the work appends to its
+own manifest; all of them are read. A line has the keys
 
     input       the item's name
     model       the model's fingerprint
@@ -30,7 +30,7 @@ _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
 class Origin(NamedTuple):
-    """Tells a file from others of its name, and from what it was before a change.
+    """Distinguishes a file from others of the same name, and from earlier versions of itself.
 
     Attributes:
         path: resolved; of a picture in a tar archive the archive's, and the member's name.
@@ -111,9 +111,9 @@ def earlier_results(folder: Path) -> set[Path]:
 def finished_results(folder: Path, model: str) -> dict[str, Origin]:
     """The results that this model wrote last, by name, each with the origin of its item.
 
-    A result's last line counts, whichever manifest it is in: another model, or another input of the
-    same name, may have written over what an earlier line tells of. Lines of danet before it noted
-    an input's origin prove nothing, so what they tell of is segmented again.
+    The last line of a result counts, whichever manifest it is in: another model, or another input
+    of the same name, may have overwritten the result of an earlier line. Lines of older versions of
+    danet, which have no origin, do not count as finished.
     """
     last: dict[str, tuple[str, Origin | None]] = {}
     for line in _lines(folder):

@@ -23,11 +23,16 @@ from danet.model_folder import Metadata
 from danet.threads import map_ahead
 
 _READERS = 2
-"""Threads that decode, and pictures that wait decoded."""
+"""Number of decoding threads, and of pictures decoded ahead."""
 
 
 class PictureScore(NamedTuple):
-    """How one picture of the split went; `accuracy` is nan where nothing is labelled."""
+    """The accuracy on one picture of the split.
+
+    Attributes:
+        position: index of the picture in the split.
+        accuracy: share of the labelled pixels that are right, 0..1; nan if none is labelled.
+    """
 
     position: int
     name: str
@@ -35,11 +40,11 @@ class PictureScore(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The outcome on a split.
+    """The confusion matrices of a split.
 
     Attributes:
-        confusion: per branch K K int64, rows are the truth.
-        pictures: one entry per picture, in the split's order.
+        confusion: K K int64 pixel counts of each branch; rows are the true classes.
+        pictures: one entry for each picture, in the order of the split.
     """
 
     spec: DatasetSpec
@@ -51,7 +56,7 @@ class Evaluation(NamedTuple):
 
 
 def merge(shares: Sequence[Evaluation]) -> Evaluation:
-    """The evaluation of a split of which each share saw other pictures."""
+    """Adds up evaluations of disjoint parts of one split."""
     return Evaluation(
         shares[0].spec,
         {
@@ -65,13 +70,14 @@ def merge(shares: Sequence[Evaluation]) -> Evaluation:
 def check_classes(
     metadata: Metadata, spec: DatasetSpec, say: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Checks that a model's classes can be the dataset's, which are compared by their ids.
+    """Checks that a model has as many classes as the dataset; scoring compares class ids.
 
     Args:
-        say: is told where names differ. It is no error, for the same classes have many spellings.
+        say: called with a note if class names differ. That is not an error, because the same class
+            may be spelt in several ways.
 
     Raises:
-        UserError: the model has another number of classes.
+        UserError: the numbers of classes differ.
     """
     if len(metadata.classes) != spec.num_classes:
         raise UserError(
@@ -91,13 +97,17 @@ def check_classes(
 
 
 Segment = Callable[[Sample], Sequence[Tensor]]
-"""What is scored: a picture to its label maps, H W uint8, one for each branch."""
+"""Maps a picture to its predicted label maps, H W uint8, one for each branch."""
 
 
 def segment_with(
     model: DANet, test: TestConfig, precision: str = "auto", branches: Sequence[Branch] = ("fused",)
 ) -> Segment:
-    """Segmenting by a model, in evaluation mode and on the device to compute on."""
+    """A function that segments pictures with a network.
+
+    Args:
+        model: in evaluation mode and on the device to compute on.
+    """
     device = next(model.parameters()).device
 
     @torch.inference_mode()
@@ -118,14 +128,14 @@ def evaluate(
     on_picture: Callable[[], None] = lambda: None,
     write_prediction: Callable[[str, npt.NDArray[np.uint8]], None] | None = None,
 ) -> Evaluation:
-    """Segments pictures and counts every labelled pixel.
+    """Segments the pictures of a split and counts the labelled pixels in confusion matrices.
 
     Args:
-        segment: predicts the dataset's classes; see `check_classes`.
-        branches: those that `segment` gives label maps of.
-        indices: the pictures to score; all where None.
+        segment: predicts class ids of the dataset; see `check_classes`.
+        branches: the branches whose label maps `segment` returns, in order.
+        indices: positions of the pictures to score; None for all.
         on_picture: called after each picture.
-        write_prediction: takes each picture's name and its H W class ids.
+        write_prediction: called with each picture's name and its H W uint8 class ids.
 
     Raises:
         UserError: a picture or label cannot be read.
@@ -152,7 +162,7 @@ def evaluate(
 def _read_ahead(
     dataset: SegmentationDataset, indices: Iterable[int]
 ) -> Iterator[tuple[int, Sample]]:
-    """The pictures in order, the next ones decoded while one is segmented."""
+    """Yields the pictures in order; the next ones are decoded while one is segmented."""
     with ThreadPoolExecutor(_READERS) as pool:
         yield from map_ahead(pool, dataset.__getitem__, indices, _READERS)
 
@@ -165,7 +175,11 @@ def report_cases(
     worst: int = 8,
     others: int = 4,
 ) -> list[Case]:
-    """Segments again the worst pictures and some that are evenly spread over the rest."""
+    """Segments the worst pictures again, and some that are spread evenly over the others.
+
+    Args:
+        worst, others: numbers of pictures.
+    """
     ranked = sorted((p for p in pictures if not math.isnan(p.accuracy)), key=lambda p: p.accuracy)
     rest = ranked[worst:]
     spread = [rest[(2 * i + 1) * len(rest) // (2 * others)] for i in range(others)] if rest else []
@@ -178,7 +192,7 @@ def report_cases(
 
 
 def scores_as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Scores as fractions in 0..1; None for a class that does not occur."""
+    """Scores as fractions in 0..1; None where a score is undefined, as for absent classes."""
 
     def fraction(value: float) -> float | None:
         return None if math.isnan(value) else value

@@ -40,7 +40,7 @@ _silent = functools.partial(ProgressReport, enabled=False)
 
 
 class _Subject(NamedTuple):
-    """What is scored.
+    """The model in the form that `evaluate` takes.
 
     Attributes:
         segment: maps a picture to a label map of each of `branches`.

@@ -34,7 +34,7 @@ with atheris.instrument_imports(include=["danet", "PIL", "yaml", "tarfile", "zip
     from scipy.io import savemat
 
     import danet
-    from danet import bulk, data, jsonl, video
+    from danet import bulk, data, jsonl, manifest, video
     from danet.config import load_recipe, recipe_names
     from danet.data import images, mat
     from danet.export.predictor import ExportedPredictor
@@ -216,7 +216,7 @@ def read_openvino(path: Path) -> None:
 
 def read_tar(path: Path) -> None:
     for picture in bulk.list_pictures([Input(path, "a")], overlay=False):
-        bulk._decode(picture)
+        bulk._decode(picture, path.parent, {})
 
 
 def read_zip(path: Path) -> None:
@@ -282,7 +282,7 @@ READERS = {
     ),
     "film": Reader("x.mp4", read_film, films),
     "manifest": Reader(
-        "manifest.jsonl", lambda p: bulk._finished(p.parent, "0", overlay=False), manifests
+        "manifest.jsonl", lambda p: manifest.finished_results(p.parent, "0"), manifests
     ),
     "metrics": Reader("metrics.jsonl", lambda p: list(jsonl.read_whole_lines(p)), manifests),
     "tar archive": Reader("x.tar", read_tar, lambda: archives("tar")),

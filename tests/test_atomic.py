@@ -1,10 +1,11 @@
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from danet.atomic import replacing, require_writable, require_writable_files
+from danet.atomic import replacing, require_writable, require_writable_files, write_json
 from danet.errors import UserError
 
 
@@ -17,6 +18,14 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         temporary.write_text("whole")
     assert target.read_text() == "whole"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_json_is_whole_and_ends_in_a_newline(tmp_path: Path) -> None:
+    tree = {"mIoU": None, "classes": ["a", "b"]}
+    write_json(tmp_path / "a.json", tree)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == tree
+    assert text.endswith("}\n")
 
 
 def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import danet
 import danet.bulk
-from danet.bulk import DECODED_AHEAD, Picture, segment_inputs
+from danet.bulk import DECODED_AHEAD, WorkItem, segment_inputs
 from danet.cli import app
 from danet.errors import UserError
 from danet.inputs import Input, find_inputs
@@ -247,7 +247,7 @@ def test_a_file_that_vanishes_is_an_error_line(
 ) -> None:
     real = danet.bulk.list_pictures
 
-    def vanishing(inputs: list[Input], *, overlay: bool) -> Iterator[Picture]:
+    def vanishing(inputs: list[Input], *, overlay: bool) -> Iterator[WorkItem]:
         (photos / "03.png").unlink()
         return real(inputs, overlay=overlay)
 

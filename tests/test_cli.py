@@ -223,8 +223,8 @@ def test_mistakes_are_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--mode", "tiles"), "--mode tiles"),
-        (("--precision", "fp8"), "--precision fp8"),
+        (("--mode", "tiles"), "'--mode': 'tiles' is not one of 'whole', 'slide'"),
+        (("--precision", "fp8"), "'fp8' is not one of 'auto', 'fp32', 'bf16'"),
         (("--device", "tpu"), "unknown"),
         (("--split", "dev"), "no split 'dev'"),
         (("--data", "camvid"), "data.root"),
@@ -356,8 +356,9 @@ def test_bench_probes_its_file_before_it_measures(
     [
         (("train", "demo", "--wrong"), "No such option: --wrong; see danet train --help"),
         (("nonsense",), "No such command 'nonsense'; see danet --help"),
-        (("export", "model"), "Missing option '--format'; see danet export --help"),
+        (("export", "model"), "Choose from: onnx, torch, openvino; see danet export --help"),
         (("bench", "--rounds", "abc"), "Invalid value for '--rounds'"),
+        (("export", "m", "--format=tflite", "--out=m.onnx"), "'tflite' is not one of 'onnx',"),
         (("data", "check"), "see danet data check --help"),
     ],
 )

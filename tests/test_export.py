@@ -263,7 +263,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "same class as the model on 100.00% of pixels" in done.output
     for arguments, message in [
-        (("--format", "tflite", "--out", "m.onnx"), "use onnx, torch, openvino"),
         (("--format", "onnx", "--out", "m.pt2"), "files end in .onnx"),
         (("--format", "onnx", "--out", "m.onnx", "--int8"), "--calibration INPUT"),
         (("--format", "onnx", "--out", "m.onnx", "--calibration", "x"), "--int8 goes with"),
@@ -275,3 +274,8 @@ def test_the_command(tmp_path: Path) -> None:
         failed = invoke(*arguments)
         assert isinstance(failed.exception, UserError), failed.output
         assert message in str(failed.exception)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="use onnx, torch, openvino"):
+        export(network(), tmp_path / "m.tflite", "tflite")  # type: ignore[arg-type]

@@ -55,6 +55,15 @@ def test_predict_logits_are_the_fused_ones_upsampled(align_corners: bool) -> Non
     torch.testing.assert_close(model.predict_logits(images), expected)
 
 
+@pytest.mark.parametrize("position", [True, False])
+@pytest.mark.parametrize("channel", [True, False])
+def test_branches_are_the_classifiers_that_give_logits(position: bool, channel: bool) -> None:
+    network = build(position=position, channel=channel).eval()
+    logits = network(torch.zeros(1, 3, 32, 32))
+    given = [name for name in ("fused", "position", "channel") if getattr(logits, name) is not None]
+    assert network.branches == tuple(given)
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     model = randomized(build())
     sum(part.square().sum() for part in model(torch.randn(2, 3, 64, 64))).backward()

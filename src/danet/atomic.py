@@ -1,18 +1,20 @@
-"""Files that appear whole or not at all."""
+"""Writing files that appear whole or not at all."""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from danet.errors import explaining_os_error
 
 
 def explaining(path: Path) -> AbstractContextManager[None]:
-    """Tells what cannot be written."""
+    """Turns an OSError into a UserError that says what cannot be written."""
     return explaining_os_error(
         path, "cannot be written", "choose a folder with space that you may write to"
     )
@@ -39,6 +41,16 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Writes an indented JSON object.
+
+    Raises:
+        UserError: as `replacing`.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def _temporary(path: Path) -> Path:

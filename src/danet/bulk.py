@@ -1,67 +1,49 @@
-"""Segmenting all that was given: pictures decoded ahead and batched by size, films frame by frame.
+"""Segmenting many inputs: pictures decoded ahead and batched by size, films frame by frame.
 
-Each gets a line in a manifest. Several processes started by torchrun share the work; each writes a
-manifest of its own. A rerun passes over what an earlier one finished with the same model, if the
-input is still the same file and no later run wrote over its results.
+Each item gets a line in a manifest. Several processes started by torchrun share the work, and each
+writes its own manifest. A rerun skips what an earlier run finished with the same model, if the
+input is still the same file and no later run overwrote its results.
 """
 
-import datetime
 import errno
-import json
-import os
 import tarfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from danet.atomic import explaining
 from danet.data.archives import MAX_FILE_BYTES
 from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
-from danet.inputs import RESULT_KINDS, Input, film_results, member_stem, picture_results
-from danet.jsonl import read_whole_lines
+from danet.inputs import Input, film_results, member_stem, picture_results
+from danet.manifest import Manifest, Origin, finished_results
 from danet.predict import Segmenter, write_segmentation
 from danet.processes import Share
+from danet.threads import map_ahead
 
 BATCH = 4
 """Pictures of one size that go through the network together."""
 DECODED_AHEAD = 16
-"""Decoded pictures that wait for others of their size at most; half as many again are decoded."""
+"""Most decoded pictures that wait for others of their size; half as many again are decoded."""
 _THREADS = 2
 _LONGEST_NAME = 100
-_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
-class Origin(NamedTuple):
-    """Tells a file from others of its name, and from what it was before a change.
-
-    Attributes:
-        path: resolved; of a picture in a tar archive the archive's, and the member's name.
-        size: bytes of the file, or of the archive.
-        mtime_ns: when that was last modified, nanoseconds since the epoch.
-    """
-
-    path: str
-    size: int
-    mtime_ns: int
-
-
-class Picture(NamedTuple):
-    """A picture, or a film, to segment.
+class WorkItem(NamedTuple):
+    """A picture or a film to segment.
 
     Attributes:
-        name: what it is called in the manifest.
-        stem: of its results' names.
+        name: in the manifest.
+        stem: the beginning of its results' names.
         source: its path, its bytes, or what is wrong with it.
-        origin: None of what cannot be read.
-        results: what is to be written, by its kind (`RESULT_KINDS`).
+        origin: None where it cannot be looked up.
+        results: the names of what is to be written, by kind (`RESULT_KINDS`).
     """
 
     name: str
@@ -72,14 +54,14 @@ class Picture(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a picture or film.
+    """The outcome for one picture or film.
 
     Attributes:
         error: why it, or the rest of a film, could not be segmented; None if it was.
-        written: whether anything was, this time.
+        written: whether this run wrote any result.
     """
 
-    picture: Picture
+    item: WorkItem
     error: str | None
     written: bool
 
@@ -94,42 +76,44 @@ def segment_inputs(
     share: Share,
     on_frame: Callable[[Path, int], None],
 ) -> Iterator[Outcome]:
-    """Segments this process's share of pictures, tar archives and films, and tells of each.
+    """Segments this process's share of pictures, tar archives and films, yielding each outcome.
 
     The manifest names the model by its fingerprint and each input by its `Origin`, so that results
-    of other models and of other files of the same name are made anew.
+    of other models, or of other files of the same name, are computed again.
 
     Args:
-        frame_masks: write the masks of films' frames too where `overlay` makes films.
-        on_frame: called after each frame of a film with how many frames the film announces.
+        frame_masks: with `overlay`, write the masks of films' frames too.
+        on_frame: called after each frame with the film and its announced number of frames.
     """
     pictures = list_pictures([one for one in inputs if not one.is_film], overlay=overlay)
     masks = frame_masks or not overlay
     films = [_film(one, overlay=overlay, masks=masks) for one in inputs if one.is_film]
     model = predictor.fingerprint()
-    finished = _finished(folder, model)
+    finished = finished_results(folder, model)
     own_pictures = islice(pictures, share.rank, None, share.processes)
     own_films = films[share.rank :: share.processes]
-    with _Manifest(_manifest_path(folder, share)) as manifest:
+    with Manifest(folder, share, model) as manifest:
         for outcome in chain(
             _segment_pictures(predictor, own_pictures, folder, finished),
             _segment_films(predictor, own_films, folder, finished, on_frame),
         ):
-            _note(outcome, manifest, model)
+            item, error, written = outcome
+            if written or error is not None:  # else it was finished before, and has its line
+                manifest.append(item.name, item.origin, item.results if written else {}, error)
             yield outcome
 
 
-def _film(film: Input, *, overlay: bool, masks: bool) -> Picture:
+def _film(film: Input, *, overlay: bool, masks: bool) -> WorkItem:
     path, stem = film
     results = film_results(stem, overlay=overlay, masks=masks)
     try:
-        return Picture(str(path), stem, path, _origin_of(path), results)
+        return WorkItem(str(path), stem, path, _origin_of(path), results)
     except UserError as error:
-        return Picture(str(path), stem, error, None, results)
+        return WorkItem(str(path), stem, error, None, results)
 
 
 def _origin_of(path: Path) -> Origin:
-    """Raises a UserError where the file cannot be looked up."""
+    """The origin of a file; raises a UserError if it cannot be looked up."""
     try:
         found = path.stat()
         return Origin(str(path.resolve()), found.st_size, found.st_mtime_ns)
@@ -139,7 +123,7 @@ def _origin_of(path: Path) -> Origin:
 
 def _segment_films(
     predictor: Segmenter,
-    films: Sequence[Picture],
+    films: Sequence[WorkItem],
     folder: Path,
     finished: dict[str, Origin],
     on_frame: Callable[[Path, int], None],
@@ -152,7 +136,7 @@ def _segment_films(
 
 
 def _segment_film(
-    predictor: Segmenter, film: Picture, folder: Path, on_frame: Callable[[Path, int], None]
+    predictor: Segmenter, film: WorkItem, folder: Path, on_frame: Callable[[Path, int], None]
 ) -> Outcome:
     try:
         if isinstance(film.source, UserError):
@@ -170,9 +154,9 @@ def _segment_film(
 
 
 def _write_film(
-    predictor: Segmenter, film: Picture, folder: Path, on_frame: Callable[[Path, int], None]
+    predictor: Segmenter, film: WorkItem, folder: Path, on_frame: Callable[[Path, int], None]
 ) -> str | None:
-    """Returns what could not be read of it."""
+    """Returns why the rest of a film could not be read; None if all of it was."""
     path = Path(film.name)
     try:
         from danet.video import segment_video  # noqa: PLC0415 - few have what it needs
@@ -189,26 +173,26 @@ def _write_film(
     ).problem
 
 
-def list_pictures(inputs: Sequence[Input], *, overlay: bool) -> Iterator[Picture]:
-    """The pictures that files hold: themselves, or the pictures in tar archives.
+def list_pictures(inputs: Sequence[Input], *, overlay: bool) -> Iterator[WorkItem]:
+    """Lists the pictures in files: the files themselves, or the members of tar archives.
 
     Args:
-        overlay: their overlays are wanted beside their masks.
+        overlay: whether overlays are to be written besides masks.
     """
     for one in inputs:
         path, stem = one
         try:
             origin = _origin_of(path)
         except UserError as error:
-            yield Picture(str(path), stem, error, None, {})
+            yield WorkItem(str(path), stem, error, None, {})
             continue
         if one.is_archive:
             yield from _pictures_of_tar(path, stem, origin, overlay)
         else:
-            yield Picture(str(path), stem, path, origin, picture_results(stem, overlay=overlay))
+            yield WorkItem(str(path), stem, path, origin, picture_results(stem, overlay=overlay))
 
 
-def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> Iterator[Picture]:
+def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> Iterator[WorkItem]:
     try:
         with tarfile.open(path) as archive:
             for index, member in enumerate(archive):
@@ -226,18 +210,19 @@ def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> 
                     assert file is not None
                     source = file.read()
                 results = picture_results(own, overlay=overlay)
-                yield Picture(f"{path}:{member.name}", own, source, origin, results)
+                yield WorkItem(f"{path}:{member.name}", own, source, origin, results)
     except (tarfile.TarError, OSError, EOFError) as error:
         problem = UserError(f"{path}: damaged or no tar archive ({error})")
-        yield Picture(str(path), stem, problem, None, {})
+        yield WorkItem(str(path), stem, problem, None, {})
 
 
 def _segment_pictures(
-    predictor: Segmenter, pictures: Iterator[Picture], folder: Path, finished: dict[str, Origin]
+    predictor: Segmenter, pictures: Iterator[WorkItem], folder: Path, finished: dict[str, Origin]
 ) -> Iterator[Outcome]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        waiting: dict[tuple[int, int], list[tuple[Picture, Image.Image]]] = {}
-        for picture, image in _decoded(pictures, folder, finished, pool):
+        waiting: dict[tuple[int, int], list[tuple[WorkItem, Image.Image]]] = {}
+        decode = partial(_decode, folder=folder, finished=finished)
+        for picture, image in map_ahead(pool, decode, pictures, BATCH * 2 - 1):
             if image is None or isinstance(image, str):
                 yield Outcome(picture, image, written=False)
                 continue
@@ -250,106 +235,19 @@ def _segment_pictures(
             yield from _segment_batch(predictor, batch, folder, pool)
 
 
-def _manifest_path(folder: Path, share: Share) -> Path:
-    suffix = f"-{share.rank}-of-{share.processes}" if share.processes > 1 else ""
-    return folder / f"manifest{suffix}.jsonl"
-
-
-class _Manifest:
-    """A file to whose end whole lines are written at once; use as a context manager.
-
-    Raises:
-        UserError: it cannot be written, or is a link, which may lead anywhere.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with explaining(path):
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666)
-            last = b"\n"
-            if os.lseek(self._file, 0, os.SEEK_END) > 0:
-                os.lseek(self._file, -1, os.SEEK_END)
-                last = os.read(self._file, 1)
-        # A process that was killed, or a full disk, may have left a line unfinished.
-        self._separator = b"" if last == b"\n" else b"\n"
-
-    def __enter__(self) -> "_Manifest":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
-
-    def write(self, entry: dict[str, str | int]) -> None:
-        line = self._separator + json.dumps(entry).encode() + b"\n"
-        with explaining(self.path):
-            if os.write(self._file, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._separator = b""
-
-
-def _note(outcome: Outcome, manifest: _Manifest, model: str) -> None:
-    """A line of the manifest, but for what was finished before."""
-    picture, error, written = outcome
-    if not written and error is None:
-        return
-    line: dict[str, str | int] = {"input": picture.name, "model": model}
-    line |= {"status": "ok"} if error is None else {"status": "error", "error": error}
-    line |= picture.results if written else {}
-    line["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-    line |= {} if picture.origin is None else picture.origin._asdict()
-    manifest.write(line)
-
-
-def _finished(folder: Path, model: str) -> dict[str, Origin]:
-    """The results that this model made last, and of what, as earlier runs' manifests say.
-
-    A result's last line counts, whichever manifest it is in: another model, or another input of the
-    same name, may have written over what an earlier line tells of. Lines of danet before it noted
-    an input's origin prove nothing, so what they tell of is segmented again.
-    """
-    last: dict[str, tuple[str, Origin | None]] = {}
-    for path in folder.glob("manifest*.jsonl"):
-        for entry in read_whole_lines(path):
-            time = str(entry.get("time", ""))
-            valid = entry.get("status") == "ok" and entry.get("model") == model
-            for kind in RESULT_KINDS:
-                result = str(entry.get(kind))
-                if kind in entry and time >= last.get(result, ("", None))[0]:
-                    last[result] = time, _origin(entry) if valid else None
-    return {result: origin for result, (_, origin) in last.items() if origin is not None}
-
-
-def _is_done(picture: Picture, folder: Path, finished: dict[str, Origin]) -> bool:
-    return picture.origin is not None and all(
-        finished.get(result) == picture.origin and (folder / result).exists()
-        for result in picture.results.values()
+def _is_done(item: WorkItem, folder: Path, finished: dict[str, Origin]) -> bool:
+    return item.origin is not None and all(
+        finished.get(result) == item.origin and (folder / result).exists()
+        for result in item.results.values()
     )
 
 
-def _origin(entry: dict[str, Any]) -> Origin | None:
-    known = all(name in entry for name in Origin._fields)
-    return Origin(*(entry[name] for name in Origin._fields)) if known else None
-
-
-def _decoded(
-    pictures: Iterator[Picture],
-    folder: Path,
-    finished: dict[str, Origin],
-    pool: ThreadPoolExecutor,
-) -> Iterator[tuple[Picture, Image.Image | str | None]]:
-    """Each picture decoded, or what is wrong with it, or None if it was finished before."""
-    ahead: deque[tuple[Picture, Future[Image.Image | str] | None]] = deque()
-    for picture in pictures:
-        done = _is_done(picture, folder, finished)
-        ahead.append((picture, None if done else pool.submit(_decode, picture)))
-        if len(ahead) >= BATCH * 2:
-            first, future = ahead.popleft()
-            yield first, None if future is None else future.result()
-    for picture, future in ahead:
-        yield picture, None if future is None else future.result()
-
-
-def _decode(picture: Picture) -> Image.Image | str:
+def _decode(
+    picture: WorkItem, folder: Path, finished: dict[str, Origin]
+) -> Image.Image | str | None:
+    """The decoded picture, an error message, or None if an earlier run finished it."""
+    if _is_done(picture, folder, finished):
+        return None
     try:
         if isinstance(picture.source, UserError):
             raise picture.source
@@ -361,7 +259,7 @@ def _decode(picture: Picture) -> Image.Image | str:
 
 def _segment_batch(
     predictor: Segmenter,
-    batch: Sequence[tuple[Picture, Image.Image]],
+    batch: Sequence[tuple[WorkItem, Image.Image]],
     folder: Path,
     pool: ThreadPoolExecutor,
 ) -> list[Outcome]:
@@ -394,8 +292,8 @@ def _segment_batch(
     return [_written(picture, one) for (picture, _), one in zip(batch, written, strict=True)]
 
 
-def _written(picture: Picture, future: Future[None]) -> Outcome:
-    """What became of a picture; raises a UserError if the next one would fare the same."""
+def _written(picture: WorkItem, future: Future[None]) -> Outcome:
+    """The outcome of writing a picture; raises a UserError that would stop the next one too."""
     try:
         future.result()
     except UserError as error:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, g
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from danet.choices import DeviceName, Precision, TestMode
 from danet.errors import UserError
 
 Size = tuple[Annotated[int, Field(ge=1, le=65_536)], Annotated[int, Field(ge=1, le=65_536)]]
@@ -148,7 +149,7 @@ class TrainConfig(Section):
     """Keep at least this many pixels per picture of the batch, the hardest ones."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Average the weights with this decay per step, and keep the average as the model."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """auto: bfloat16 autocast where the device computes in it."""
     activation_checkpointing: bool | Literal["early"] = False
     """Keep only the inputs of the backbone's blocks and recompute the rest in the backward pass:
@@ -156,7 +157,7 @@ class TrainConfig(Section):
     quarters of the extra time and save a quarter of the memory."""
     compile: bool = False
     """Compile backbone and branches at the first step; takes minutes, pays in long runs."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: DeviceName = "auto"
     devices: int = Field(1, ge=1)
     """Processes on this machine, one per device."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -195,7 +196,7 @@ class TestConfig(Section):
 
     __test__ = False  # pytest would take the class for tests
 
-    mode: Literal["whole", "slide"] = "whole"
+    mode: TestMode = "whole"
     scale: Size | None = None
     """Bounds (long side, short side) that the picture is fitted into; none: its own size."""
     window: Size = (512, 512)

@@ -3,10 +3,11 @@
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import torch
 
+from danet.choices import Precision
 from danet.errors import UserError
 from danet.kernels.cpu import multiplies_bfloat16_fast
 
@@ -14,9 +15,6 @@ try:
     import resource
 except ModuleNotFoundError:  # Windows, which has no such limits
     resource = None  # type: ignore[assignment]
-
-DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -59,7 +57,7 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     Raises:
         UserError: the precision is none of auto, fp32 and bf16.
     """
-    if precision not in ("auto", "fp32", "bf16"):
+    if precision not in get_args(Precision):
         raise UserError(f"precision {precision}: use auto, fp32 or bf16")
     if precision != "auto":
         return precision == "bf16"

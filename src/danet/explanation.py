@@ -9,7 +9,7 @@ from PIL import Image
 
 from danet.atomic import replacing
 from danet.errors import UserError
-from danet.evaluation.inference import Branch
+from danet.heads import Branch
 from danet.inspection import ChannelMap, FloatMap, Inspection, PixelScore, Point
 from danet.model import DANet
 from danet.palette import Color

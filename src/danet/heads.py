@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, K classes, h w the feature map's height and width.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,6 +11,8 @@ from danet.attention import Affinity, ChannelAttention, PositionAttention
 
 DROPOUT = 0.1
 """Share of channels dropped before every classifier (authors' code and mmsegmentation)."""
+Branch = Literal["fused", "position", "channel"]
+"""A classifier of `DualAttentionHead`, by the field of `HeadLogits` that it gives."""
 
 
 class HeadLogits(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a command is given to segment, and what its results are called."""
+"""Finding the inputs of a command, and naming their results."""
 
 import re
 from collections import Counter
@@ -8,15 +8,13 @@ from typing import NamedTuple
 
 from danet.data.images import IMAGE_SUFFIXES
 from danet.errors import UserError, explaining_lookup
-from danet.jsonl import read_whole_lines
+from danet.manifest import earlier_results
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"}
 )
-"""Files that `danet predict` takes for films."""
+"""Suffixes of the files that `danet predict` treats as films."""
 TAR_SUFFIX = ".tar"
-RESULT_KINDS = ("mask", "overlay", "frames")
-"""What a manifest's line may name: files, and the folder of a film's masks."""
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
@@ -24,8 +22,8 @@ class Input(NamedTuple):
     """A file to segment.
 
     Attributes:
-        stem: of its results' names, which no other input has, but for films and pictures of one
-            name, whose results end differently.
+        stem: the beginning of its results' names; unique, except that a film and a picture may
+            share one, because their results end differently.
     """
 
     path: Path
@@ -41,56 +39,56 @@ class Input(NamedTuple):
 
 
 def mask_name(stem: str) -> str:
-    """Of a picture's class ids."""
+    """The file name of a picture's class ids."""
     return f"{stem}.png"
 
 
 def overlay_name(stem: str) -> str:
-    """Of a picture with the classes over it."""
+    """The file name of a picture overlaid with its classes."""
     return f"{stem}_overlay.jpg"
 
 
 def film_name(stem: str) -> str:
-    """Of a film with the classes over it; its frames' masks lie in a folder called as the stem."""
+    """The file name of a film overlaid with its classes."""
     return f"{stem}_overlay.mp4"
 
 
 def picture_results(stem: str, *, overlay: bool) -> dict[str, str]:
-    """What is written of a picture, by its kind (`RESULT_KINDS`)."""
+    """The names of a picture's results, by kind (`danet.manifest.RESULT_KINDS`)."""
     return {"mask": mask_name(stem)} | ({"overlay": overlay_name(stem)} if overlay else {})
 
 
 def film_results(stem: str, *, overlay: bool, masks: bool) -> dict[str, str]:
-    """What is written of a film, by its kind."""
+    """The names of a film's results, by kind; masks of frames are in a folder named by the stem."""
     return ({"overlay": film_name(stem)} if overlay else {}) | ({"frames": stem} if masks else {})
 
 
 def member_pattern(archive_stem: str) -> str:
-    """Of the beginnings of `member_stem`."""
+    """A regular expression for the beginning of `member_stem`."""
     return rf"{re.escape(archive_stem)}_\d{{6,}}_"
 
 
 def member_stem(archive_stem: str, index: int, name: str) -> str:
-    """Of the results of an archive's picture: with its number, for names may occur twice."""
+    """The stem of a picture in an archive; numbered, because names may occur twice."""
     return f"{archive_stem}_{index:06}_{name}"
 
 
 def find_inputs(
     inputs: Sequence[str], results: Path | None = None
 ) -> tuple[list[Input], list[str]]:
-    """The files that paths, folders and globs name, and a message for each that is wrong.
+    """Finds the files that paths, folders and globs name, with a message for each mistake.
 
     Folders are searched for pictures with all their subfolders. `@FILE` stands for the inputs that
     the file names, one a line.
 
     Args:
-        results: a folder whose files are no inputs where it is searched along with others, and of
-            which what earlier runs wrote, as their manifests say, never is. An input whose results
-            would be written over an input is wrong.
+        results: the folder for the results. Its files are skipped when a folder around it is
+            searched; files that earlier runs wrote there, by their manifests, are skipped in any
+            search. It is a mistake if an input's results would be written over an input.
     """
     found: dict[Path, None] = {}
     problems: list[str] = []
-    earlier = set() if results is None else _earlier_results(results)
+    earlier = set() if results is None else earlier_results(results)
     for text in _unlisted(inputs, problems):
         try:
             matches = _matches(text)
@@ -121,7 +119,7 @@ def _named(paths: Sequence[Path]) -> list[Input]:
 
 
 def _overwriting(named: Sequence[Input], results: Path) -> dict[Input, Input]:
-    """The inputs whose results may be written over an input, and over which.
+    """Maps each input whose results may be written over an input to the latter.
 
     Args:
         results: the folder, resolved.
@@ -148,24 +146,13 @@ def _overwriting(named: Sequence[Input], results: Path) -> dict[Input, Input]:
     return found
 
 
-def _earlier_results(folder: Path) -> set[Path]:
-    """The files, and of films the folders of masks, that the manifests tell of."""
-    return {
-        folder.resolve() / str(line[kind])
-        for manifest in folder.glob("manifest*.jsonl")
-        for line in read_whole_lines(manifest)
-        for kind in RESULT_KINDS
-        if kind in line
-    }
-
-
 def _is_file(text: str) -> bool:
     with explaining_lookup(text):
         return Path(text).is_file()
 
 
 def _searched(text: str) -> Path:
-    """The folder that is searched: itself, or what stands before a pattern; resolved."""
+    """The folder that is searched, resolved: the given one, or the part before a pattern."""
     parts = Path(text).parts
     plain = next((i for i, part in enumerate(parts) if _GLOB_CHARACTERS & set(part)), len(parts))
     folder = Path(text) if Path(text).exists() else Path(*parts[:plain])
@@ -175,7 +162,11 @@ def _searched(text: str) -> Path:
 def _without_results(
     matches: list[Path], results: Path, searched: Path, earlier: set[Path]
 ) -> list[Path]:
-    """The matches that are not results of earlier runs; all paths but the matches are resolved."""
+    """The matches that are not results of earlier runs.
+
+    Args:
+        results, searched, earlier: resolved paths; `matches` need not be.
+    """
     around = searched in results.parents
     return [
         match
@@ -209,14 +200,14 @@ def _matches(text: str) -> list[Path]:
 
 
 def _may_be_picture(path: Path) -> bool:
-    """By its name; hidden files, as some systems put beside pictures, are none."""
+    """Decides by name; hidden files, which some systems put beside pictures, do not count."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def _may_be_file(path: Path) -> bool:
-    """False of what is known to be none.
+    """Returns False only for what is known not to be a file.
 
-    What cannot be looked at, and a link to nothing, is reported when it is read.
+    Unreadable paths and broken links pass, and are reported when they are read.
     """
     try:
         return path.is_file() or (path.is_symlink() and not path.exists())
@@ -238,7 +229,7 @@ def _unlisted(inputs: Sequence[str], problems: list[str]) -> Iterator[str]:
 
 
 def output_stems(paths: Sequence[Path]) -> dict[Path, str]:
-    """A file stem for each input's results: its own, or where two inputs share it, its path's."""
+    """A unique stem for each input's results: the file's own, or its path where two share one."""
     counts = Counter(path.stem for path in paths)
     stems: dict[Path, str] = {}
     taken: set[str] = set()

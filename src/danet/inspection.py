@@ -24,9 +24,9 @@ from torchvision.transforms.v2 import functional as TF
 from danet.attention import ChannelAttention, PositionAttention, channel_affinities
 from danet.devices import autocast
 from danet.errors import UserError
-from danet.evaluation.evaluate import available_branches
-from danet.evaluation.inference import Branch, views
+from danet.evaluation.inference import views
 from danet.evaluation.strips import most_likely_classes
+from danet.heads import Branch
 from danet.predict import Predictor, Segmentation, as_rgb
 
 FloatMap = npt.NDArray[np.float32]
@@ -95,7 +95,7 @@ class Inspection:
         self.metadata = predictor.model.metadata
         self._received: FloatMap | None = None
         self._receiving = threading.Lock()
-        names = available_branches(predictor.model)
+        names = predictor.model.branches
         pixels = TF.pil_to_tensor(self.image).to(predictor.device)
         test = predictor.test.model_copy(
             update={"mode": "whole", "ratios": (1.0,), "ratios_of": "scale", "flip": False}

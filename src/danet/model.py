@@ -17,7 +17,7 @@ from danet.attention import Affinity
 from danet.backbone import Backbone
 from danet.config import ModelConfig, explain
 from danet.errors import UserError
-from danet.heads import DualAttentionHead, FCNHead
+from danet.heads import Branch, DualAttentionHead, FCNHead
 from danet.model_card import PICTURE_FILE, write_model_card
 from danet.model_folder import MAX_CLASSES, Metadata, locate, read_folder, upload, write_folder
 
@@ -118,6 +118,15 @@ class DANet(nn.Module):
             channel=channel,
         )
         self.auxiliary_head = FCNHead(self.backbone.c3_channels, num_classes) if auxiliary else None
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The classifiers it has, in the order of `DANetOutput`: "fused", always, comes first."""
+        switched: dict[Branch, bool] = {
+            "position": self.config.position,
+            "channel": self.config.channel,
+        }
+        return ("fused", *(branch for branch, on in switched.items() if on))
 
     def forward(self, images: Tensor) -> DANetOutput:
         """Normalised RGB B 3 H W -> all logits at the feature stride."""

@@ -47,7 +47,8 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
             sys.exit(2)
-        message = error.format_message().rstrip(".")
+        # Newer versions of typer have pydantic find some mistakes, which says so first.
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
         _fail(UserError(f"{message}; see {error.ctx.command_path} --help"), 2)
     except UserError as error:
         _fail(error, 2)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from danet.cli.options import Compile, Device, Overrides, Precision, Recipe, check_precision
+from danet.cli.options import Compile, Device, Overrides, Precision, Recipe
 from danet.errors import UserError
 
 
@@ -48,14 +48,12 @@ def bench(
     compile_graph: Compile = False,
 ) -> None:
     """Measure parameters, operations, memory and speed of a recipe's network."""
-    from danet.atomic import require_writable_files
+    from danet.atomic import require_writable_files, write_json
     from danet.bench import report
     from danet.bench.workload import Workload
     from danet.config import load_recipe
     from danet.devices import choose_device, memory_limit, uses_bfloat16
-    from danet.evaluation.evaluate import write_json
 
-    check_precision(precision)
     how = {"peer": peer, "rounds": rounds, "repeats": repeats}
     given = [f"--{name}" for name, value in {**how, "compile": compile_graph}.items() if value]
     if estimate and given:

@@ -1,29 +1,24 @@
 """danet evaluate."""
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from danet.choices import TestMode
 from danet.cli.options import (
     Compile,
     Device,
     ModelOrFile,
     Precision,
-    check_precision,
     open_exported,
     own_device,
     say_on_stderr,
 )
-from danet.errors import UserError
 
 if TYPE_CHECKING:
-    from danet.config import TestConfig
-    from danet.evaluation.evaluate import Evaluation, Segment
-    from danet.evaluation.inference import Branch
-    from danet.export.predictor import ExportedPredictor
-    from danet.model_folder import Metadata
-    from danet.predict import Predictor
+    from danet.evaluation.evaluate import Evaluation
 
 
 def evaluate(
@@ -31,7 +26,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Dataset; the model's own unless given.")] = None,
     root: Annotated[Path | None, typer.Option(help="The folder of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "val",
-    mode: Annotated[str | None, typer.Option(help="whole or slide.")] = None,
+    mode: Annotated[TestMode | None, typer.Option(help="whole or slide.")] = None,
     multi_scale: Annotated[
         bool, typer.Option("--multi-scale", help="Average over the six published scales.")
     ] = False,
@@ -57,165 +52,46 @@ def evaluate(
 
     An exported .onnx or .xml file is scored as it predicts: whole pictures at its own scale.
     """
-    from danet.atomic import require_writable_files
-    from danet.data import open_dataset
-    from danet.evaluation import evaluate as evaluation
-    from danet.evaluation.submission import submission_writer
+    from danet.atomic import require_writable_files, write_json
+    from danet.evaluation.run import evaluate_model
     from danet.predict import Predictor
     from danet.processes import Share
     from danet.progress import ProgressReport
-    from danet.training.checkpoint import RunFolder
 
-    check_precision(precision)
     share = Share.from_environment()
-    if share.rank == 0:
+    speaks = share.rank == 0
+    if speaks:
         require_writable_files(json_file, report)
     exported = open_exported(model, device, precision, compile_graph=compile_graph)
-    if exported is None:
-        device = own_device(device, share)
-        predictor = Predictor(model, device, precision, compile_graph=compile_graph)
-        subject = _network_subject(predictor, precision, mode, multi_scale, flip, branches)
-    else:
-        subject = _exported_subject(exported, mode, multi_scale, flip, branches)
-    run = RunFolder(Path(model))
-    name, folder = _dataset_of(subject.metadata.dataset, run, data, root)
-    dataset = open_dataset(name, folder, split)
-    evaluation.check_classes(
-        subject.metadata, dataset.spec, say_on_stderr if share.rank == 0 else lambda _: None
+    subject = (
+        exported
+        or Predictor(model, own_device(device, share), precision, compile_graph=compile_graph).model
     )
-    write = None if submission is None else submission_writer(name, submission)
-    own = share.positions(len(dataset))
-    title = f"evaluate {name} {split}"
-    with share.connected(), ProgressReport(title, len(own), enabled=share.rank == 0) as progress:
-        found = evaluation.evaluate(
-            subject.segment,
-            dataset,
-            branches=subject.branches,
-            indices=own,
-            on_picture=progress.advance,
-            write_prediction=write,
-        )
-        result = evaluation.merge(share.gather(found))
-    if share.rank > 0:
+    result = evaluate_model(
+        subject,
+        data,
+        root,
+        split,
+        mode=mode,
+        multi_scale=multi_scale,
+        flip=flip,
+        branches=branches,
+        precision=precision,
+        run=model,
+        submission=submission,
+        share=share,
+        progress=partial(ProgressReport, enabled=speaks),
+        say=say_on_stderr if speaks else lambda _: None,
+    )
+    if not speaks:
         return
     if json_file is not None:
-        protocol = {"dataset": name, "split": split, "test": subject.test}
-        evaluation.write_json(json_file, {**evaluation.scores_as_json(result), **protocol})
+        write_json(json_file, result.to_json())
     if report is not None:
-        from danet.evaluation.report import write_report
-
-        facts = {
-            "Model": model,
-            **subject.facts,
-            "Dataset": f"{name}, {split}, {len(dataset)} pictures",
-        }
-        write_report(
-            report,
-            title=f"danet on {name} {split}",
-            spec=dataset.spec,
-            confusion=result.confusion["fused"],
-            branch_mean_iou={b: result.scores(b).mean_iou for b in result.confusion},
-            cases=evaluation.report_cases(subject.segment, dataset, result.pictures),
-            history=run.read_metrics(),
-            facts=facts,
-        )
-    _print_scores(result)
+        result.write_report(report, model)
+    _print_scores(result.scores)
     if report is not None:
         print(f"report: {report}")
-
-
-class _Subject(NamedTuple):
-    """What is scored.
-
-    Attributes:
-        segment: a picture to a label map of each of `branches`, the fused one first.
-        test: the protocol for --json; None for a file, which has its own inside.
-        facts: for the report.
-    """
-
-    segment: "Segment"
-    metadata: "Metadata"
-    branches: "tuple[Branch, ...]"
-    test: dict[str, Any] | None
-    facts: dict[str, str]
-
-
-def _network_subject(
-    predictor: "Predictor",
-    precision: str,
-    mode: str | None,
-    multi_scale: bool,
-    flip: bool,
-    branches: bool,
-) -> _Subject:
-    from danet.evaluation.evaluate import available_branches, segment_with
-
-    model = predictor.model
-    test = _changed_test(predictor.test, mode, multi_scale, flip)
-    wanted = available_branches(model) if branches else ("fused",)
-    return _Subject(
-        segment_with(model, test, precision, wanted),
-        model.metadata,
-        wanted,
-        test.model_dump(mode="json"),
-        {"Backbone": model.config.backbone, "Protocol": _describe(test)},
-    )
-
-
-def _exported_subject(
-    exported: "ExportedPredictor", mode: str | None, multi_scale: bool, flip: bool, branches: bool
-) -> _Subject:
-    import torch
-
-    if mode not in (None, "whole") or multi_scale or flip or branches:
-        raise UserError(
-            f"{exported.path} is scored as it predicts; leave --mode, --multi-scale, --flip and "
-            "--branches, or give the model folder"
-        )
-    return _Subject(
-        lambda sample: [torch.from_numpy(exported(sample.image).classes)],
-        exported.metadata,
-        ("fused",),
-        None,
-        {"Protocol": "whole, as exported"},
-    )
-
-
-def _changed_test(
-    test: "TestConfig", mode: str | None, multi_scale: bool, flip: bool
-) -> "TestConfig":
-    from danet.config import PUBLISHED_RATIOS
-
-    if mode not in (None, "whole", "slide"):
-        raise UserError(f"--mode {mode}: use whole or slide")
-    changes: dict[str, Any] = {} if mode is None else {"mode": mode}
-    if multi_scale:
-        changes["ratios"] = PUBLISHED_RATIOS
-    if flip:
-        changes["flip"] = True
-    return test.model_copy(update=changes)
-
-
-def _dataset_of(
-    trained_on: str | None, run: Any, data: str | None, root: Path | None
-) -> tuple[str, Path | None]:
-    """The dataset to score on and its folder, from the options or else from the run's recipe."""
-    from danet.config import load_recipe
-
-    name = data or trained_on
-    if name is None:
-        raise UserError("the model does not say what it was trained on; give --data NAME")
-    if root is None and run.recipe.is_file():
-        trained_with = load_recipe(run.recipe).data
-        root = trained_with.root if trained_with.name == name else None
-    return name, root
-
-
-def _describe(test: "TestConfig") -> str:
-    parts = [test.mode if test.mode == "whole" else f"slide {test.window} by {test.stride}"]
-    parts.append(f"scales {', '.join(f'{ratio:g}' for ratio in test.ratios)}")
-    parts += ["flip"] if test.flip else []
-    return ", ".join(parts)
 
 
 def _print_scores(result: "Evaluation") -> None:

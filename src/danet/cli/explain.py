@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from danet.cli.options import Device, Model, Precision, check_precision, note_protocol
+from danet.cli.options import Device, Model, Precision, note_protocol
 from danet.errors import UserError
 
 
@@ -29,7 +29,6 @@ def explain(
     from danet.figure import check_figure_path
     from danet.predict import Predictor
 
-    check_precision(precision)
     pixel = _parse_point(point)
     check_figure_path(out)
     picture = open_image(image)

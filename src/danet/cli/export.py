@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
+from danet.choices import ExportFormat
 from danet.cli.options import Model, note_protocol, say_on_stderr
 from danet.errors import UserError
 
 
 def export(
     model: Model,
-    file_format: Annotated[str, typer.Option("--format", help="onnx, torch or openvino.")],
+    file_format: Annotated[ExportFormat, typer.Option("--format", help="onnx, torch or openvino.")],
     out: Annotated[Path, typer.Option(help="The file: .onnx, .pt2 or .xml.")],
     int8: Annotated[
         bool, typer.Option("--int8", help="8-bit convolutions; onnx and openvino only.")
@@ -23,18 +24,18 @@ def export(
 ) -> None:
     """Write the network as one file for other programs, checked against the model."""
     from danet.atomic import require_writable_files
-    from danet.export import CHECKED_SIZES, calibration_pictures, check_format
+    from danet.export import CHECKED_SIZES, calibration_pictures, check_suffix
     from danet.export import export as export_model
     from danet.model import DANet
 
-    chosen = check_format(file_format, out)
+    check_suffix(file_format, out)
     if int8 != bool(calibration):
         raise UserError("--int8 goes with --calibration INPUT: some typical pictures, 20 or more")
     pictures = calibration_pictures(calibration) if calibration else None
     require_writable_files(out)
     network = DANet.from_pretrained(model)
     note_protocol(network.metadata.test)
-    agreement = export_model(network, out, chosen, pictures)
+    agreement = export_model(network, out, file_format, pictures)
     on = f"{len(CHECKED_SIZES)} sizes" if pictures is None else f"{len(pictures)} pictures"
     print(
         f"{out}: on {on} the same class as the model on {agreement.same_class:.2%} of pixels, "

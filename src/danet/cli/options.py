@@ -1,10 +1,11 @@
-"""What several commands share: their options, and what is said of them."""
+"""Options and messages that several commands share."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from danet import choices
 from danet.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -21,20 +22,14 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's key.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+Precision = Annotated[choices.Precision, typer.Option(help="auto, fp32 or bf16.")]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")
 ]
 
 
-def check_precision(precision: str) -> None:
-    """Raises a UserError unless it is a precision."""
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--precision {precision}: use auto, fp32 or bf16")
-
-
 def own_device(device: str, share: "Share") -> str:
-    """The device to compute on: of several processes on one machine, each its own."""
+    """The device to compute on; each of several processes on a machine gets its own."""
     from danet.devices import local_device
 
     return local_device() if device == "auto" and share.processes > 1 else device
@@ -43,7 +38,7 @@ def own_device(device: str, share: "Share") -> str:
 def open_exported(
     model: str, device: str, precision: str, *, compile_graph: bool
 ) -> "ExportedPredictor | None":
-    """The exported file that a model is named by; None for folders and hub ids."""
+    """Opens a model that is an exported file; None for folders and hub ids."""
     from danet.export.predictor import ExportedPredictor, is_exported
 
     if not is_exported(model):
@@ -54,12 +49,12 @@ def open_exported(
 
 
 def say_on_stderr(message: str) -> None:
-    """A line of its own, where it does not mix with what the command prints."""
+    """Prints a line on stderr, apart from the command's output."""
     print(printable(message), file=sys.stderr)
 
 
 def note_protocol(test: "TestConfig") -> None:
-    """Says where a picture is looked at in another way than `danet predict` segments it."""
+    """Notes on stderr if `danet predict` would not take pictures whole, as the command does."""
     if test.mode == "slide" or test.flip or len(test.ratios) > 1:
         say_on_stderr(
             "note: the model is tested with sliding windows, several scales or mirrored; here "

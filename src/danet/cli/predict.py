@@ -11,7 +11,6 @@ from danet.cli.options import (
     Device,
     ModelOrFile,
     Precision,
-    check_precision,
     open_exported,
     own_device,
 )
@@ -55,7 +54,6 @@ def predict(
     from danet.processes import Share
     from danet.progress import ProgressReport
 
-    check_precision(precision)
     found, problems = find_inputs(inputs, out)
     if strict and problems:
         raise UserError(problems[0])

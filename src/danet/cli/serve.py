@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from danet.cli.options import Device, Model, Precision, check_precision, note_protocol
+from danet.cli.options import Device, Model, Precision, note_protocol
 from danet.errors import UserError
 
 
@@ -27,7 +27,6 @@ def serve(
     """Serve a web page that segments pictures and shows attention, and an HTTP interface."""
     from danet.predict import Predictor
 
-    check_precision(precision)
     try:
         from danet.web.server import serve as serve_forever
     except ModuleNotFoundError as error:

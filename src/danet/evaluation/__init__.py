@@ -1,1 +1,1 @@
-"""Inference by the published protocols, the scores, and the report."""
+"""Inference by the published protocols, scores, and the evaluation report."""

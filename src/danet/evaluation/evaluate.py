@@ -1,11 +1,8 @@
 """Scoring a model on a dataset."""
 
-import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,23 +11,29 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from danet.atomic import replacing
 from danet.config import TestConfig
 from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
 from danet.devices import autocast
 from danet.errors import UserError
-from danet.evaluation.inference import Branch, predict_classes
+from danet.evaluation.inference import predict_classes
 from danet.evaluation.metrics import Scores, confusion_matrix, scores
 from danet.evaluation.report import Case
+from danet.heads import Branch
 from danet.model import DANet
 from danet.model_folder import Metadata
+from danet.threads import map_ahead
 
 _READERS = 2
-"""Threads that decode, and pictures that wait decoded."""
+"""Number of decoding threads, and of pictures decoded ahead."""
 
 
 class PictureScore(NamedTuple):
-    """How one picture of the split went; `accuracy` is nan where nothing is labelled."""
+    """The accuracy on one picture of the split.
+
+    Attributes:
+        position: index of the picture in the split.
+        accuracy: share of the labelled pixels that are right, 0..1; nan if none is labelled.
+    """
 
     position: int
     name: str
@@ -38,11 +41,11 @@ class PictureScore(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The outcome on a split.
+    """The confusion matrices of a split.
 
     Attributes:
-        confusion: per branch K K int64, rows are the truth.
-        pictures: one entry per picture, in the split's order.
+        confusion: K K int64 pixel counts of each branch; rows are the true classes.
+        pictures: one entry for each picture, in the order of the split.
     """
 
     spec: DatasetSpec
@@ -54,7 +57,7 @@ class Evaluation(NamedTuple):
 
 
 def merge(shares: Sequence[Evaluation]) -> Evaluation:
-    """The evaluation of a split of which each share saw other pictures."""
+    """Adds up evaluations of disjoint parts of one split."""
     return Evaluation(
         shares[0].spec,
         {
@@ -68,13 +71,14 @@ def merge(shares: Sequence[Evaluation]) -> Evaluation:
 def check_classes(
     metadata: Metadata, spec: DatasetSpec, say: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Checks that a model's classes can be the dataset's, which are compared by their ids.
+    """Checks that a model has as many classes as the dataset; scoring compares class ids.
 
     Args:
-        say: is told where names differ. It is no error, for the same classes have many spellings.
+        say: called with a note if class names differ. That is not an error, because the same class
+            may be spelt in several ways.
 
     Raises:
-        UserError: the model has another number of classes.
+        UserError: the numbers of classes differ.
     """
     if len(metadata.classes) != spec.num_classes:
         raise UserError(
@@ -93,22 +97,18 @@ def check_classes(
         )
 
 
-def available_branches(model: DANet) -> tuple[Branch, ...]:
-    """The classifiers that the model has."""
-    branches: list[Branch] = ["fused"]
-    branches += ["position"] if model.config.position else []
-    branches += ["channel"] if model.config.channel else []
-    return tuple(branches)
-
-
 Segment = Callable[[Sample], Sequence[Tensor]]
-"""What is scored: a picture to its label maps, H W uint8, one for each branch."""
+"""Maps a picture to its predicted label maps, H W uint8, one for each branch."""
 
 
 def segment_with(
     model: DANet, test: TestConfig, precision: str = "auto", branches: Sequence[Branch] = ("fused",)
 ) -> Segment:
-    """Segmenting by a model, in evaluation mode and on the device to compute on."""
+    """A function that segments pictures with a network.
+
+    Args:
+        model: in evaluation mode and on the device to compute on.
+    """
     device = next(model.parameters()).device
 
     @torch.inference_mode()
@@ -129,14 +129,14 @@ def evaluate(
     on_picture: Callable[[], None] = lambda: None,
     write_prediction: Callable[[str, npt.NDArray[np.uint8]], None] | None = None,
 ) -> Evaluation:
-    """Segments pictures and counts every labelled pixel.
+    """Segments the pictures of a split and counts the labelled pixels in confusion matrices.
 
     Args:
-        segment: predicts the dataset's classes; see `check_classes`.
-        branches: those that `segment` gives label maps of.
-        indices: the pictures to score; all where None.
+        segment: predicts class ids of the dataset; see `check_classes`.
+        branches: the branches whose label maps `segment` returns, in order.
+        indices: positions of the pictures to score; None for all.
         on_picture: called after each picture.
-        write_prediction: takes each picture's name and its H W class ids.
+        write_prediction: called with each picture's name and its H W uint8 class ids.
 
     Raises:
         UserError: a picture or label cannot be read.
@@ -163,16 +163,9 @@ def evaluate(
 def _read_ahead(
     dataset: SegmentationDataset, indices: Iterable[int]
 ) -> Iterator[tuple[int, Sample]]:
-    """The pictures in order, the next ones decoded while one is segmented."""
+    """Yields the pictures in order; the next ones are decoded while one is segmented."""
     with ThreadPoolExecutor(_READERS) as pool:
-        ahead: deque[tuple[int, Future[Sample]]] = deque()
-        for index in indices:
-            ahead.append((index, pool.submit(dataset.__getitem__, index)))
-            if len(ahead) > _READERS:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for index, future in ahead:
-            yield index, future.result()
+        yield from map_ahead(pool, dataset.__getitem__, indices, _READERS)
 
 
 def report_cases(
@@ -183,7 +176,11 @@ def report_cases(
     worst: int = 8,
     others: int = 4,
 ) -> list[Case]:
-    """Segments again the worst pictures and some that are evenly spread over the rest."""
+    """Segments the worst pictures again, and some that are spread evenly over the others.
+
+    Args:
+        worst, others: numbers of pictures.
+    """
     ranked = sorted((p for p in pictures if not math.isnan(p.accuracy)), key=lambda p: p.accuracy)
     rest = ranked[worst:]
     spread = [rest[(2 * i + 1) * len(rest) // (2 * others)] for i in range(others)] if rest else []
@@ -196,7 +193,7 @@ def report_cases(
 
 
 def scores_as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Scores as fractions in 0..1; None for a class that does not occur."""
+    """Scores as fractions in 0..1; None where a score is undefined, as for absent classes."""
 
     def fraction(value: float) -> float | None:
         return None if math.isnan(value) else value
@@ -219,9 +216,3 @@ def scores_as_json(evaluation: Evaluation) -> dict[str, Any]:
         "classes": list(names),
         "images": len(evaluation.pictures),
     }
-
-
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Writes scores, and what else was asked to go with them."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

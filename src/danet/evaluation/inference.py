@@ -1,4 +1,4 @@
-"""Segmenting whole pictures: at one or several scales, mirrored, whole or in sliding windows.
+"""Inference on whole pictures: one or several scales, flipping, sliding windows.
 
 The steps and their order are mmsegmentation's (`EncoderDecoder.inference`, `SegTTAModel`).
 
@@ -6,7 +6,6 @@ Shapes: P pictures, R branches, K classes, V views, H W the picture, h w the fea
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,16 +23,15 @@ from danet.evaluation.strips import (
     most_likely_classes,
     require_finite,
 )
+from danet.heads import Branch
 from danet.model import DANet
-
-Branch = Literal["fused", "position", "channel"]
 
 
 @torch.no_grad()
 def predict_classes(
     model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch] = ("fused",)
 ) -> Tensor:
-    """The most likely class of every pixel.
+    """Predicts the most likely class of every pixel.
 
     Args:
         image: uint8 RGB 3 H W on the model's device.
@@ -48,12 +46,16 @@ def predict_classes(
 def predict_probabilities(
     model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch] = ("fused",)
 ) -> Tensor:
-    """Softmax scores R K H W in 0..1, averaged over the scales and flips of `test`."""
+    """Softmax scores R K H W in 0..1, averaged over the scales and flips of `test`.
+
+    Args:
+        image: uint8 RGB 3 H W on the model's device.
+    """
     return average_probabilities(views(model, image.unsqueeze(0), test, branches)[0])
 
 
 def view_sizes(width: int, height: int, test: TestConfig) -> list[Size]:
-    """The (width, height) that the picture is resized to, one for each ratio."""
+    """The (width, height) in pixels that a picture is resized to, for each ratio of `test`."""
     own_size = (width, height)
     bounds = own_size if test.scale is None or test.ratios_of == "image" else test.scale
     return [fitted_size(own_size, bounds, ratio) for ratio in test.ratios]
@@ -62,10 +64,13 @@ def view_sizes(width: int, height: int, test: TestConfig) -> list[Size]:
 def views(
     model: DANet, images: Tensor, test: TestConfig, branches: Sequence[Branch] = ("fused",)
 ) -> list[list[LogitRows]]:
-    """For each picture the logits of every scale and mirroring, at the picture's own size.
+    """Logits of every scale and flip, at the pictures' own size.
 
     Args:
-        images: uint8 RGB P 3 H W on the model's device; they go through the network together.
+        images: uint8 RGB P 3 H W on the model's device; the network takes them as one batch.
+
+    Returns:
+        A list of views for each picture.
 
     Raises:
         LogitsNotFinite: the weights are damaged, or the precision is too low for them.
@@ -91,20 +96,20 @@ def views(
 def _whole(
     model: DANet, inputs: Tensor, _: TestConfig, branches: Sequence[Branch]
 ) -> Iterator[LogitRows]:
-    """The logits of each of V 3 height width, at that size."""
+    """Logits of each of the V images, V 3 height width, at their size."""
     for logits in _feature_logits(model, inputs, branches):
         yield Resized(Stored(logits), inputs.shape[-2:], model.config.align_corners)
 
 
 def _feature_logits(model: DANet, images: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
-    """B 3 height width -> for each of B float32 logits R K h w, which are finite."""
+    """B 3 height width -> B finite float32 logits R K h w, for each image."""
     images = images.contiguous(memory_format=torch.channels_last)
     if tuple(branches) == ("fused",):
         logits = [model.fused_logits(images)]
     else:
         output = model(images)
         logits = [getattr(output, branch) for branch in branches]
-    # Class by class in memory, or interpolation to the picture's size would copy all of that.
+    # Contiguous, because interpolation would otherwise copy its output at the picture's size.
     found = torch.stack(logits, 1).float().contiguous()
     require_finite(found)
     return list(found)
@@ -113,9 +118,9 @@ def _feature_logits(model: DANet, images: Tensor, branches: Sequence[Branch]) ->
 def _slide(
     model: DANet, inputs: Tensor, test: TestConfig, branches: Sequence[Branch]
 ) -> Iterator[LogitRows]:
-    """The logits of each of V 3 height width, averaged where windows overlap.
+    """Logits of each of the V images, V 3 height width, averaged where windows overlap.
 
-    Windows start every `stride` pixels; `window_border` says what becomes of the last ones.
+    Windows start every `stride` pixels; `window_border` tells how those at the border are placed.
     """
     height, width = inputs.shape[-2:]
     window_width, window_height = test.window
@@ -146,7 +151,7 @@ def _slide(
 
 
 def _window_spans(length: int, window: int, stride: int, border: str) -> list[slice]:
-    """The part of the picture that each window covers along one axis."""
+    """The pixels that each window covers along one axis."""
     spans = []
     for step in range(max(0, -(-(length - window) // stride)) + 1):
         start = step * stride

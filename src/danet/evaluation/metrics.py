@@ -1,4 +1,4 @@
-"""Scores of semantic segmentation, all from one confusion matrix summed over the whole split."""
+"""Scores of semantic segmentation, computed from the confusion matrix of a whole split."""
 
 from typing import NamedTuple
 
@@ -7,15 +7,19 @@ from torch import Tensor
 
 
 class ClassScore(NamedTuple):
-    """Fractions in 0..1; nan for a class that occurs neither in the truth nor in the prediction
-    (`iou`), or not in the truth (`accuracy`)."""
+    """Scores of one class, fractions in 0..1.
+
+    Attributes:
+        iou: nan if the class occurs neither in the truth nor in the prediction.
+        accuracy: nan if the class does not occur in the truth.
+    """
 
     iou: float
     accuracy: float
 
 
 class Scores(NamedTuple):
-    """Fractions in 0..1, as mmsegmentation's IoUMetric defines them: means leave out nan classes.
+    """Fractions in 0..1, as mmsegmentation's IoUMetric defines them; means skip nan classes.
 
     Attributes:
         mean_iou: mean over classes of TP / (TP + FP + FN).
@@ -38,7 +42,7 @@ def confusion_matrix(truth: Tensor, prediction: Tensor, num_classes: int) -> Ten
         prediction: integer class ids 0..K-1 of the same shape.
 
     Returns:
-        K K int64, rows are the truth.
+        K K int64; rows are the true classes.
     """
     truth, prediction = truth.flatten().long(), prediction.flatten().long()
     labelled = (truth >= 0) & (truth < num_classes)
@@ -47,7 +51,7 @@ def confusion_matrix(truth: Tensor, prediction: Tensor, num_classes: int) -> Ten
 
 
 def scores(confusion: Tensor) -> Scores:
-    """The scores of a K K confusion matrix (rows are the truth)."""
+    """Scores of a K K confusion matrix whose rows are the true classes."""
     counts = confusion.double()
     correct, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     iou = correct / (truth + predicted - correct)

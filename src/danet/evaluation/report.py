@@ -1,6 +1,6 @@
-"""The evaluation report: one HTML file with everything in it, to be opened anywhere.
+"""The evaluation report: one self-contained HTML file.
 
-The page is `report.html.j2`; this module computes what it shows.
+The page is `report.html.j2`; this module computes its content.
 """
 
 import base64
@@ -22,15 +22,15 @@ from danet.evaluation.metrics import scores
 from danet.palette import colored, hex_color, highlighted
 
 MAX_PICTURE_SIDE = 640
-"""Pictures are shrunk to this, so that the file stays small."""
+"""Longest side in pixels; larger pictures are shrunk to keep the file small."""
 LARGEST_MATRIX = 40
-"""Classes up to which the confusion matrix is shown whole."""
+"""Largest number of classes for which the whole confusion matrix is shown."""
 CONFUSIONS_LISTED = 10
 WRONG_COLOR = (213, 44, 90)
 
 
 class Case(NamedTuple):
-    """One segmented picture of the report.
+    """A segmented picture in the report.
 
     Attributes:
         truth: H W uint8 train ids, 255 ignored.
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A line chart: points as an SVG path in a box of 100 x 100, and what its axes say."""
+    """A line chart: an SVG path in a 100 x 100 box, and the labels of its axes."""
 
     title: str
     path: str
@@ -72,11 +72,11 @@ def write_report(
     """Writes the report as one file without outside references.
 
     Args:
-        confusion: K K pixel counts, rows are the truth.
-        branch_mean_iou: mIoU in 0..1 of each classifier that was scored.
+        confusion: K K pixel counts; rows are the true classes.
+        branch_mean_iou: mIoU in 0..1 of each scored branch.
         cases: shown in this order.
-        history: rows of `metrics.jsonl`; no learning curve is drawn where empty.
-        facts: what was evaluated and how, shown as a table.
+        history: rows of `metrics.jsonl`; no learning curves are drawn if empty.
+        facts: rows of the table of what was evaluated and how.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("danet.evaluation", ""),
@@ -131,13 +131,13 @@ def _class_rows(spec: DatasetSpec, confusion: Tensor) -> list[dict[str, Any]]:
 
 
 def _row_shares(confusion: Tensor) -> Tensor:
-    """Each true class's pixels as shares of what they were taken for; 0 where it has none."""
+    """Divides each row by its sum: shares of a true class's pixels; 0 for a class without any."""
     counts = confusion.double()
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
 def frequent_confusions(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, str, float]]:
-    """The (truth, prediction) pairs that most wrong pixels fall into, as shares of all of them."""
+    """The most frequent (truth, prediction) errors, each with its share of all wrong pixels."""
     wrong = confusion.double().clone()
     wrong.fill_diagonal_(0)
     total = wrong.sum().item()
@@ -150,7 +150,7 @@ def frequent_confusions(confusion: Tensor, classes: Sequence[str]) -> list[tuple
 
 
 def learning_curve(history: Sequence[Mapping[str, float]], key: str, title: str) -> Curve | None:
-    """The course of one logged value; None where it was logged less than twice."""
+    """The curve of one logged value; None if it was logged less than twice."""
     points = [(row["step"], row[key]) for row in history if key in row]
     points = [(step, value) for step, value in points if math.isfinite(value)]
     if len(points) < 2:
@@ -185,12 +185,12 @@ def _pictures(case: Case, spec: DatasetSpec) -> dict[str, Any]:
 def _error_map(
     image: Image.Image, wrong: npt.NDArray[np.bool_], ignored: npt.NDArray[np.bool_]
 ) -> Image.Image:
-    """The picture in pale grey, what is ignored darkened, what is wrong in a signal colour."""
+    """The picture in pale grey, with ignored pixels darkened and wrong pixels in `WRONG_COLOR`."""
     return highlighted(image, wrong, WRONG_COLOR, gain=0.35, offset=160, dimmed=ignored)
 
 
 def _as_url(image: Image.Image, file_format: str) -> str:
-    """The picture, shrunk if large, as a data address."""
+    """The picture as a data URL, shrunk to `MAX_PICTURE_SIDE`."""
     shrunk = image.copy()
     smooth = Image.Resampling.NEAREST if image.mode == "P" else Image.Resampling.BOX
     shrunk.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE), smooth)

@@ -1,11 +1,11 @@
-"""Logits at a picture's size, a strip of rows at a time.
+"""Logits at a picture's size, computed in strips of rows to save memory.
 
-All classes of a large picture at once are a lot of memory: 1.2 GB for 150 of them at 2048x1024.
-But what follows the network works on single pixels (softmax, average, argmax) or on two
-neighbouring rows (bilinear interpolation). So logits stay at the features' size, and a strip of the
-picture is computed when it is asked for, with the arithmetic of `torch.nn.functional.interpolate`.
+The logits of all classes at the size of a large picture take a lot of memory: 1.2 GB for 150
+classes at 2048x1024. The steps after the network need single pixels (softmax, average, argmax) or
+two neighbouring rows (bilinear interpolation). So logits are stored at the features' size, and a
+strip of rows is computed on demand, with the arithmetic of `torch.nn.functional.interpolate`.
 
-Shapes: R branches, K classes, h w the features, H W the picture, n rows of a strip.
+Shapes: R branches, K classes, h w the features, H W the picture, n rows in a strip.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,11 +29,11 @@ class LogitRows(Protocol):
     width: int
 
     def rows(self, first: int, last: int) -> Tensor:
-        """R K n width, of the rows first..last-1."""
+        """Logits R K n width of the rows first..last-1."""
 
 
 class Stored:
-    """Logits R K h w that are in memory."""
+    """Logits R K h w in memory."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -44,7 +44,7 @@ class Stored:
 
 
 class Mirrored:
-    """Left is right."""
+    """Logits flipped left to right."""
 
     def __init__(self, source: LogitRows) -> None:
         self.source = source
@@ -55,7 +55,7 @@ class Mirrored:
 
 
 class _Taps(NamedTuple):
-    """The two source rows of each row, and the share of the lower one."""
+    """For each output row, its two source rows and the weight of the lower one."""
 
     upper: Tensor
     lower: Tensor
@@ -63,7 +63,7 @@ class _Taps(NamedTuple):
 
 
 class Resized:
-    """Bilinear interpolation to another size: first along a row, then between two rows."""
+    """Logits resized bilinearly: first within each row, then between neighbouring rows."""
 
     def __init__(self, source: LogitRows, size: Sequence[int], align_corners: bool) -> None:
         self.source = source
@@ -75,27 +75,27 @@ class Resized:
         self._weight = (above - self._upper).clamp(0, 1)
 
     def _source_rows(self) -> Tensor:
-        """The row of the source, in fractions, that each row comes from (torch's convention)."""
+        """The fractional source row of each output row, by torch's convention."""
         row = torch.arange(self.height, dtype=torch.float32)
         if self.align_corners:
             return row * torch.tensor((self.source.height - 1) / max(self.height - 1, 1))
         return ((row + 0.5) * torch.tensor(self.source.height / self.height) - 0.5).clamp(min=0)
 
     def rows(self, first: int, last: int) -> Tensor:
-        if (first, last) == (0, self.height):  # the same but for rounding, in one pass
+        if (first, last) == (0, self.height):  # one pass; equal up to rounding
             return self._resized(self.source.rows(0, self.source.height), self.height)
         wide = self._widened(self.source.rows(*self._span(first, last)))
         return _between(wide, self._taps(first, last, wide.device))
 
     def planes(self, first: int, last: int, classes: Tensor) -> Iterator[Tensor]:
-        """R n width, class by class."""
+        """Yields the logits R n width of each class in `classes`."""
         wide = self._widened(self.source.rows(*self._span(first, last))[:, classes])
         taps = self._taps(first, last, wide.device)
         for plane in wide.unbind(1):
             yield _between(plane, taps)
 
     def _span(self, first: int, last: int) -> tuple[int, int]:
-        """The rows of the source that a strip needs."""
+        """First and last (exclusive) source row that a strip needs."""
         if self.height == self.source.height:
             return first, last
         return int(self._upper[first]), int(self._lower[last - 1]) + 1
@@ -110,7 +110,7 @@ class Resized:
         return F.interpolate(rows, size=size, mode="bilinear", align_corners=self.align_corners)
 
     def _taps(self, first: int, last: int, device: torch.device) -> _Taps | None:
-        """What a strip's rows are made of, counted from its first source row; None for a copy."""
+        """The taps of a strip, relative to its first source row; None if rows are only copied."""
         if self.height == self.source.height:
             return None
         start = self._upper[first]
@@ -120,7 +120,7 @@ class Resized:
 
 
 def _between(wide: Tensor, taps: _Taps | None) -> Tensor:
-    """Rows n of any leading axes, each between two rows of the source."""
+    """Interpolates n rows (axis -2) between pairs of source rows."""
     if taps is None:
         return wide
     above, below = wide.index_select(-2, taps.upper), wide.index_select(-2, taps.lower)
@@ -128,10 +128,12 @@ def _between(wide: Tensor, taps: _Taps | None) -> Tensor:
 
 
 class Overlapped:
-    """The average of windows that cover a picture, each R K rows columns of it.
+    """Logits of overlapping windows that cover a picture, averaged where they overlap.
 
     Args:
-        windows: the rows and columns that each covers, and its logits, which may reach beyond.
+        size: height and width of the picture.
+        windows: for each window the rows and columns that it covers, and its logits; these may
+            extend over the picture's right and lower border.
     """
 
     def __init__(
@@ -158,14 +160,14 @@ class Overlapped:
 
 
 def require_finite(logits: Tensor) -> None:
-    """Refuses logits of which no class is the largest, or that interpolation would make so.
+    """Checks logits, as nan or infinite ones have no meaningful largest class.
 
-    Best called on logits at the features' size: one pass over them, and on a GPU a wait for them.
+    Call it on logits at the features' size: it reads all of them, and waits for a GPU.
 
     Raises:
-        LogitsNotFinite: one is infinite or undefined.
+        LogitsNotFinite: one is infinite or nan.
     """
-    # The extremes of what holds a nan are nan; finding them is 20 times as fast as looking at all.
+    # Minimum and maximum are nan if any value is; this is 20 times as fast as testing each value.
     if not torch.stack([logits.amin(), logits.amax()]).isfinite().all():
         raise LogitsNotFinite(
             "the network's logits are not finite: its weights are damaged, or the precision is too "
@@ -174,10 +176,10 @@ def require_finite(logits: Tensor) -> None:
 
 
 def most_likely_classes(views: Sequence[LogitRows]) -> Tensor:
-    """The class with the largest average softmax score: R H W uint8.
+    """The class with the largest average softmax score, R H W uint8.
 
     Args:
-        views: of finite logits.
+        views: finite logits of the same picture.
     """
     if len(views) == 1 and isinstance(views[0], Resized) and isinstance(views[0].source, Stored):
         stored = views[0].source.logits
@@ -219,14 +221,14 @@ def _strips(view: LogitRows) -> Iterator[tuple[int, int]]:
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """R K n W -> R n W uint8; on a CPU class by class, several times as fast as torch's."""
+    """R K n W -> R n W uint8; on a CPU class by class, several times as fast as torch.argmax."""
     if scores.device.type != "cpu":
         return scores.argmax(1).to(torch.uint8)
     return _largest(scores.unbind(1), range(scores.shape[1]))
 
 
 def _largest(planes: Sequence[Tensor] | Iterator[Tensor], classes: Sequence[int]) -> Tensor:
-    """The class of the largest plane, the first of equals: R n W uint8."""
+    """The class whose plane R n W is largest, the first one on ties: R n W uint8."""
     best: Tensor | None = None
     for class_id, plane in zip(classes, planes, strict=True):
         if best is None:
@@ -239,7 +241,7 @@ def _largest(planes: Sequence[Tensor] | Iterator[Tensor], classes: Sequence[int]
 
 
 def _classes_of_resized(view: Resized, stored: Tensor) -> Tensor:
-    """R H W uint8, looking only at classes that can win somewhere in a strip."""
+    """Most likely classes R H W uint8, computed only from classes that can win in a strip."""
     contends_Kh = _contenders(stored)
     strips = []
     for first in range(0, view.height, _CPU_STRIP_ROWS):
@@ -251,11 +253,11 @@ def _classes_of_resized(view: Resized, stored: Tensor) -> Tensor:
 
 
 def _contenders(stored: Tensor) -> Tensor:
-    """R K h w -> K h, whether a class may win between feature rows y and y + 1.
+    """R K h w -> K h bool: whether a class can win anywhere between feature rows y and y + 1.
 
-    Interpolation averages a cell's four corners with weights that are the same for all classes. So
-    a class that is below the mean of the corners' winners at every corner is below it, and so below
-    one of them, in the whole cell.
+    Interpolation averages a cell's four corners with the same weights for all classes. A class that
+    is below the mean of the four corners' winners at every corner is below that mean in the whole
+    cell, and therefore below at least one of these winners.
     """
     padded = F.pad(stored, (0, 1, 0, 1), mode="replicate")
     height, width = stored.shape[-2:]
@@ -268,5 +270,5 @@ def _contenders(stored: Tensor) -> Tensor:
     contends = torch.zeros_like(stored, dtype=torch.bool)
     for corner in corners:
         bar = corner.gather(1, winners).mean(1, keepdim=True)
-        contends |= corner >= bar - 1e-5 * bar.abs()  # less by more than rounding
+        contends |= corner >= bar - 1e-5 * bar.abs()  # tolerates rounding
     return contends.any(-1).any(0)

@@ -1,4 +1,4 @@
-"""Label files for the benchmarks' servers."""
+"""Label files for benchmark servers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +12,17 @@ from danet.data import submission_format
 
 
 def submission_writer(dataset: str, folder: Path) -> Callable[[str, npt.NDArray[np.uint8]], None]:
-    """A function that writes one picture's classes as the dataset's server wants them.
+    """Returns a function that writes one picture's classes in the format of the dataset's server.
 
     Args:
         dataset: a dataset whose server takes label files.
-        folder: is made.
+        folder: created if missing.
 
     Returns:
-        Takes the picture's name and H W train ids.
+        A function of the picture's name and its H W uint8 train ids.
 
     Raises:
-        UserError: there is no such server, or the folder cannot be written to.
+        UserError: the dataset has no such server, or the folder cannot be written to.
     """
     submission = submission_format(dataset)
     file_ids = np.array(submission.file_ids, np.uint8)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from danet.atomic import staging
+from danet.choices import ExportFormat
 from danet.data.images import open_image
 from danet.errors import ExportDiffers, UserError, first_line
-from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, Format, load, write
+from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, load, write
 from danet.export.graph import WholePicture
 from danet.inputs import find_inputs
 from danet.model import DANet
@@ -48,7 +49,7 @@ class Agreement(NamedTuple):
 
 
 def export(
-    model: DANet, path: Path, file_format: Format, calibration: Sequence[Tensor] | None = None
+    model: DANet, path: Path, file_format: ExportFormat, calibration: Sequence[Tensor] | None = None
 ) -> Agreement:
     """Writes the file, runs it, and keeps it only if it agrees with the model.
 
@@ -65,7 +66,7 @@ def export(
         UserError: a package is missing, the path does not fit the format or cannot be written.
         ExportDiffers: the file computes something else; nothing was written.
     """
-    check_format(file_format, path)
+    check_suffix(file_format, path)
     if calibration is not None and file_format == "torch":
         raise UserError("--int8 is for onnx and openvino; a torch program stays in float32")
     network = WholePicture(model)
@@ -99,18 +100,17 @@ def _explained(file_format: str, backbone: str) -> Iterator[None]:
         ) from error
 
 
-def check_format(name: str, path: Path) -> Format:
-    """The format of this name.
+def check_suffix(file_format: ExportFormat, path: Path) -> None:
+    """Checks that a file's name has the suffix of its format.
 
     Raises:
-        UserError: there is none, or the path has not its suffix.
+        UserError: it has another one, or there is no such format.
     """
-    for file_format, suffix in SUFFIXES.items():
-        if file_format == name:
-            if path.suffix != suffix and not (name == "torch" and path.suffix == ".pt"):
-                raise UserError(f"--out {path}: {name} files end in {suffix}")
-            return file_format
-    raise UserError(f"--format {name}: use {', '.join(SUFFIXES)}")
+    if file_format not in SUFFIXES:
+        raise UserError(f"--format {file_format}: use {', '.join(SUFFIXES)}")
+    suffix = SUFFIXES[file_format]
+    if path.suffix != suffix and not (file_format == "torch" and path.suffix == ".pt"):
+        raise UserError(f"--out {path}: {file_format} files end in {suffix}")
 
 
 def calibration_pictures(inputs: Sequence[str]) -> list[Tensor]:

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from danet.choices import ExportFormat
 from danet.export.graph import (
     WholePicture,
     attend_by_equal_widths,
@@ -17,8 +18,7 @@ from danet.export.graph import (
     traceable_attention,
 )
 
-Format = Literal["onnx", "torch", "openvino"]
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
+SUFFIXES: dict[ExportFormat, str] = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
 SMALLEST_SIDE = 32
 """Pixels; an exported graph may refuse smaller pictures."""
 OPSET = 18
@@ -26,7 +26,10 @@ METADATA_KEY = "danet"
 
 
 def write(
-    network: WholePicture, path: Path, file_format: Format, calibration: Sequence[Tensor] | None
+    network: WholePicture,
+    path: Path,
+    file_format: ExportFormat,
+    calibration: Sequence[Tensor] | None,
 ) -> None:
     """Writes the graph; with pictures to calibrate on, its convolutions in 8 bit."""
     if file_format == "torch":
@@ -149,7 +152,7 @@ class Engine(NamedTuple):
     metadata: str | None
 
 
-def load(path: Path, file_format: Format, *, bfloat16: bool = False) -> Engine:
+def load(path: Path, file_format: ExportFormat, *, bfloat16: bool = False) -> Engine:
     """Opens an exported file in its own engine, on the CPU.
 
     Args:

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from danet.choices import ExportFormat
 from danet.devices import is_out_of_memory, uses_bfloat16
 from danet.errors import UserError, explaining_lookup, first_line
 from danet.evaluation.strips import Stored, most_likely_classes, require_finite
-from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, Format, load
+from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, load
 from danet.model_folder import Metadata
 from danet.predict import FINGERPRINT_DIGITS, Segmentation, as_rgb, require_rgb_batch
 
@@ -75,7 +76,7 @@ class ExportedPredictor:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
 
-    def _open(self, file_format: Format) -> Engine:
+    def _open(self, file_format: ExportFormat) -> Engine:
         try:
             return load(self.path, file_format, bfloat16=self._bfloat16)
         except ModuleNotFoundError as error:

@@ -8,7 +8,6 @@ from pydantic import BaseModel
 
 from danet.data.images import PictureTooLarge
 from danet.errors import UserError
-from danet.evaluation.evaluate import available_branches
 from danet.inspection import Inspection
 from danet.predict import OVERLAY_OPACITY
 from danet.web import drawings
@@ -95,7 +94,7 @@ def router(sessions: Sessions) -> APIRouter:
             backbone=network.config.backbone,
             classes=list(network.metadata.classes),
             palette=[list(color) for color in network.metadata.palette],
-            branches=list(available_branches(network)),
+            branches=list(network.branches),
             trained_on=network.metadata.dataset,
         )
 

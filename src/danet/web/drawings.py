@@ -7,9 +7,10 @@ import numpy as np
 from PIL import Image
 
 from danet.errors import UserError
-from danet.evaluation.inference import Branch
 from danet.figure import DISAGREEMENT_COLOR, attention_overlay
+from danet.heads import Branch
 from danet.inspection import Inspection, Point
+from danet.palette import hex_color, highlighted
 from danet.predict import OVERLAY_OPACITY
 
 
@@ -30,7 +31,7 @@ def class_shares(inspection: Inspection, branch: Branch = "fused") -> list[Class
         ClassShare(
             id=index,
             name=inspection.metadata.classes[index],
-            color="#{:02x}{:02x}{:02x}".format(*inspection.metadata.palette[index]),
+            color=hex_color(inspection.metadata.palette[index]),
             share=float(counts[index] / classes.size),
         )
         for index in map(int, np.argsort(-counts, kind="stable"))
@@ -47,9 +48,7 @@ def overlay(
 
 def disagreement(inspection: Inspection) -> Image.Image:
     """The grey picture, coloured where the branches are not of one opinion."""
-    drawn = inspection.image.convert("L").convert("RGB")
-    drawn.paste(DISAGREEMENT_COLOR, mask=Image.fromarray(inspection.disagreement))
-    return drawn
+    return highlighted(inspection.image, inspection.disagreement, DISAGREEMENT_COLOR)
 
 
 def attention(inspection: Inspection, point: Point | None) -> Image.Image:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from danet.data.scenes import render
 from danet.errors import UserError
-from danet.evaluation.evaluate import available_branches
 from danet.inputs import mask_name, output_stems, overlay_name
 from danet.inspection import Inspection, Point
 from danet.predict import OVERLAY_OPACITY
@@ -71,7 +70,7 @@ def build_page(sessions: Sessions) -> gr.Blocks:
 
 
 def _build_picture_tab(sessions: Sessions) -> None:
-    branches = available_branches(sessions.predictor.model)
+    branches = sessions.predictor.model.branches
     views = [_CLASSES, *(_BRANCHES[branch] for branch in branches if branch in _BRANCHES)]
     views += [_DISAGREEMENT] if len(branches) > 1 else []
     views += [_ATTENTION, _RECEIVED] if "position" in branches else []

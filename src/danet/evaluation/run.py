@@ -1,0 +1,257 @@
+"""Scoring a model on a dataset by name: what `danet evaluate` does."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+
+from danet.choices import Precision, TestMode
+from danet.config import PUBLISHED_RATIOS, TestConfig, explain, load_recipe
+from danet.data import open_dataset
+from danet.data.spec import SegmentationDataset
+from danet.errors import UserError
+from danet.evaluation.evaluate import (
+    Evaluation,
+    Segment,
+    check_classes,
+    evaluate,
+    merge,
+    report_cases,
+    scores_as_json,
+    segment_with,
+)
+from danet.evaluation.report import write_report
+from danet.evaluation.submission import submission_writer
+from danet.heads import Branch
+from danet.jsonl import read_whole_lines
+from danet.model import DANet
+from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
+from danet.processes import Share
+from danet.progress import ProgressReport
+
+if TYPE_CHECKING:
+    from danet.export.predictor import ExportedPredictor
+
+_ALONE = Share(0, 1)
+_silent = functools.partial(ProgressReport, enabled=False)
+
+
+class _Subject(NamedTuple):
+    """The model in the form that `evaluate` takes.
+
+    Attributes:
+        segment: maps a picture to a label map of each of `branches`.
+        test: the protocol; None for an exported file, which has its own built in.
+        facts: rows of the report.
+    """
+
+    segment: Segment
+    metadata: Metadata
+    branches: tuple[Branch, ...]
+    test: TestConfig | None
+    facts: dict[str, str]
+
+
+class ModelEvaluation(NamedTuple):
+    """A model's scores on one split of a dataset, and what a report needs besides.
+
+    Attributes:
+        scores: confusion matrices and the accuracy of each picture.
+        name, split: of the dataset.
+        test: the protocol; None for an exported file, which has its own built in.
+        segment: maps a picture to its label maps, to show some again.
+        facts: rows of the report on the model and the protocol.
+        history: rows of the run's `metrics.jsonl`; empty without a run.
+    """
+
+    scores: Evaluation
+    dataset: SegmentationDataset
+    name: str
+    split: str
+    test: TestConfig | None
+    segment: Segment
+    facts: dict[str, str]
+    history: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The scores, fractions in 0..1, with the dataset and the protocol."""
+        test = None if self.test is None else self.test.model_dump(mode="json")
+        return {
+            **scores_as_json(self.scores),
+            "dataset": self.name,
+            "split": self.split,
+            "test": test,
+        }
+
+    def write_report(self, path: Path, model: str) -> None:
+        """Writes an HTML report with pictures, some of which are segmented again.
+
+        Args:
+            model: its name in the report.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        facts = {
+            "Model": model,
+            **self.facts,
+            "Dataset": f"{self.name}, {self.split}, {len(self.dataset)} pictures",
+        }
+        write_report(
+            path,
+            title=f"danet on {self.name} {self.split}",
+            spec=self.dataset.spec,
+            confusion=self.scores.confusion["fused"],
+            branch_mean_iou={
+                branch: self.scores.scores(branch).mean_iou for branch in self.scores.confusion
+            },
+            cases=report_cases(self.segment, self.dataset, self.scores.pictures),
+            history=self.history,
+            facts=facts,
+        )
+
+
+def evaluate_model(
+    model: "DANet | ExportedPredictor",
+    data: str | None = None,
+    root: str | Path | None = None,
+    split: str = "val",
+    *,
+    mode: TestMode | None = None,
+    multi_scale: bool = False,
+    flip: bool = False,
+    branches: bool = False,
+    precision: Precision = "auto",
+    run: str | Path | None = None,
+    submission: str | Path | None = None,
+    share: Share = _ALONE,
+    progress: Callable[[str, int], ProgressReport] = _silent,
+    say: Callable[[str], None] = lambda _: None,
+) -> ModelEvaluation:
+    """Scores a model on one split of a dataset by the published protocol.
+
+    Args:
+        model: a network in evaluation mode, on the device to compute on, which is tested as its
+            metadata say; or an exported file, which is scored as it predicts.
+        data: the dataset's name; None for the one that the model was trained on.
+        root: the dataset's folder; None for the one in the recipe of `run`, if that names the same
+            dataset, and for generated data.
+        mode: how pictures go through the network, if not as the metadata say.
+        multi_scale: average over the six published scales.
+        flip: average with the mirror image.
+        branches: score each branch's classifier too.
+        precision: of a network: "fp32", "bf16", or "auto" for what is faster on the device.
+        run: the run folder that the model comes from, for its recipe and its learning curves.
+        submission: a folder for label files as the dataset's server takes them; none are written
+            where None.
+        share: this process's part of the pictures, for several processes under torchrun; each of
+            them returns the scores of all pictures.
+        progress: given a title and a number of pictures, makes the display of the progress.
+        say: called with a note where class names differ from the dataset's.
+
+    Raises:
+        UserError: an exported file is to be tested in another way than it predicts, the dataset is
+            not known or not there, its classes are not the model's, a picture or label cannot be
+            read, or the dataset has no server that takes label files.
+    """
+    run = None if run is None else Path(run)
+    if isinstance(model, DANet):
+        subject = _network_subject(model, precision, mode, multi_scale, flip, branches)
+    else:
+        subject = _exported_subject(model, mode, multi_scale, flip, branches)
+    name, folder = _dataset_of(subject.metadata.dataset, run, data, root)
+    dataset = open_dataset(name, folder, split)
+    check_classes(subject.metadata, dataset.spec, say)
+    write = None if submission is None else submission_writer(name, Path(submission))
+    own = share.positions(len(dataset))
+    with share.connected(), progress(f"evaluate {name} {split}", len(own)) as display:
+        found = evaluate(
+            subject.segment,
+            dataset,
+            branches=subject.branches,
+            indices=own,
+            on_picture=display.advance,
+            write_prediction=write,
+        )
+        scores = merge(share.gather(found))
+    history = [] if run is None else list(read_whole_lines(run / METRICS_FILE))
+    return ModelEvaluation(
+        scores, dataset, name, split, subject.test, subject.segment, subject.facts, history
+    )
+
+
+def _network_subject(
+    model: DANet,
+    precision: str,
+    mode: TestMode | None,
+    multi_scale: bool,
+    flip: bool,
+    branches: bool,
+) -> _Subject:
+    test = _changed_test(model.metadata.test, mode, multi_scale, flip)
+    wanted = model.branches if branches else ("fused",)
+    return _Subject(
+        segment_with(model, test, precision, wanted),
+        model.metadata,
+        wanted,
+        test,
+        {"Backbone": model.config.backbone, "Protocol": _describe(test)},
+    )
+
+
+def _exported_subject(
+    exported: "ExportedPredictor",
+    mode: TestMode | None,
+    multi_scale: bool,
+    flip: bool,
+    branches: bool,
+) -> _Subject:
+    if mode not in (None, "whole") or multi_scale or flip or branches:
+        raise UserError(
+            f"{exported.path} is scored as it predicts; leave --mode, --multi-scale, --flip and "
+            "--branches, or give the model folder"
+        )
+    return _Subject(
+        lambda sample: [torch.from_numpy(exported(sample.image).classes)],
+        exported.metadata,
+        ("fused",),
+        None,
+        {"Protocol": "whole, as exported"},
+    )
+
+
+def _changed_test(
+    test: TestConfig, mode: TestMode | None, multi_scale: bool, flip: bool
+) -> TestConfig:
+    changes: dict[str, Any] = {} if mode is None else {"mode": mode}
+    changes |= {"ratios": PUBLISHED_RATIOS} if multi_scale else {}
+    changes |= {"flip": True} if flip else {}
+    try:
+        return TestConfig.model_validate({**dict(test), **changes})
+    except ValidationError as error:
+        raise UserError(explain(error, TestConfig)) from error
+
+
+def _dataset_of(
+    trained_on: str | None, run: Path | None, data: str | None, root: str | Path | None
+) -> tuple[str, Path | None]:
+    """The name and folder of the dataset, as given or else as in the run's recipe."""
+    name = data or trained_on
+    if name is None:
+        raise UserError("the model does not say what it was trained on; give --data NAME")
+    if root is not None:
+        return name, Path(root)
+    if run is None or not (run / RECIPE_FILE).is_file():
+        return name, None
+    trained_with = load_recipe(run / RECIPE_FILE).data
+    return name, trained_with.root if trained_with.name == name else None
+
+
+def _describe(test: TestConfig) -> str:
+    parts = [test.mode if test.mode == "whole" else f"slide {test.window} by {test.stride}"]
+    parts.append(f"scales {', '.join(f'{ratio:g}' for ratio in test.ratios)}")
+    parts += ["flip"] if test.flip else []
+    return ", ".join(parts)

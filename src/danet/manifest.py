@@ -1,0 +1,137 @@
+"""The manifest of `danet predict`: the outcome of each input, one JSON object a line.
+
+It is in the folder of the results. Each of several processes that share the work appends to its
+own manifest; all of them are read. A line has the keys
+
+    input       the item's name
+    model       the model's fingerprint
+    status      "ok" or "error"
+    error       the reason, with status "error"
+    mask, overlay, frames    the names of the results (`RESULT_KINDS`) that were written
+    time        when the line was written, ISO 8601 in UTC
+    path, size, mtime_ns     the `Origin`, if the item could be looked up
+"""
+
+import datetime
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from danet.atomic import explaining
+from danet.jsonl import read_whole_lines
+from danet.processes import Share
+
+RESULT_KINDS = ("mask", "overlay", "frames")
+"""A picture's class ids, a picture or film with the classes over it, a film's folder of masks."""
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+
+
+class Origin(NamedTuple):
+    """Distinguishes a file from others of the same name, and from earlier versions of itself.
+
+    Attributes:
+        path: resolved; of a picture in a tar archive the archive's, and the member's name.
+        size: bytes of the file, or of the archive.
+        mtime_ns: when that was last modified, nanoseconds since the epoch.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class Manifest:
+    """One process's manifest, opened to append whole lines; use as a context manager.
+
+    Args:
+        folder: of the results.
+        share: this process's; it chooses the file's name.
+        model: the fingerprint that every line names.
+
+    Raises:
+        UserError: it cannot be written, or is a link, which may lead anywhere.
+    """
+
+    def __init__(self, folder: Path, share: Share, model: str) -> None:
+        suffix = f"-{share.rank}-of-{share.processes}" if share.processes > 1 else ""
+        self.path = folder / f"manifest{suffix}.jsonl"
+        self.model = model
+        with explaining(self.path):
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666)
+            last = b"\n"
+            if os.lseek(self._file, 0, os.SEEK_END) > 0:
+                os.lseek(self._file, -1, os.SEEK_END)
+                last = os.read(self._file, 1)
+        # A process that was killed, or a full disk, may have left a line unfinished.
+        self._separator = b"" if last == b"\n" else b"\n"
+
+    def __enter__(self) -> "Manifest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def append(
+        self, name: str, origin: Origin | None, results: Mapping[str, str], error: str | None
+    ) -> None:
+        """Writes one item's line.
+
+        Args:
+            results: the names of what was written, by kind (`RESULT_KINDS`).
+            error: why the item, or the rest of a film, could not be segmented; None if it was.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        line: dict[str, str | int] = {"input": name, "model": self.model}
+        line |= {"status": "ok"} if error is None else {"status": "error", "error": error}
+        line |= results
+        line["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+        line |= {} if origin is None else origin._asdict()
+        data = self._separator + json.dumps(line).encode() + b"\n"
+        with explaining(self.path):
+            if os.write(self._file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._separator = b""
+
+
+def earlier_results(folder: Path) -> set[Path]:
+    """The files, and the folders of films' masks, that earlier runs wrote into a folder."""
+    return {
+        folder.resolve() / str(line[kind])
+        for line in _lines(folder)
+        for kind in RESULT_KINDS
+        if kind in line
+    }
+
+
+def finished_results(folder: Path, model: str) -> dict[str, Origin]:
+    """The results that this model wrote last, by name, each with the origin of its item.
+
+    The last line of a result counts, whichever manifest it is in: another model, or another input
+    of the same name, may have overwritten the result of an earlier line. Lines of older versions of
+    danet, which have no origin, do not count as finished.
+    """
+    last: dict[str, tuple[str, Origin | None]] = {}
+    for line in _lines(folder):
+        time = str(line.get("time", ""))
+        valid = line.get("status") == "ok" and line.get("model") == model
+        for kind in RESULT_KINDS:
+            result = str(line.get(kind))
+            if kind in line and time >= last.get(result, ("", None))[0]:
+                last[result] = time, _origin(line) if valid else None
+    return {result: origin for result, (_, origin) in last.items() if origin is not None}
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of all manifests in a folder."""
+    for path in folder.glob("manifest*.jsonl"):
+        yield from read_whole_lines(path)
+
+
+def _origin(line: dict[str, Any]) -> Origin | None:
+    known = all(name in line for name in Origin._fields)
+    return Origin(*(line[name] for name in Origin._fields)) if known else None

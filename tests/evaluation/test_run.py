@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import danet
+from danet.config import PUBLISHED_RATIOS, DataConfig, RunConfig
+from danet.errors import UserError
+from danet.evaluation.run import evaluate_model
+from danet.model_folder import RECIPE_FILE
+from networks import tiny_danet
+
+
+@pytest.fixture(scope="module")
+def model() -> danet.DANet:
+    """Of three classes, and trained on a folder."""
+    network = tiny_danet(3, channel=False)
+    network.metadata = network.metadata.model_copy(update={"dataset": "folder"})
+    return network
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("dataset")
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind, values, shape in (("images", 256, (48, 64, 3)), ("labels", 3, (48, 64))):
+            (root / kind / split).mkdir(parents=True)
+            for name in "xy":
+                pixels = generator.integers(0, values, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(root / kind / split / f"{name}.png")
+    return root
+
+
+def test_a_model_is_scored_by_the_protocol_that_was_asked_for(
+    model: danet.DANet, dataset: Path, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    result = evaluate_model(
+        model,
+        root=dataset,
+        mode="slide",
+        multi_scale=True,
+        branches=True,
+        precision="fp32",
+        say=notes.append,
+    )
+    tree = result.to_json()
+    assert (tree["dataset"], tree["split"], tree["images"]) == ("folder", "val", 2)
+    assert tree["test"]["mode"] == "slide"
+    assert tuple(tree["test"]["ratios"]) == PUBLISHED_RATIOS
+    assert list(tree["branches"]) == ["fused", "position"]
+    assert np.sum(tree["confusion"]) == 2 * 48 * 64
+    assert len(notes) == 1
+    assert "3 of 3 class names" in notes[0]
+    result.write_report(tmp_path / "report.html", "mine")
+    assert "mine" in (tmp_path / "report.html").read_text()
+
+
+def test_the_runs_recipe_says_where_its_dataset_is(
+    model: danet.DANet, dataset: Path, tmp_path: Path
+) -> None:
+    recipe = RunConfig(data=DataConfig(name="folder", root=dataset))
+    (tmp_path / RECIPE_FILE).write_text(recipe.to_yaml())
+    assert evaluate_model(model, run=tmp_path).to_json()["images"] == 2
+    with pytest.raises(UserError):
+        evaluate_model(model)
+
+
+def test_mistakes_are_told(model: danet.DANet, dataset: Path) -> None:
+    with pytest.raises(UserError, match="mode: Input should be 'whole' or 'slide'"):
+        evaluate_model(model, root=dataset, mode="tiles")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="does not say what it was trained on"):
+        evaluate_model(tiny_danet(3))

@@ -72,6 +72,7 @@ def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
         ("extends: loop.yaml", "extends itself"),
         ("extends: nowhere", "no such recipe"),
         ("[" * 5000, "not valid YAML"),
+        ("train: {steps: 3}\ndata: {name: scenes}\ntrain: {lr: 0.1}", "train is there twice"),
         ("train: 5", "train"),
     ],
 )
@@ -136,3 +137,8 @@ def test_bases_are_not_offered_but_can_be_extended(tmp_path: Path) -> None:
     assert not any(name.startswith("_") for name in recipe_names())
     (tmp_path / "mine.yaml").write_text("extends: _ade20k_512x512\n")
     assert load_recipe(tmp_path / "mine.yaml").data.name == "ade20k"
+
+
+def test_a_section_of_comments_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: demo\ntrain:\n  # steps: 3\n")
+    assert load_recipe(str(tmp_path / "mine.yaml")) == load_recipe("demo")

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from danet import DANet
+from danet.errors import UserError
 from danet.processes import Share
 from networks import TINY_RUN
 
@@ -214,3 +215,9 @@ def command_line(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def test_processes_that_nothing_connects_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="start them with torchrun"), Share(0, 2).connected():
+        pytest.fail("connected to nothing")

@@ -144,11 +144,13 @@ class TrainConfig(Section):
     """Factors of the loss, one per class in the order of their ids."""
     hard_example_threshold: float | None = Field(None, gt=0, lt=1)
     """Online hard example mining: leave out pixels whose true class has at least this probability;
-    none: keep all. The published value is 0.7."""
+    none: keep all. The published value is 0.7. Each process and part of `accumulate` chooses among
+    its own pixels."""
     hard_example_min_kept: int = Field(100_000, ge=1)
     """Keep at least this many pixels per picture of the batch, the hardest ones."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Average the weights with this decay per step, and keep the average as the model."""
+    """Average the weights over steps, and keep the average as the model. The decay per step rises
+    to this as 1 - (step + 1)^(-2/3), so 0.998 is reached after 11,000 steps."""
     precision: Precision = "auto"
     """auto: bfloat16 autocast where the device computes in it."""
     activation_checkpointing: bool | Literal["early"] = False
@@ -174,6 +176,15 @@ class TrainConfig(Section):
     step all are, but where the best weights are kept, which are chosen by the same pictures."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the run's model: the last, or those that validated best."""
+
+    @model_validator(mode="after")
+    def _rate_falls(self) -> "TrainConfig":
+        if self.lr_min > self.lr:
+            raise ValueError(
+                f"lr_min ({self.lr_min:g}) is above lr ({self.lr:g}), which could not fall to it; "
+                "set lr_min=0, or lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sharded(self) -> "TrainConfig":
@@ -370,8 +381,9 @@ def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     tree = _parse(text, f"recipe {where}") or {}
     if not isinstance(tree, dict):
         raise UserError(f"recipe {where}: must be sections of keys, not {type(tree).__name__}")
-    changes: dict[str, Any] = dict(tree)
-    base = changes.pop("extends", None)
+    base = tree.pop("extends", None)
+    # A section with nothing but comments in it is None.
+    changes: dict[str, Any] = {key: {} if value is None else value for key, value in tree.items()}
     if base is None:
         return changes
     return _merge(_read(str(base), folder, (*seen, where)), changes)
@@ -384,6 +396,15 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not supported")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """YAML allows no key twice, but PyYAML would keep the last in silence."""
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [self.construct_object(key) for key, _ in node.value]
+            twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+            raise yaml.YAMLError(f"{twice} is there twice, from line {node.start_mark.line + 1} on")
+        return mapping
 
 
 def _parse(text: str, where: str) -> Any:

@@ -28,6 +28,10 @@ class OutOfMemory(RuntimeError):
     """The device or the machine has too little memory. The message says what to lower."""
 
 
+class TrainingOutOfMemory(OutOfMemory):
+    """A training step, not a validation, ran out of memory."""
+
+
 class ExportDiffers(RuntimeError):
     """The exported file computes something other than the model; nothing was written."""
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from danet.errors import UserError
+
 T = TypeVar("T")
 
 _PATIENCE = datetime.timedelta(days=7)
@@ -32,10 +34,19 @@ class Share(NamedTuple):
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """`gather` works in here."""
+        """`gather` works in here.
+
+        Raises:
+            UserError: nothing says where the other processes are.
+        """
         if self.processes == 1:
             yield
             return
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                "RANK and WORLD_SIZE are set but not MASTER_ADDR, so processes cannot find each "
+                "other; start them with torchrun"
+            )
         join_process_group("gloo", timeout=_PATIENCE)
         try:
             yield

@@ -1,3 +1,4 @@
+import itertools
 import math
 import os
 import re
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,13 @@ from danet.bench import cost
 from danet.bench.workload import Workload
 from danet.config import TrainConfig, load_recipe
 from danet.data.loader import Batch
-from danet.errors import OutOfMemory, TrainingDiverged, TrainingStopped, UserError
+from danet.errors import (
+    LogitsNotFinite,
+    OutOfMemory,
+    TrainingDiverged,
+    TrainingStopped,
+    UserError,
+)
 from danet.evaluation.metrics import Scores
 from danet.training import loop
 from danet.training.checkpoint import RunFolder, load_checkpoint
@@ -509,3 +517,130 @@ def test_an_unfinished_line_of_metrics_is_skipped(tmp_path: Path) -> None:
     assert folder.read_metrics() == [{"step": 1, "loss": 2.0}]
     folder.forget_metrics_after(0)
     assert folder.metrics.read_text() == ""
+
+
+def saved_step(folder: RunFolder) -> int:
+    return load_checkpoint(folder.last)["step"]
+
+
+def validated_steps(folder: RunFolder) -> list[float]:
+    return [row["step"] for row in folder.read_metrics() if "val/aAcc" in row]
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (UserError("b.png: not a picture"), "not a picture"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "in the validation after step 6, .* saved"),
+    ],
+)
+def test_a_validation_that_fails_costs_no_steps_and_is_done_on_resuming(
+    failure: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    settings = ("train.checkpoint_every=1000", "train.keep=best")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", fail)
+        with pytest.raises((UserError, OutOfMemory), match=told):
+            run(tmp_path / "run", *settings)
+    folder = RunFolder(tmp_path / "run")
+    assert saved_step(folder) == 6
+    assert not folder.model.exists()
+    run(tmp_path / "run", *settings, resume=True)
+    assert validated_steps(folder) == [6]
+    assert weights(folder) == weights(run(tmp_path / "alone", *settings))
+
+
+def test_a_broken_training_picture_does_not_cost_the_steps_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = loop._Trainer._batches
+
+    def then_broken(trainer: loop._Trainer) -> Iterator[object]:
+        yield from itertools.islice(batches(trainer), 4)
+        raise UserError("c.png: not a picture")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_batches", then_broken)
+        with pytest.raises(UserError, match=r"c\.png"):
+            run(tmp_path / "run", "train.checkpoint_every=1000")
+    assert saved_step(RunFolder(tmp_path / "run")) == 4
+    resumed = run(tmp_path / "run", "train.checkpoint_every=1000", resume=True)
+    assert weights(resumed) == weights(run(tmp_path / "alone"))
+
+
+def test_a_validation_is_stopped_by_sigterm_and_done_on_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = loop.evaluate
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        with pytest.raises(TrainingStopped, match="SIGTERM after step 3, which is saved"):
+            run(tmp_path / "run", "train.validate_every=3")
+    folder = RunFolder(tmp_path / "run")
+    assert validated_steps(folder) == []
+    run(tmp_path / "run", "train.validate_every=3", resume=True)
+    assert validated_steps(folder) == [3, 6]
+
+
+def test_weights_that_diverged_do_not_replace_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise LogitsNotFinite("the network's logits are not finite")
+
+    monkeypatch.setattr(loop, "evaluate", fail)
+    with pytest.raises(TrainingDiverged, match=r"validation after step 6.* delete that file first"):
+        run(tmp_path / "run", "train.checkpoint_every=4")
+    assert saved_step(RunFolder(tmp_path / "run")) == 4
+
+
+def test_settings_changed_before_the_first_step_become_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("a.png: not a picture")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_take_step", fail)
+        with pytest.raises(UserError):
+            run(tmp_path / "run", "train.lr=0.5")
+    folder = run(tmp_path / "run", "train.lr=0.01", "model.init_from=gone", resume=True)
+    said = capsys.readouterr().err
+    assert "note: train.lr: other than" in said
+    assert "note: model.init_from: without effect" in said
+    assert load_recipe(str(folder.recipe)).train.lr == 0.01
+
+
+def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"train\.steps=3, but the run .* has taken 6"):
+        run(tmp_path / "run", "train.steps=3", resume=True)
+    assert load_recipe(str(folder.recipe)).train.steps == 6
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "model", "config.json"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_other_files_is_left_alone(name: str, resume: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"epoch": 1}\n')
+    with pytest.raises(UserError, match=rf"holds {name}, .* choose another"):
+        run(tmp_path, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_run_is_locked_before_its_checkpoint_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(tmp_path / "run")
+    monkeypatch.setattr(RunFolder, "last_checkpoint", lambda *_: pytest.fail("read unlocked"))
+    lock = folder.lock()
+    with pytest.raises(UserError, match="another process is training in this folder"):
+        run(tmp_path / "run", resume=True)
+    lock.release()

@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from danet.config import TrainConfig
 from danet.training.schedule import learning_rate
@@ -31,5 +32,6 @@ def test_warm_up_rises_linearly_to_the_schedule() -> None:
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
 
 
-def test_a_floor_above_the_rate_is_the_rate() -> None:
-    assert learning_rate(9, TrainConfig(steps=10, lr=1e-5, lr_min=1e-4)) == 1e-5
+def test_a_floor_above_the_rate_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"lr_min .* is above lr"):
+        TrainConfig(lr=1e-5, lr_min=1e-4)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from danet.cli.options import Overrides, Recipe
-from danet.errors import OutOfMemory
+from danet.errors import OutOfMemory, TrainingOutOfMemory
 
 
 def train(
@@ -27,7 +27,7 @@ def train(
     config = load_recipe(recipe, overrides or ())
     try:
         run = run_training(config, folder, resume)
-    except OutOfMemory as error:
+    except TrainingOutOfMemory as error:
         problem = str(error)
     else:
         rank_zero_only(print)(f"model: {run.model}")

@@ -12,9 +12,9 @@ from torch import Tensor
 from danet.atomic import explaining, replacing
 from danet.errors import UserError, explaining_lookup, first_line
 from danet.jsonl import read_whole_lines
-from danet.model_folder import METRICS_FILE, MODEL_FOLDER, RECIPE_FILE
+from danet.model_folder import CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, RECIPE_FILE, WEIGHTS_FILE
 
-_KEYS = {"step", "model", "average", "optimizer", "optimizer_name", "best"}
+_KEYS = {"step", "model", "average", "optimizer", "optimizer_name", "best", "validated_step"}
 
 
 class RunFolder:
@@ -32,6 +32,11 @@ class RunFolder:
     def exists(self) -> bool:
         with explaining_lookup(self.path):
             return self.recipe.exists() or self.last.exists()
+
+    def file_of_another_kind(self) -> Path | None:
+        """A file that a new run would write over or hide: a model folder's, or other metrics."""
+        others = (self.metrics, self.model, self.path / CONFIG_FILE, self.path / WEIGHTS_FILE)
+        return next((path for path in others if path.exists()), None)
 
     def lock(self) -> FileLock:
         """Keeps other processes from writing to this run until it is released, or this one ends.
@@ -68,9 +73,13 @@ class RunFolder:
             say(f"note: {error}; going on from the one before, step {checkpoint['step']}")
             return checkpoint
 
-    def save_last(self, checkpoint: dict[str, Any]) -> None:
-        """Writes the last checkpoint and keeps the one before."""
-        save_checkpoint(self.last, checkpoint, former=self.before_last)
+    def save_last(self, checkpoint: dict[str, Any], *, keep_former: bool) -> None:
+        """Writes the last checkpoint; the former one becomes the one before, or is dropped."""
+        save_checkpoint(self.last, checkpoint, former=self.before_last if keep_former else None)
+
+    def drop_last(self) -> None:
+        """Puts the checkpoint before in place of the last one, whose weights are of no use."""
+        self.before_last.replace(self.last)
 
     def append_metrics(self, row: dict[str, float]) -> None:
         with explaining(self.metrics), self.metrics.open("a", encoding="utf-8") as file:

@@ -21,7 +21,14 @@ from danet.config import RunConfig, differing_keys, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, derive_seed, training_batches, training_samples
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
-from danet.errors import LogitsNotFinite, OutOfMemory, TrainingDiverged, TrainingStopped, UserError
+from danet.errors import (
+    LogitsNotFinite,
+    OutOfMemory,
+    TrainingDiverged,
+    TrainingOutOfMemory,
+    TrainingStopped,
+    UserError,
+)
 from danet.evaluation.evaluate import evaluate, segment_with
 from danet.evaluation.metrics import scores
 from danet.model import DANet
@@ -46,6 +53,8 @@ from danet.training.schedule import learning_rate
 from danet.training.sharding import load_optimizer, whole
 
 _DROPOUT = 2
+_FIRST_WEIGHTS = {"model.init_from", "model.pretrained_backbone", "model.backbone_weights"}
+"""Settings that a resumed run, which goes on from its own weights, does not look at."""
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
@@ -66,6 +75,11 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
         raise UserError(
             f"{out} already holds a run; go on with --resume, or choose another folder with --out"
         )
+    if not run.exists() and (other := run.file_of_another_kind()) is not None:
+        raise UserError(
+            f"{out} holds {other.name}, which is no part of a run that could go on; choose another "
+            "folder with --out"
+        )
     with StopSignal() as stop, ExitStack() as at_end:
         trainer = _Trainer(config, run, stop, at_end)
         try:
@@ -74,7 +88,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
         # Raised by the loader's signal handler, wherever training is at that moment, and by gloo.
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise OutOfMemory(
+                raise TrainingOutOfMemory(
                     f"training: out of memory; {run.path} is as last saved"
                 ) from error
             problem = explain_lost_process(error)
@@ -95,9 +109,22 @@ class _Trainer:
         self.bfloat16 = uses_bfloat16(config.train.precision, device)
         self.fabric = launch(config.train, device, bfloat16=self.bfloat16)
         self._check_batch_size()
+        # Another process may still be training here. A new run is locked later, because what is
+        # wrong with the input must leave no folder behind.
+        resumes = run.exists()
+        if resumes:
+            self._lock(at_end)
+        self.fabric.barrier()
         notes: list[str] = []
         checkpoint = run.last_checkpoint(notes.append)
         self.first_step: int = 0 if checkpoint is None else checkpoint["step"]
+        if config.train.steps < self.first_step:
+            raise UserError(
+                f"train.steps={config.train.steps}, but the run in {run.path} has taken "
+                f"{self.first_step} steps; set at least as many"
+            )
+        self.saved_step = self.first_step
+        self.validated_step = 0
         self.progress = ProgressReport(
             "train", config.train.steps, done=self.first_step, enabled=self.fabric.is_global_zero
         )
@@ -120,9 +147,14 @@ class _Trainer:
         self.average = self._start_average()
         prepare_for_training(self.model, config.train)
         self.best: dict[str, float] | None = None
-        # Not before: what is wrong with the input must leave no folder behind.
-        if self.fabric.is_global_zero:
-            at_end.callback(run.lock().release)
+        if not resumes:
+            self._lock(at_end)
+            if self.fabric.is_global_zero and run.exists():
+                raise UserError(
+                    f"{run.path}: another process began a run here meanwhile; go on with --resume "
+                    "when it has ended, or choose another folder with --out"
+                )
+        self.resumed = checkpoint is not None
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -132,6 +164,10 @@ class _Trainer:
             self.events = at_end.enter_context(Events(run.path, self.first_step))
 
     # Setting up
+
+    def _lock(self, at_end: ExitStack) -> None:
+        if self.fabric.is_global_zero:
+            at_end.callback(self.run.lock().release)
 
     def _check_batch_size(self) -> None:
         settings = self.config.train
@@ -175,45 +211,66 @@ class _Trainer:
         if self.average is not None and checkpoint["average"] is not None:
             self.average.module.load_state_dict(checkpoint["average"])
         self.best = checkpoint["best"]
+        self.validated_step = checkpoint["validated_step"]
         if self.fabric.is_global_zero:
             self.run.forget_metrics_after(self.first_step)
 
     # Running
 
     def fit(self) -> None:
-        settings = self.config.train
         with self.progress:
-            if self.first_step:
+            if self.resumed:
                 self._take_over_changed_settings()
             self._announce()
-            history: list[dict[str, Tensor]] = []
-            since = time.monotonic()
+            if self._validates(self.first_step) and self.validated_step != self.first_step:
+                self._validate(self.first_step)
+            self._take_steps()
+            self._export()
+
+    def _take_steps(self) -> None:
+        settings = self.config.train
+        history: list[dict[str, Tensor]] = []
+        since = time.monotonic()
+        done = self.first_step
+        try:
             for step, batch in enumerate(self._batches(), start=self.first_step):
                 history.append(self._take_step(step, batch))
                 done = step + 1
-                validates = done == settings.steps or (
-                    settings.validate_every is not None and done % settings.validate_every == 0
-                )
-                saves = done == settings.steps or done % settings.checkpoint_every == 0
-                if done % settings.log_every == 0 or validates or saves:
+                validates = self._validates(done)
+                saves = validates or done % settings.checkpoint_every == 0
+                if done % settings.log_every == 0 or saves:
                     status = self._log(done, history, since)
                     self.progress.advance(status, steps=len(history))
                     history, since = [], time.monotonic()
-                if validates:
-                    self._validate(done)
-                    since = time.monotonic()
                 stops = done < settings.steps and self._stops()
                 if stops and history:
                     self._log(done, history, since)
                 if saves or stops:
                     self._save_last(done)
                 if stops:
-                    told_by = self.stop.received or "another process"
-                    raise TrainingStopped(
-                        f"training: stopped by {told_by} after step {done}, which is saved in "
-                        f"{self.run.last}; go on with --resume"
-                    )
-            self._export()
+                    raise self._stopped(done)
+                if validates:
+                    self._validate(done)
+                    since = time.monotonic()
+        except UserError:  # a broken picture, say, which must not cost the steps before it
+            if self.fabric.world_size == 1 and done > self.saved_step:
+                if history:
+                    self._log(done, history, since)
+                self._save_last(done)
+            raise
+
+    def _validates(self, done: int) -> bool:
+        """Whether a validation is due after so many steps."""
+        settings = self.config.train
+        every = settings.validate_every
+        return done == settings.steps or (done > 0 and every is not None and done % every == 0)
+
+    def _stopped(self, done: int) -> TrainingStopped:
+        told_by = self.stop.received or "another process"
+        return TrainingStopped(
+            f"training: stopped by {told_by} after step {done}, which is saved in "
+            f"{self.run.last}; go on with --resume"
+        )
 
     def _stops(self) -> bool:
         """Whether any process was told to stop."""
@@ -225,7 +282,12 @@ class _Trainer:
     def _take_over_changed_settings(self) -> None:
         """Tells which settings differ from the resumed run's, and makes them the run's."""
         changed = differing_keys(load_recipe(self.run.recipe), self.config)
-        if changed:
+        if ignored := [key for key in changed if key in _FIRST_WEIGHTS]:
+            self.progress.say(
+                f"note: {', '.join(ignored)}: without effect, for the run goes on from its own "
+                "weights"
+            )
+        if changed := [key for key in changed if key not in _FIRST_WEIGHTS]:
             self.progress.say(
                 f"note: {', '.join(changed)}: other than in {self.run.recipe}; the remaining "
                 "steps go by the new settings"
@@ -314,7 +376,8 @@ class _Trainer:
     def _diverged(self, finding: str) -> TrainingDiverged:
         return TrainingDiverged(
             f"training: {finding}; the checkpoint before is {self.run.last}. Lower train.lr (now "
-            f"{self.config.train.lr:g}) or set train.precision=fp32, then go on with --resume"
+            f"{self.config.train.lr:g}) or set train.precision=fp32, then go on with --resume; if "
+            "it fails again at once, delete that file first, and the one before it is taken"
         )
 
     def _residual_weights(self) -> dict[str, float]:
@@ -328,6 +391,7 @@ class _Trainer:
         }
 
     def _validate(self, done: int) -> None:
+        """Scores the network after so many steps, which must be saved: this may take long."""
         config = self.config
         count = min(len(self.validation_data), config.train.validate_images or 10**9)
         # The best are chosen by the same pictures at every step.
@@ -336,19 +400,32 @@ class _Trainer:
         model = self._kept_model().eval()
         scored = itertools.count(1)
         rank, processes = self.fabric.global_rank, self.fabric.world_size
+
+        def on_picture() -> None:
+            if self.stop.received is not None:
+                raise self._stopped(done)
+            self.progress.advance(f"validating {next(scored) * processes}/{count}", steps=0)
+
         try:
             evaluation = evaluate(
                 segment_with(model, config.test, config.train.precision),
                 self.validation_data,
                 indices=range(rank, count, processes),
-                on_picture=lambda: self.progress.advance(
-                    f"validating {next(scored) * processes}/{count}", steps=0
-                ),
+                on_picture=on_picture,
             )
         # The loss is of the weights before the last update, so this may be the first to tell.
         except LogitsNotFinite as error:
+            if self.fabric.is_global_zero:
+                self.run.drop_last()
             raise self._diverged(
                 f"the network's logits were not finite in the validation after step {done}"
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"training: out of memory in the validation after step {done}, which is saved; set "
+                "test.mode=slide, or lower test.batch_size or test.scale, and go on with --resume"
             ) from error
         confusion = evaluation.confusion["fused"].to(self.fabric.device)
         result = scores(self._reduce(confusion, "sum"))
@@ -370,6 +447,8 @@ class _Trainer:
             checkpoint = self._checkpoint(done)
             if self.fabric.is_global_zero:
                 save_checkpoint(self.run.best, checkpoint)
+        self.validated_step = done
+        self._save_last(done)
 
     def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
         """Over all processes."""
@@ -402,7 +481,8 @@ class _Trainer:
     def _save_last(self, step: int) -> None:
         checkpoint = self._checkpoint(step)
         if self.fabric.is_global_zero:
-            self.run.save_last(checkpoint)
+            self.run.save_last(checkpoint, keep_former=step > self.saved_step)
+        self.saved_step = step
 
     def _checkpoint(self, step: int) -> dict[str, Any]:
         return {
@@ -412,6 +492,7 @@ class _Trainer:
             "optimizer": whole(self.optimizer.state_dict()),
             "optimizer_name": self.config.train.optimizer,
             "best": self.best,
+            "validated_step": self.validated_step,
         }
 
     def _export(self) -> None:

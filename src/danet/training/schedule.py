@@ -12,9 +12,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     Args:
         step: 0-based.
     """
-    floor = min(config.lr_min, config.lr)
     remaining = 1 - step / config.steps
-    rate: float = (config.lr - floor) * remaining**config.lr_power + floor
+    rate: float = (config.lr - config.lr_min) * remaining**config.lr_power + config.lr_min
     if step < config.warmup_steps:
         rate *= (step + 1) / (config.warmup_steps + 1)
     return rate

@@ -81,7 +81,7 @@ bench: $(VENV)/development $(PEER)/ready ## measure against the public implement
 	$(BIN)/python benchmarks/logits_to_labels.py
 	$(BIN)/python benchmarks/export.py street-small
 	$(BIN)/python benchmarks/export.py "random R50" --sizes 512x512 2048x1024 --repeats 1
-	$(BIN)/python benchmarks/film.py street-small
+	$(BIN)/python benchmarks/video.py street-small
 	$(BIN)/python benchmarks/page.py street-small
 	$(BIN)/python docs/tables.py
 

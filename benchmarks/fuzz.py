@@ -128,7 +128,7 @@ def checkpoints() -> Iterable[bytes]:
     yield b"\x80\x02cos\nsystem\nX\x02\0\0\0id\x85R."
 
 
-def films() -> Iterable[bytes]:
+def videos() -> Iterable[bytes]:
     import av
 
     for name, codec in (("mp4", "h264"), ("avi", "mpeg4"), ("webm", "vp9")):
@@ -228,7 +228,7 @@ def read_zip(path: Path) -> None:
             pass
 
 
-def read_film(path: Path) -> None:
+def read_video(path: Path) -> None:
     with video._Reader(path) as reader:
         for _ in reader.frames():
             pass
@@ -280,7 +280,7 @@ READERS = {
     "config in Python": Reader(
         "x.py", python_config, lambda: [b"a = dict(b=[1, (2,)], c={'d': -1})"]
     ),
-    "film": Reader("x.mp4", read_film, films),
+    "video": Reader("x.mp4", read_video, videos),
     "manifest": Reader(
         "manifest.jsonl", lambda p: manifest.finished_results(p.parent, "0"), manifests
     ),

@@ -261,10 +261,10 @@ def export() -> str:
     return markdown(columns, ([row[column] for column in columns] for row in rows_of("export")))
 
 
-def film() -> str:
+def video() -> str:
     """Frames a second."""
     columns = ("model", "form", "width", "height", "frames_per_second", "hardware")
-    return markdown(columns, ([row[column] for column in columns] for row in rows_of("film")))
+    return markdown(columns, ([row[column] for column in columns] for row in rows_of("video")))
 
 
 def _all_columns(name: str, *without: str) -> str:
@@ -325,7 +325,7 @@ MAKERS = {
         drives,
         page,
         export,
-        film,
+        video,
         faults,
         fuzz,
         page_abuse,

@@ -94,7 +94,7 @@ def test_a_rerun_does_what_is_missing_changed_or_of_another_model(
     (out / "03.png").unlink()
     os.utime(photos / "05.png", (time.time() + 5, time.time() + 5))
     again = predict(model, photos, "--out", out)
-    assert "2 of 13 pictures and films segmented" in again.output
+    assert "2 of 13 pictures and videos segmented" in again.output
     assert "11 were before" in again.output
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     changed = {name for name in after if after[name] != before[name]}
@@ -122,7 +122,9 @@ def test_another_file_of_the_same_name_is_segmented(
     # The second file is older than the first one's mask, and in the end its mask lies there.
     for folder in "aba":
         monkeypatch.chdir(tmp_path / folder)
-        assert "1 of 1 pictures and films segmented" in predict(model, "p.png", "--out", out).output
+        assert (
+            "1 of 1 pictures and videos segmented" in predict(model, "p.png", "--out", out).output
+        )
         assert found.setdefault(folder, masks(out)) == masks(out)
     assert "1 were before" in predict(model, tmp_path / "a" / "p.png", "--out", out).output
     assert found["a"] != found["b"]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from danet.cli import app
 from danet.data.scenes import render
-from test_video import film
+from videos import make_video
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -31,13 +31,13 @@ def snippets(page: str) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the pages' readers have: some photos and a film."""
+    """What the pages' readers have: some photos and a video."""
     monkeypatch.chdir(tmp_path)
     for folder in ("folder", "more", "photos"):
         (tmp_path / folder).mkdir()
     for index, path in enumerate(("photo.jpg", "folder/a.jpg", "more/b.png", "photos/c.jpg")):
         render(2, index)[0].save(tmp_path / path)
-    film(tmp_path / "drive.mp4", frames=3)
+    make_video(tmp_path / "drive.mp4", frames=3)
     return tmp_path
 
 

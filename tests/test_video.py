@@ -1,5 +1,4 @@
 import tarfile
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -14,8 +13,7 @@ from danet.data.scenes import render
 from danet.errors import UserError
 from danet.video import segment_video
 from networks import tiny_danet
-
-RATE = Fraction(30000, 1001)
+from videos import RATE, make_video
 
 
 @pytest.fixture(scope="module")
@@ -26,30 +24,6 @@ def model() -> danet.DANet:
 @pytest.fixture(scope="module")
 def predictor(model: danet.DANet) -> danet.Predictor:
     return danet.Predictor(model, device="cpu", precision="fp32")
-
-
-def film(
-    path: Path,
-    frames: int = 10,
-    size: tuple[int, int] = (96, 64),
-    times: list[int] | None = None,
-    codec: str = "libx264",
-) -> Path:
-    """A film of generated scenes, a new one in every frame; times in 1/1000 s if given."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=RATE, options={"crf": "10", "g": "3"})
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p" if size[0] % 2 == size[1] % 2 == 0 else "yuv444p"
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for index in range(frames):
-            picture = np.asarray(render(2, index)[0].resize(size))
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            if times is not None:
-                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 def read(path: Path) -> tuple[list[np.ndarray], list[float], av.VideoStream]:
@@ -67,7 +41,7 @@ def read(path: Path) -> tuple[list[np.ndarray], list[float], av.VideoStream]:
 def test_rate_size_and_every_frame_are_kept(
     predictor: danet.Predictor, tmp_path: Path, suffix: str, size: tuple[int, int]
 ) -> None:
-    source = film(tmp_path / f"a{suffix}", size=size)
+    source = make_video(tmp_path / f"a{suffix}", size=size)
     found = segment_video(predictor, source, tmp_path, "a", overlay=True, masks=True)
     assert found.frames == 10
     assert found.problem is None
@@ -90,7 +64,7 @@ def test_frames_of_uneven_times_stay_where_they_are(
     predictor: danet.Predictor, tmp_path: Path
 ) -> None:
     times = [0, 40, 90, 300, 310, 700]
-    source = film(tmp_path / "a.mkv", frames=6, times=times)
+    source = make_video(tmp_path / "a.mkv", frames=6, times=times)
     segment_video(predictor, source, tmp_path, "a", overlay=True, masks=False)
     np.testing.assert_allclose(read(tmp_path / "a_overlay.mp4")[1], read(source)[1], atol=2e-3)
     assert not (tmp_path / "a").exists()
@@ -105,23 +79,25 @@ def test_a_batch_is_segmented_like_single_pictures(model: danet.DANet, flip: boo
         assert (found.classes == predictor(picture).classes).mean() > 0.999
 
 
-def test_what_can_be_read_of_a_cut_film_is_kept(predictor: danet.Predictor, tmp_path: Path) -> None:
-    whole = film(tmp_path / "whole.ts", frames=20).read_bytes()
+def test_what_can_be_read_of_a_cut_video_is_kept(
+    predictor: danet.Predictor, tmp_path: Path
+) -> None:
+    whole = make_video(tmp_path / "whole.ts", frames=20).read_bytes()
     cut = tmp_path / "cut.mp4"
-    film(cut, frames=20)
+    make_video(cut, frames=20)
     (tmp_path / "cut.ts").write_bytes(whole[: len(whole) // 2])
     found = segment_video(predictor, tmp_path / "cut.ts", tmp_path, "cut", overlay=True, masks=True)
     assert 3 <= found.frames < 20
     assert len(read(tmp_path / "cut_overlay.mp4")[0]) == found.frames
     # An MP4's index is at its end: without it nothing can be found.
     cut.write_bytes(cut.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="not a film that can be read"):
+    with pytest.raises(UserError, match="not a video that can be read"):
         segment_video(predictor, cut, tmp_path, "b", overlay=True, masks=True)
     assert not (tmp_path / "b_overlay.mp4").exists()
 
 
 def test_damaged_parts_are_told(predictor: danet.Predictor, tmp_path: Path) -> None:
-    source = film(tmp_path / "a.mp4", frames=20)
+    source = make_video(tmp_path / "a.mp4", frames=20)
     content = bytearray(source.read_bytes())
     start = content.index(b"mdat") + 2000
     rng = np.random.default_rng(0)
@@ -136,7 +112,7 @@ def test_damaged_parts_are_told(predictor: danet.Predictor, tmp_path: Path) -> N
 def test_memory_holds_a_few_frames(
     predictor: danet.Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = film(tmp_path / "a.mp4", frames=11)
+    source = make_video(tmp_path / "a.mp4", frames=11)
     sizes = []
     real = danet.Predictor.segment_batch
 
@@ -151,8 +127,8 @@ def test_memory_holds_a_few_frames(
 
 def test_the_command(model: danet.DANet, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
-    film(tmp_path / "good.mp4", frames=3)
-    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    make_video(tmp_path / "good.mp4", frames=3)
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
     render(2, 1)[0].resize((60, 40)).save(tmp_path / "photo.png")
     out = tmp_path / "out"
     inputs = [str(tmp_path / name) for name in ("good.mp4", "bad.mp4", "photo.png")]
@@ -160,8 +136,8 @@ def test_the_command(model: danet.DANet, tmp_path: Path) -> None:
     command = ["predict", str(tmp_path / "model"), *inputs, "--out", str(out)]
     done = run.invoke(app, [*command, "--overlay"])
     assert done.exit_code == 2
-    assert "bad.mp4: not a film that can be read" in done.output
-    assert "2 of 3 pictures and films segmented" in done.output
+    assert "bad.mp4: not a video that can be read" in done.output
+    assert "2 of 3 pictures and videos segmented" in done.output
     names = sorted(path.name for path in out.iterdir())
     assert names == ["good_overlay.mp4", "manifest.jsonl", "photo.png", "photo_overlay.jpg"]
     assert run.invoke(app, command).exit_code == 2
@@ -179,11 +155,11 @@ def model_folder(model: danet.DANet, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def test_films_and_archives_are_not_written_over_pictures(
+def test_videos_and_archives_are_not_written_over_pictures(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    film(tmp_path / "a.mp4", frames=1)
-    film(tmp_path / "clip.mp4", frames=1)
+    make_video(tmp_path / "a.mp4", frames=1)
+    make_video(tmp_path / "clip.mp4", frames=1)
     for name in ("a.png", "clip/000000.png", "t_000000_b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         render(2, 1)[0].resize((60, 40)).save(tmp_path / name)
@@ -200,28 +176,28 @@ def test_films_and_archives_are_not_written_over_pictures(
     assert "2 of 2" in refused.output
 
 
-def test_a_rerun_passes_over_films_and_their_masks(model_folder: Path, tmp_path: Path) -> None:
-    film(tmp_path / "clip.mp4", frames=2)
+def test_a_rerun_passes_over_videos_and_their_masks(model_folder: Path, tmp_path: Path) -> None:
+    make_video(tmp_path / "clip.mp4", frames=2)
     render(2, 1)[0].resize((60, 40)).save(tmp_path / "photo.jpg")
     inputs = (tmp_path, tmp_path / "clip.mp4", "--out", tmp_path)
     assert "2 of 2" in predict(model_folder, *inputs).output
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     again = predict(model_folder, *inputs)
     assert again.exit_code == 0
-    assert "0 of 2 pictures and films segmented" in again.output
+    assert "0 of 2 pictures and videos segmented" in again.output
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == written
-    # An overlay was not made yet, and a changed film is another.
+    # An overlay was not made yet, and a changed video is another.
     assert "2 of 2" in predict(model_folder, *inputs, "--overlay").output
-    film(tmp_path / "clip.mp4", frames=3)
+    make_video(tmp_path / "clip.mp4", frames=3)
     assert "1 of 2" in predict(model_folder, *inputs).output
     assert len(list((tmp_path / "clip").iterdir())) == 3
 
 
-def test_a_film_that_fails_leaves_the_others(
+def test_a_video_that_fails_leaves_the_others(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    film(tmp_path / "large.mp4", frames=1, size=(128, 64))
-    film(tmp_path / "small.mp4", frames=1)
+    make_video(tmp_path / "large.mp4", frames=1, size=(128, 64))
+    make_video(tmp_path / "small.mp4", frames=1)
     real = danet.Predictor.segment_batch
 
     def little_memory(self: danet.Predictor, images: np.ndarray) -> list[danet.Segmentation]:
@@ -230,20 +206,20 @@ def test_a_film_that_fails_leaves_the_others(
         return real(self, images)
 
     monkeypatch.setattr(danet.Predictor, "segment_batch", little_memory)
-    films = (tmp_path / "large.mp4", tmp_path / "small.mp4")
-    done = predict(model_folder, *films, "--out", tmp_path / "out")
+    videos = (tmp_path / "large.mp4", tmp_path / "small.mp4")
+    done = predict(model_folder, *videos, "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert "large.mp4: out of memory at the size of its frames" in done.output
     assert (tmp_path / "out/small/000000.png").exists()
 
 
-def test_a_film_that_cannot_be_encoded(model_folder: Path, tmp_path: Path) -> None:
-    film(tmp_path / "long.mkv", frames=1, size=(20_000, 2), codec="ffv1")
-    film(tmp_path / "small.mp4", frames=1)
-    films = (tmp_path / "long.mkv", tmp_path / "small.mp4")
-    done = predict(model_folder, *films, "--out", tmp_path / "out", "--overlay")
+def test_a_video_that_cannot_be_encoded(model_folder: Path, tmp_path: Path) -> None:
+    make_video(tmp_path / "long.mkv", frames=1, size=(20_000, 2), codec="ffv1")
+    make_video(tmp_path / "small.mp4", frames=1)
+    videos = (tmp_path / "long.mkv", tmp_path / "small.mp4")
+    done = predict(model_folder, *videos, "--out", tmp_path / "out", "--overlay")
     assert done.exit_code == 2
-    assert "a film of 20000x2 cannot be encoded" in done.output
+    assert "a video of 20000x2 cannot be encoded" in done.output
     assert "1 of 2" in done.output
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["manifest.jsonl", "small_overlay.mp4"]

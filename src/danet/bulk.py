@@ -1,4 +1,4 @@
-"""Segmenting many inputs: pictures decoded ahead and batched by size, films frame by frame.
+"""Segmenting many inputs: pictures decoded ahead and batched by size, videos frame by frame.
 
 Each item gets a line in a manifest. Several processes started by torchrun share the work, and each
 writes its own manifest. A rerun skips what an earlier run finished with the same model, if the
@@ -21,7 +21,7 @@ from danet.data.archives import MAX_FILE_BYTES
 from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
-from danet.inputs import Input, film_results, member_stem, picture_results
+from danet.inputs import Input, member_stem, picture_results, video_results
 from danet.manifest import Manifest, Origin, finished_results
 from danet.predict import Segmenter, write_segmentation
 from danet.processes import Share
@@ -36,7 +36,7 @@ _LONGEST_NAME = 100
 
 
 class WorkItem(NamedTuple):
-    """A picture or a film to segment.
+    """A picture or a video to segment.
 
     Attributes:
         name: in the manifest.
@@ -54,10 +54,10 @@ class WorkItem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The outcome for one picture or film.
+    """The outcome for one picture or video.
 
     Attributes:
-        error: why it, or the rest of a film, could not be segmented; None if it was.
+        error: why it, or the rest of a video, could not be segmented; None if it was.
         written: whether this run wrote any result.
     """
 
@@ -76,26 +76,26 @@ def segment_inputs(
     share: Share,
     on_frame: Callable[[Path, int], None],
 ) -> Iterator[Outcome]:
-    """Segments this process's share of pictures, tar archives and films, yielding each outcome.
+    """Segments this process's share of pictures, tar archives and videos, yielding each outcome.
 
     The manifest names the model by its fingerprint and each input by its `Origin`, so that results
     of other models, or of other files of the same name, are computed again.
 
     Args:
-        frame_masks: with `overlay`, write the masks of films' frames too.
-        on_frame: called after each frame with the film and its announced number of frames.
+        frame_masks: with `overlay`, write the masks of videos' frames too.
+        on_frame: called after each frame with the video and its announced number of frames.
     """
-    pictures = list_pictures([one for one in inputs if not one.is_film], overlay=overlay)
+    pictures = list_pictures([one for one in inputs if not one.is_video], overlay=overlay)
     masks = frame_masks or not overlay
-    films = [_film(one, overlay=overlay, masks=masks) for one in inputs if one.is_film]
+    videos = [_video(one, overlay=overlay, masks=masks) for one in inputs if one.is_video]
     model = predictor.fingerprint()
     finished = finished_results(folder, model)
     own_pictures = islice(pictures, share.rank, None, share.processes)
-    own_films = films[share.rank :: share.processes]
+    own_videos = videos[share.rank :: share.processes]
     with Manifest(folder, share, model) as manifest:
         for outcome in chain(
             _segment_pictures(predictor, own_pictures, folder, finished),
-            _segment_films(predictor, own_films, folder, finished, on_frame),
+            _segment_videos(predictor, own_videos, folder, finished, on_frame),
         ):
             item, error, written = outcome
             if written or error is not None:  # else it was finished before, and has its line
@@ -103,9 +103,9 @@ def segment_inputs(
             yield outcome
 
 
-def _film(film: Input, *, overlay: bool, masks: bool) -> WorkItem:
-    path, stem = film
-    results = film_results(stem, overlay=overlay, masks=masks)
+def _video(video: Input, *, overlay: bool, masks: bool) -> WorkItem:
+    path, stem = video
+    results = video_results(stem, overlay=overlay, masks=masks)
     try:
         return WorkItem(str(path), stem, path, _origin_of(path), results)
     except UserError as error:
@@ -121,54 +121,54 @@ def _origin_of(path: Path) -> Origin:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _segment_films(
+def _segment_videos(
     predictor: Segmenter,
-    films: Sequence[WorkItem],
+    videos: Sequence[WorkItem],
     folder: Path,
     finished: dict[str, Origin],
     on_frame: Callable[[Path, int], None],
 ) -> Iterator[Outcome]:
-    for film in films:
-        if _is_done(film, folder, finished):
-            yield Outcome(film, None, written=False)
+    for video in videos:
+        if _is_done(video, folder, finished):
+            yield Outcome(video, None, written=False)
         else:
-            yield _segment_film(predictor, film, folder, on_frame)
+            yield _segment_video(predictor, video, folder, on_frame)
 
 
-def _segment_film(
-    predictor: Segmenter, film: WorkItem, folder: Path, on_frame: Callable[[Path, int], None]
+def _segment_video(
+    predictor: Segmenter, video: WorkItem, folder: Path, on_frame: Callable[[Path, int], None]
 ) -> Outcome:
     try:
-        if isinstance(film.source, UserError):
-            raise film.source
-        problem = _write_film(predictor, film, folder, on_frame)
-        return Outcome(film, problem, written=True)
+        if isinstance(video.source, UserError):
+            raise video.source
+        problem = _write_video(predictor, video, folder, on_frame)
+        return Outcome(video, problem, written=True)
     except (RuntimeError, MemoryError, UserError) as error:
         if is_out_of_memory(error):
-            problem = f"{film.name}: out of memory at the size of its frames; make them smaller"
+            problem = f"{video.name}: out of memory at the size of its frames; make them smaller"
         elif isinstance(error, UserError):
             problem = str(error)
         else:
             raise
-    return Outcome(film, problem, written=False)
+    return Outcome(video, problem, written=False)
 
 
-def _write_film(
-    predictor: Segmenter, film: WorkItem, folder: Path, on_frame: Callable[[Path, int], None]
+def _write_video(
+    predictor: Segmenter, video: WorkItem, folder: Path, on_frame: Callable[[Path, int], None]
 ) -> str | None:
-    """Returns why the rest of a film could not be read; None if all of it was."""
-    path = Path(film.name)
+    """Returns why the rest of a video could not be read; None if all of it was."""
+    path = Path(video.name)
     try:
         from danet.video import segment_video  # noqa: PLC0415 - few have what it needs
     except ModuleNotFoundError as error:
-        raise UserError(f"{path}: films need {error.name}: pip install 'danet[video]'") from error
+        raise UserError(f"{path}: videos need {error.name}: pip install 'danet[video]'") from error
     return segment_video(
         predictor,
         path,
         folder,
-        film.stem,
-        overlay="overlay" in film.results,
-        masks="frames" in film.results,
+        video.stem,
+        overlay="overlay" in video.results,
+        masks="frames" in video.results,
         on_frame=lambda announced: on_frame(path, announced),
     ).problem
 

@@ -13,7 +13,7 @@ from danet.manifest import earlier_results
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"}
 )
-"""Suffixes of the files that `danet predict` treats as films."""
+"""Suffixes of the files that `danet predict` treats as videos."""
 TAR_SUFFIX = ".tar"
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -22,7 +22,7 @@ class Input(NamedTuple):
     """A file to segment.
 
     Attributes:
-        stem: the beginning of its results' names; unique, except that a film and a picture may
+        stem: the beginning of its results' names; unique, except that a video and a picture may
             share one, because their results end differently.
     """
 
@@ -30,7 +30,7 @@ class Input(NamedTuple):
     stem: str
 
     @property
-    def is_film(self) -> bool:
+    def is_video(self) -> bool:
         return self.path.suffix.lower() in VIDEO_SUFFIXES
 
     @property
@@ -48,8 +48,8 @@ def overlay_name(stem: str) -> str:
     return f"{stem}_overlay.jpg"
 
 
-def film_name(stem: str) -> str:
-    """The file name of a film overlaid with its classes."""
+def video_name(stem: str) -> str:
+    """The file name of a video overlaid with its classes."""
     return f"{stem}_overlay.mp4"
 
 
@@ -58,9 +58,9 @@ def picture_results(stem: str, *, overlay: bool) -> dict[str, str]:
     return {"mask": mask_name(stem)} | ({"overlay": overlay_name(stem)} if overlay else {})
 
 
-def film_results(stem: str, *, overlay: bool, masks: bool) -> dict[str, str]:
-    """The names of a film's results, by kind; masks of frames are in a folder named by the stem."""
-    return ({"overlay": film_name(stem)} if overlay else {}) | ({"frames": stem} if masks else {})
+def video_results(stem: str, *, overlay: bool, masks: bool) -> dict[str, str]:
+    """The names of a video's results, by kind; the folder of frames' masks is named by the stem."""
+    return ({"overlay": video_name(stem)} if overlay else {}) | ({"frames": stem} if masks else {})
 
 
 def member_pattern(archive_stem: str) -> str:
@@ -112,9 +112,9 @@ def find_inputs(
 
 
 def _named(paths: Sequence[Path]) -> list[Input]:
-    films = [path for path in paths if Input(path, "").is_film]
-    others = [path for path in paths if not Input(path, "").is_film]
-    stems = output_stems(others) | output_stems(films)
+    videos = [path for path in paths if Input(path, "").is_video]
+    others = [path for path in paths if not Input(path, "").is_video]
+    stems = output_stems(others) | output_stems(videos)
     return [Input(path, stems[path]) for path in paths]
 
 
@@ -124,15 +124,15 @@ def _overwriting(named: Sequence[Input], results: Path) -> dict[Input, Input]:
     Args:
         results: the folder, resolved.
     """
-    writers: dict[Path, Input] = {}  # of files, and of the folders of films' masks
+    writers: dict[Path, Input] = {}  # of files, and of the folders of videos' masks
     archives = []
     for one in named:
         if one.is_archive:
             archives.append((one, re.compile(member_pattern(one.stem))))
             continue
         written = (
-            film_results(one.stem, overlay=True, masks=True)
-            if one.is_film
+            video_results(one.stem, overlay=True, masks=True)
+            if one.is_video
             else picture_results(one.stem, overlay=True)
         )
         writers |= {results / name: one for name in written.values()}

@@ -25,7 +25,7 @@ from danet.jsonl import read_whole_lines
 from danet.processes import Share
 
 RESULT_KINDS = ("mask", "overlay", "frames")
-"""A picture's class ids, a picture or film with the classes over it, a film's folder of masks."""
+"""A picture's class ids, a picture or video with the classes over it, a video's folder of masks."""
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -81,7 +81,7 @@ class Manifest:
 
         Args:
             results: the names of what was written, by kind (`RESULT_KINDS`).
-            error: why the item, or the rest of a film, could not be segmented; None if it was.
+            error: why the item, or the rest of a video, could not be segmented; None if it was.
 
         Raises:
             UserError: the disk is full.
@@ -99,7 +99,7 @@ class Manifest:
 
 
 def earlier_results(folder: Path) -> set[Path]:
-    """The files, and the folders of films' masks, that earlier runs wrote into a folder."""
+    """The files, and the folders of videos' masks, that earlier runs wrote into a folder."""
     return {
         folder.resolve() / str(line[kind])
         for line in _lines(folder)

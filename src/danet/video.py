@@ -1,4 +1,4 @@
-"""Segmenting films, a few frames at a time."""
+"""Segmenting videos, a few frames at a time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ from PIL import Image
 from danet.atomic import replacing
 from danet.data.images import MAX_PIXELS
 from danet.errors import UserError, first_line
-from danet.inputs import film_name
+from danet.inputs import video_name
 from danet.predict import Segmenter, write_segmentation
 
 FRAMES_TOGETHER = 4
@@ -28,7 +28,7 @@ _QUALITY = "20"
 
 
 class SegmentedVideo(NamedTuple):
-    """What became of a film.
+    """The outcome for one video.
 
     Attributes:
         frames: segmented and written.
@@ -51,16 +51,16 @@ def segment_video(
 ) -> SegmentedVideo:
     """Writes `STEM_overlay.mp4`, and `STEM/000000.png` and on, as palette PNGs of class ids.
 
-    The film has the source's size (upright), frame times and rate, and no sound. What was read of a
-    damaged film is kept.
+    The video has the source's size (upright), frame times and rate, and no sound. Of a damaged
+    source, what could be read is kept.
 
     Args:
-        overlay: write the film.
+        overlay: write the video.
         masks: write the class ids.
-        on_frame: called after each frame with the number of frames that the film announces.
+        on_frame: called after each frame with the number of frames that the video announces.
 
     Raises:
-        UserError: it is no film that can be read, or nothing can be written there.
+        UserError: it is no video that can be read, or nothing can be written there.
     """
     reader = _Reader(path)
     frames = 0
@@ -68,7 +68,7 @@ def segment_video(
         stack.enter_context(reader)
         writer = None
         if overlay:
-            temporary = stack.enter_context(replacing(folder / film_name(stem)))
+            temporary = stack.enter_context(replacing(folder / video_name(stem)))
             writer = stack.enter_context(_Writer(temporary, reader))
         pending = reader.frames()
         while batch := list(islice(pending, FRAMES_TOGETHER)):
@@ -83,7 +83,7 @@ def segment_video(
                 frames += 1
                 on_frame(reader.announced)
         if frames == 0:
-            raise UserError(reader.problem or f"{path}: this film has no frames")
+            raise UserError(reader.problem or f"{path}: this video has no frames")
     return SegmentedVideo(frames, reader.problem)
 
 
@@ -95,10 +95,10 @@ class _Timed(NamedTuple):
 
 
 class _Reader:
-    """The frames of a film, upright and all of the first one's size.
+    """The frames of a video, upright and all of the first one's size.
 
     Attributes:
-        announced: the number of frames that the film says it has; it may have fewer.
+        announced: the number of frames that the video says it has; it may have fewer.
         problem: why not all of it could be read, once `frames` has ended.
     """
 
@@ -108,14 +108,16 @@ class _Reader:
         try:
             self._container: InputContainer = av.open(path, metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise UserError(f"{path}: not a film that can be read ({first_line(error)})") from error
+            raise UserError(
+                f"{path}: not a video that can be read ({first_line(error)})"
+            ) from error
         if not self._container.streams.video:
             self._container.close()
             raise UserError(f"{path}: has no pictures, only {_kinds(self._container)}")
         self._stream: VideoStream = self._container.streams.video[0]
         if self._stream.codec_context is None:
             self._container.close()
-            raise UserError(f"{path}: no decoder for this film; convert it to MP4 (H.264) first")
+            raise UserError(f"{path}: no decoder for this video; convert it to MP4 (H.264) first")
         self._stream.thread_type = "AUTO"
         if self._stream.width * self._stream.height > MAX_PIXELS:
             self._container.close()
@@ -173,7 +175,7 @@ def _kinds(container: InputContainer) -> str:
 
 
 class _Writer:
-    """A film of pictures of one size."""
+    """A video of pictures of one size."""
 
     def __init__(self, path: Path, source: _Reader) -> None:
         self._container: OutputContainer = av.open(path, "w", format="mp4")
@@ -183,7 +185,7 @@ class _Writer:
             )
         except (av.FFmpegError, ValueError) as error:
             raise UserError(
-                "films with overlay need an FFmpeg with libx264; install the av package's wheel"
+                "videos with overlay need an FFmpeg with libx264; install the av package's wheel"
             ) from error
         self._stream.codec_context.time_base = source.time_base
         self._time_base = source.time_base
@@ -203,7 +205,7 @@ class _Writer:
         except (av.FFmpegError, ValueError) as error:
             width, height = picture.size
             raise UserError(
-                f"a film of {width}x{height} cannot be encoded ({first_line(error)}); write the "
+                f"a video of {width}x{height} cannot be encoded ({first_line(error)}); write the "
                 "frames' masks without --overlay"
             ) from error
 

@@ -25,7 +25,7 @@ def predict(
     model: ModelOrFile,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Pictures, films, folders, globs, tars, @LIST."),
+        typer.Argument(metavar="INPUT...", help="Pictures, videos, folders, globs, tars, @LIST."),
     ],
     out: Annotated[Path, typer.Option(help="The folder for the results.")],
     overlay: Annotated[
@@ -33,7 +33,9 @@ def predict(
     ] = False,
     frame_masks: Annotated[
         bool,
-        typer.Option("--frame-masks", help="Of films with --overlay, write each frame's mask too."),
+        typer.Option(
+            "--frame-masks", help="Of videos with --overlay, write each frame's mask too."
+        ),
     ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first broken file.")
@@ -42,9 +44,9 @@ def predict(
     precision: Precision = "auto",
     compile_graph: Compile = False,
 ) -> None:
-    """Segment photos and films: a palette PNG of class ids for each picture, at its own size.
+    """Segment photos and videos: a palette PNG of class ids for each picture, at its own size.
 
-    Of a film, --overlay writes a film with the classes over it instead of its frames' masks. Tar
+    Of a video, --overlay writes a video with the classes over it instead of its frames' masks. Tar
     archives are read as they are; @LIST is a file that names inputs, a line each. Every picture
     gets a line in manifest.jsonl, and a rerun passes over what is done. torchrun shares the work.
     """
@@ -66,9 +68,9 @@ def predict(
         ProgressReport("predict", len(share.positions(len(found)))) as progress,
     ):
 
-        def show_frame(film: Path, announced: int) -> None:
-            frames[film] += 1
-            progress.advance(f"{film.name}: frame {frames[film]}/{announced}", steps=0)
+        def show_frame(video: Path, announced: int) -> None:
+            frames[video] += 1
+            progress.advance(f"{video.name}: frame {frames[video]}/{announced}", steps=0)
 
         for problem in problems:
             progress.say(f"error: {problem}")
@@ -93,7 +95,7 @@ def predict(
                     if strict:
                         raise UserError(outcome.error)
         earlier = f", {before} were before" if before else ""
-        print(f"{written} of {seen} pictures and films segmented in {out}{earlier}")
+        print(f"{written} of {seen} pictures and videos segmented in {out}{earlier}")
     if problems:
         raise typer.Exit(2)
 

@@ -1,6 +1,6 @@
-"""Frames a second of a film with overlay, against the same frames as single pictures.
+"""Frames a second of a video with overlay, against the same frames as single pictures.
 
-python benchmarks/film.py street-small
+python benchmarks/video.py street-small
 """
 
 import argparse
@@ -21,7 +21,7 @@ from danet.predict import write_segmentation
 from danet.video import segment_video
 
 
-def make_film(path: Path, pictures: list[np.ndarray]) -> None:
+def make_video(path: Path, pictures: list[np.ndarray]) -> None:
     height, width = pictures[0].shape[:2]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
@@ -39,15 +39,17 @@ def main() -> None:
     args = parser.parse_args()
     predictor = danet.Predictor(args.model)
     pictures = [np.asarray(render(2, index)[0]) for index in range(args.frames)]
-    rates: dict[str, list[float]] = {"film": [], "single pictures": []}
+    rates: dict[str, list[float]] = {"video": [], "single pictures": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_film(folder / "film.mp4", pictures)
+        make_video(folder / "video.mp4", pictures)
         predictor(pictures[0])
         for _ in range(args.rounds):
             start = time.perf_counter()
-            segment_video(predictor, folder / "film.mp4", folder, "film", overlay=True, masks=False)
-            rates["film"].append(args.frames / (time.perf_counter() - start))
+            segment_video(
+                predictor, folder / "video.mp4", folder, "video", overlay=True, masks=False
+            )
+            rates["video"].append(args.frames / (time.perf_counter() - start))
             start = time.perf_counter()
             for picture in pictures:
                 write_segmentation(predictor(picture), Image.fromarray(picture), folder, "picture")
@@ -60,7 +62,7 @@ def main() -> None:
         row |= {"frames_per_second": round(statistics.median(values), 2), "rounds": args.rounds}
         rows.append({**row, "hardware": hardware("cpu")})
         print(rows[-1], flush=True)
-    write_rows(RESULTS / "film.csv", rows)
+    write_rows(RESULTS / "video.csv", rows)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,17 @@ class TestFolder:
         with pytest.raises(UserError, match=message):
             dataset_spec("folder", root)
 
+    def test_one_class_must_be_named(self, root: Path) -> None:
+        """Masks of 0 and 255 would train on one class and reach an mIoU of 1."""
+        write_pair(root, "images/train/a.jpg", "labels/train/a.png", [[0, 255], [0, 255]])
+        with pytest.raises(UserError, match=r"no class but 0 .*give objects id 1.*classes\.txt"):
+            dataset_spec("folder", root)
+        with pytest.raises(UserError, match="no class but 0"):
+            open_dataset("folder", root)
+        (root / "classes.txt").write_text("road\n")
+        assert dataset_spec("folder", root).classes == ("road",)
+        np.testing.assert_array_equal(open_dataset("folder", root)[0].label, [[0, 255], [0, 255]])
+
     def test_masks_is_another_name_for_labels(self, root: Path) -> None:
         (root / "labels").rename(root / "masks")
         assert len(open_dataset("folder", root, "val")) == 1

@@ -77,6 +77,11 @@ def _count_classes(root: Location) -> DatasetSpec:
         raise UserError(
             f"{root}: no readable label holds a class id; name the classes in {_CLASSES_FILE}"
         )
+    if largest == 0:
+        raise UserError(
+            f"{root}: the labels hold no class but 0 (in masks of 0 and 255, 0 is a class and 255 "
+            f"is ignored); give objects id 1, or name the classes in {_CLASSES_FILE}"
+        )
     return DatasetSpec(NAME, tuple(f"class {index}" for index in range(largest + 1)))
 
 

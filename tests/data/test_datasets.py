@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from danet.data import catalog, dataset_names, dataset_spec, open_dataset, splits_of
+from danet.data.catalog import folder
+from danet.data.images import open_label
 from danet.data.spec import CatalogEntry
 from danet.errors import UserError
 
@@ -92,6 +94,24 @@ class TestFolder:
         (root / "classes.txt").write_text(text)
         with pytest.raises(UserError, match=message):
             dataset_spec("folder", root)
+
+    def test_labels_are_counted_once_for_each_root(
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened = []
+
+        def open_and_count(path: Path) -> np.ndarray:
+            opened.append(path.name)
+            return open_label(path)
+
+        monkeypatch.setattr(folder, "open_label", open_and_count)
+        for path in (root, root / "images" / ".."):
+            assert dataset_spec("folder", path).num_classes == 3
+            assert open_dataset("folder", path).spec.num_classes == 3
+        assert sorted(opened) == ["a.png", "b.png"]
+        other = tmp_path / "other"
+        write_pair(other, "images/train/a.jpg", "labels/train/a.png", [[0, 4]])
+        assert dataset_spec("folder", other).num_classes == 5
 
     def test_one_class_must_be_named(self, root: Path) -> None:
         """Masks of 0 and 255 would train on one class and reach an mIoU of 1."""

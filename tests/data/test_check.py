@@ -1,3 +1,4 @@
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,11 @@ def test_official_counts(tmp_path: Path) -> None:
     assert splits_of("coco_stuff", tmp_path)["val"] == 5000
     (tmp_path / "imageLists").mkdir()
     assert splits_of("coco_stuff", tmp_path)["val"] == 1000
+
+
+def test_official_counts_of_an_archive(tmp_path: Path) -> None:
+    archive = tmp_path / "cocostuff-10k-v1.1.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("imageLists/train.txt", "")
+    assert splits_of("coco_stuff", tmp_path) == {"train": 9000, "val": 1000}
+    assert splits_of("coco_stuff", archive) == {"train": 9000, "val": 1000}

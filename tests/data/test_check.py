@@ -149,6 +149,23 @@ def test_official_counts(tmp_path: Path) -> None:
     assert splits_of("coco_stuff", tmp_path)["val"] == 1000
 
 
+def test_files_that_are_not_read_are_noted(root: Path) -> None:
+    remove_faults(root)
+    assert not [line for line in check(root)[2] if line.startswith("note: train: ")]
+    for name in ("y", "z"):
+        Image.new("L", (4, 2)).save(root / f"labels/train/{name}.png")
+    for name in ("more/deep/b", "more/a", ".cache/hidden"):
+        path = root / f"images/train/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 2)).save(path)
+    status, _, complaints = check(root)
+    assert status == 0
+    assert [line for line in complaints if line.startswith("note: train: ")] == [
+        f"note: train: labels without a picture: 2, first {root}/labels/train/y.png",
+        f"note: train: pictures in subfolders, not read: 2, first {root}/images/train/more/a.png",
+    ]
+
+
 def test_official_counts_of_an_archive(tmp_path: Path) -> None:
     archive = tmp_path / "cocostuff-10k-v1.1.zip"
     with zipfile.ZipFile(archive, "w") as file:

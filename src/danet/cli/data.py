@@ -29,7 +29,7 @@ def data_check(
 ) -> None:
     """Read every image and label, and say what training would fail on."""
     from danet.data import dataset_spec, open_dataset, splits_of
-    from danet.data.check import check_pictures, first_few, summarize
+    from danet.data.check import check_pictures, first_few, left_out, summarize
     from danet.progress import ProgressReport
 
     spec = dataset_spec(name, root)
@@ -48,6 +48,8 @@ def data_check(
             checks[split] = check_pictures(dataset, progress.advance)
         expected = "" if official in (None, len(dataset)) else f", officially {official}"
         print(f"{split}: {len(dataset)} pictures{expected}")
+        for line in left_out(dataset):
+            _say("note", split, line)
         for line in summarize(checks[split].findings):
             fails = True
             _say("error", split, line)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from danet.data.files import FilePair, PairedFiles
+from danet.data.files import FilePair, FolderPairs, PairedFiles
 from danet.data.images import open_image
 from danet.data.spec import SegmentationDataset
 from danet.errors import UserError
@@ -105,3 +105,9 @@ def first_few(texts: Sequence[str]) -> str:
     """The first texts and the number of the others."""
     shown = "; ".join(texts[:FILES_SHOWN])
     return f"{shown}; and {len(texts) - FILES_SHOWN} more" if len(texts) > FILES_SHOWN else shown
+
+
+def left_out(dataset: SegmentationDataset) -> list[str]:
+    """One line for each kind of file that lies in the split's folders and is not read."""
+    pairs = dataset.pairs if isinstance(dataset, PairedFiles) else ()
+    return pairs.left_out() if isinstance(pairs, FolderPairs) else []

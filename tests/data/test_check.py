@@ -1,3 +1,4 @@
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from danet.cli import app
-from danet.data import open_dataset, splits_of
+from danet.data import dataset_spec, open_dataset, splits_of
 from danet.data.check import check_pictures, summarize
 
 
@@ -74,6 +75,12 @@ def check(root: Path, name: str = "folder") -> tuple[int, str, list[str]]:
     return result.exit_code, result.stdout, result.stderr.splitlines()
 
 
+def remove_faults(root: Path) -> None:
+    for index in (1, 3, 5, 7):
+        for kind in ("images", "labels"):
+            (root / f"{kind}/train/{index}.png").unlink()
+
+
 def test_the_command(root: Path) -> None:
     status, printed, complaints = check(root)
     assert status == 2
@@ -84,9 +91,7 @@ def test_the_command(root: Path) -> None:
 
 
 def test_the_command_on_sound_data(root: Path) -> None:
-    for index in (1, 3, 5, 7):
-        for kind in ("images", "labels"):
-            (root / f"{kind}/train/{index}.png").unlink()
+    remove_faults(root)
     status, printed, complaints = check(root)
     assert status == 0
     assert "train: 5 pictures\n" in printed
@@ -101,9 +106,69 @@ def test_a_missing_training_split_fails(root: Path) -> None:
     assert any("images/train is not a folder" in line for line in complaints)
 
 
+def test_a_class_that_the_training_split_lacks_is_a_warning(root: Path) -> None:
+    remove_faults(root)
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    status, _, complaints = check(root)
+    assert status == 0
+    assert "warning: train: classes that no pixel has: 1: c" in complaints
+    assert not [line for line in complaints if line.startswith("warning: val")]
+
+
+def test_a_split_without_a_labelled_pixel_fails(root: Path) -> None:
+    remove_faults(root)
+    Image.new("L", (4, 2), 255).save(root / "labels/val/x.png")
+    status, _, complaints = check(root)
+    assert status == 2
+    assert any(line.startswith("error: val: every pixel is ignored") for line in complaints)
+
+
+def test_a_test_split_may_lack_labels(root: Path) -> None:
+    """As Cityscapes' does."""
+    remove_faults(root)
+    for kind in ("images", "labels"):
+        (root / kind / "test").mkdir()
+        mode = "RGB" if kind == "images" else "L"
+        Image.new(mode, (4, 2), "white").save(root / kind / "test/y.png")
+    status, _, complaints = check(root)
+    assert status == 0
+    assert any(line.startswith("note: test: every pixel is ignored") for line in complaints)
+
+
+def test_generated_pictures_are_not_looked_at() -> None:
+    nothing = check_pictures(open_dataset("scenes", split="val"))
+    assert not nothing.is_unlabelled
+    assert nothing.absent(dataset_spec("scenes").classes) == []
+
+
 def test_official_counts(tmp_path: Path) -> None:
     assert splits_of("cityscapes") == {"train": 2975, "val": 500, "test": 1525}
     assert splits_of("folder") == {"train": None, "val": None, "test": None}
     assert splits_of("coco_stuff", tmp_path)["val"] == 5000
     (tmp_path / "imageLists").mkdir()
     assert splits_of("coco_stuff", tmp_path)["val"] == 1000
+
+
+def test_files_that_are_not_read_are_noted(root: Path) -> None:
+    remove_faults(root)
+    assert not [line for line in check(root)[2] if line.startswith("note: train: ")]
+    for name in ("y", "z"):
+        Image.new("L", (4, 2)).save(root / f"labels/train/{name}.png")
+    for name in ("more/deep/b", "more/a", ".cache/hidden"):
+        path = root / f"images/train/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 2)).save(path)
+    status, _, complaints = check(root)
+    assert status == 0
+    assert [line for line in complaints if line.startswith("note: train: ")] == [
+        f"note: train: labels without a picture: 2, first {root}/labels/train/y.png",
+        f"note: train: pictures in subfolders, not read: 2, first {root}/images/train/more/a.png",
+    ]
+
+
+def test_official_counts_of_an_archive(tmp_path: Path) -> None:
+    archive = tmp_path / "cocostuff-10k-v1.1.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("imageLists/train.txt", "")
+    assert splits_of("coco_stuff", tmp_path) == {"train": 9000, "val": 1000}
+    assert splits_of("coco_stuff", archive) == {"train": 9000, "val": 1000}

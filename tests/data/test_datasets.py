@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from danet.data import catalog, dataset_names, dataset_spec, open_dataset, splits_of
+from danet.data.catalog import folder
+from danet.data.images import open_label
 from danet.data.spec import CatalogEntry
 from danet.errors import UserError
 
@@ -93,13 +95,42 @@ class TestFolder:
         with pytest.raises(UserError, match=message):
             dataset_spec("folder", root)
 
+    def test_labels_are_counted_once_for_each_root(
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened = []
+
+        def open_and_count(path: Path) -> np.ndarray:
+            opened.append(path.name)
+            return open_label(path)
+
+        monkeypatch.setattr(folder, "open_label", open_and_count)
+        for path in (root, root / "images" / ".."):
+            assert dataset_spec("folder", path).num_classes == 3
+            assert open_dataset("folder", path).spec.num_classes == 3
+        assert sorted(opened) == ["a.png", "b.png"]
+        other = tmp_path / "other"
+        write_pair(other, "images/train/a.jpg", "labels/train/a.png", [[0, 4]])
+        assert dataset_spec("folder", other).num_classes == 5
+
+    def test_one_class_must_be_named(self, root: Path) -> None:
+        """Masks of 0 and 255 would train on one class and reach an mIoU of 1."""
+        write_pair(root, "images/train/a.jpg", "labels/train/a.png", [[0, 255], [0, 255]])
+        with pytest.raises(UserError, match=r"no class but 0 .*give objects id 1.*classes\.txt"):
+            dataset_spec("folder", root)
+        with pytest.raises(UserError, match="no class but 0"):
+            open_dataset("folder", root)
+        (root / "classes.txt").write_text("road\n")
+        assert dataset_spec("folder", root).classes == ("road",)
+        np.testing.assert_array_equal(open_dataset("folder", root)[0].label, [[0, 255], [0, 255]])
+
     def test_masks_is_another_name_for_labels(self, root: Path) -> None:
         (root / "labels").rename(root / "masks")
         assert len(open_dataset("folder", root, "val")) == 1
 
     def test_two_files_of_one_stem(self, root: Path) -> None:
         Image.new("RGB", (2, 2)).save(root / "images/train/a.png")
-        with pytest.raises(UserError, match="share a name"):
+        with pytest.raises(UserError, match=r"a\.jpg and a\.png share a name"):
             open_dataset("folder", root)
 
     def test_no_labels(self, tmp_path: Path) -> None:

@@ -60,16 +60,21 @@ def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
     assert min(upright.getpixel((16, 54))) > 235
 
 
-def png_header(width: int, height: int) -> bytes:
+def png_header(
+    width: int,
+    height: int,
+    depth_and_kind: tuple[int, int] = (8, 2),
+    rows: bytes = b"\0" * 100,
+) -> bytes:
     """A PNG of a few bytes that claims any size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, *depth_and_kind, 0, 0, 0)
     signature = b"\x89PNG\r\n\x1a\n"
-    data = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    data = chunk(b"IDAT", zlib.compress(rows))
     return signature + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
@@ -156,6 +161,37 @@ def test_labels_of_every_kind_give_the_same_ids(
 def test_labels_that_are_none(image: Image.Image, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         open_label(saved(tmp_path, image))
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette"])
+@pytest.mark.parametrize(
+    ("depth", "ids"),
+    [(1, [0, 0, 0, 1, 1, 0, 1, 1]), (2, [0, 1, 2, 3]), (4, [1, 11]), (8, [27])],
+)
+def test_labels_of_every_depth_give_the_stored_ids(
+    depth: int, ids: list[int], kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    if kind == "grey":  # which Pillow writes in 8 bits only
+        path.write_bytes(png_header(len(ids), 1, (depth, 0), b"\0\x1b"))  # 00011011, no filter
+    else:
+        image = Image.fromarray(np.array([ids], np.uint8))
+        image.putpalette([9] * 768)
+        image.save(path, bits=depth)
+    np.testing.assert_array_equal(open_label(path), [ids])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("JPEG", "JPEG are lossy"), ("MPO", "MPO are lossy"), ("WEBP", "WEBP may be lossy")],
+)
+def test_lossy_labels_are_refused(kind: str, message: str, tmp_path: Path) -> None:
+    """Told by their content: a wrong suffix does not hide it."""
+    image = Image.new("L" if kind != "WEBP" else "RGB", (8, 8))
+    options = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
+    path = saved(tmp_path, image, format=kind, **options)
+    with pytest.raises(UserError, match=rf"picture\.png: labels in {message}; save them as PNG"):
+        open_label(path)
 
 
 def test_pixel_limit_is_checked_before_decoding(

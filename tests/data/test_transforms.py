@@ -190,6 +190,16 @@ class TestDegradation:
         assert changed.dtype == torch.uint8
         assert changed.float().std() < image.float().std()  # blurred
 
+    @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 40), (30, 3), (4, 4)])
+    def test_small_pictures_pass_and_draw_as_many_numbers(self, height: int, width: int) -> None:
+        torch.manual_seed(0)
+        degradation(1.0)(*pair())
+        expected = torch.rand(())
+        torch.manual_seed(0)
+        changed, _ = degradation(1.0)(*pair(height, width))
+        assert changed.shape == (3, height, width)
+        assert torch.equal(torch.rand(()), expected)
+
     def test_white_balance_is_a_factor_for_each_colour(self) -> None:
         image, label = pair()
         torch.manual_seed(3)

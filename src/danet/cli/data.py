@@ -29,31 +29,43 @@ def data_check(
 ) -> None:
     """Read every image and label, and say what training would fail on."""
     from danet.data import dataset_spec, open_dataset, splits_of
-    from danet.data.check import check_pictures, summarize
+    from danet.data.check import check_pictures, first_few, left_out, summarize
     from danet.progress import ProgressReport
 
     spec = dataset_spec(name, root)
     checks: dict[str, SplitCheck] = {}
     fails = False
     for split, official in splits_of(name, root).items():
+        needed = split in ("train", "val")  # benchmarks' test splits may lack labels
+        kind = "error" if needed else "note"
         try:
             dataset = open_dataset(name, root, split)
         except UserError as error:
-            needed = split in ("train", "val")
             fails |= needed
-            kind = "error" if needed else "note"
-            print(printable(f"{kind}: {split}: {error}"), file=sys.stderr)
+            _say(kind, split, str(error))
             continue
         with ProgressReport(f"check {name} {split}", len(dataset)) as progress:
             checks[split] = check_pictures(dataset, progress.advance)
         expected = "" if official in (None, len(dataset)) else f", officially {official}"
         print(f"{split}: {len(dataset)} pictures{expected}")
+        for line in left_out(dataset):
+            _say("note", split, line)
         for line in summarize(checks[split].findings):
             fails = True
-            print(printable(f"error: {split}: {line}"), file=sys.stderr)
+            _say("error", split, line)
+        if checks[split].is_unlabelled:
+            fails |= needed
+            _say(kind, split, "every pixel is ignored, none has a class; correct the labels' ids")
+        absent = checks[split].absent(spec.classes)
+        if absent and split.startswith("train"):
+            _say("warning", split, f"classes that no pixel has: {len(absent)}: {first_few(absent)}")
     _print_frequencies(spec.classes, checks)
     if fails:
         raise typer.Exit(2)
+
+
+def _say(kind: str, split: str, message: str) -> None:
+    print(printable(f"{kind}: {split}: {message}"), file=sys.stderr)
 
 
 def _print_frequencies(classes: tuple[str, ...], checks: "dict[str, SplitCheck]") -> None:

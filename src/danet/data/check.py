@@ -1,14 +1,14 @@
 """Checks a dataset's files before a training run."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from danet.data.files import FilePair, PairedFiles
+from danet.data.files import FilePair, FolderPairs, PairedFiles
 from danet.data.images import open_image
 from danet.data.spec import SegmentationDataset
 from danet.errors import UserError
@@ -33,6 +33,18 @@ class SplitCheck(NamedTuple):
 
     findings: list[Finding]
     pixels: npt.NDArray[np.int64]
+
+    @property
+    def is_unlabelled(self) -> bool:
+        """Whether labels were read, and all their pixels are ignored."""
+        return bool(self.pixels.any()) and not self.pixels[:-1].any()
+
+    def absent(self, classes: Sequence[str]) -> list[str]:
+        """The classes that no pixel has, if any pixel has a class."""
+        counts = self.pixels[:-1]
+        if not counts.any():
+            return []
+        return [name for name, count in zip(classes, counts, strict=True) if not count]
 
 
 def check_pictures(
@@ -85,7 +97,17 @@ def summarize(findings: list[Finding]) -> list[str]:
         by_kind.setdefault(finding.kind, []).append(finding.message)
     lines = []
     for kind, messages in by_kind.items():
-        shown = "; ".join(messages[:FILES_SHOWN])
-        more = f"; and {len(messages) - FILES_SHOWN} more" if len(messages) > FILES_SHOWN else ""
-        lines.append(f"{kind}: {len(messages)}: {shown}{more}")
+        lines.append(f"{kind}: {len(messages)}: {first_few(messages)}")
     return lines
+
+
+def first_few(texts: Sequence[str]) -> str:
+    """The first texts and the number of the others."""
+    shown = "; ".join(texts[:FILES_SHOWN])
+    return f"{shown}; and {len(texts) - FILES_SHOWN} more" if len(texts) > FILES_SHOWN else shown
+
+
+def left_out(dataset: SegmentationDataset) -> list[str]:
+    """One line for each kind of file that lies in the split's folders and is not read."""
+    pairs = dataset.pairs if isinstance(dataset, PairedFiles) else ()
+    return pairs.left_out() if isinstance(pairs, FolderPairs) else []

@@ -1,6 +1,6 @@
 """Datasets of image and label files, on disk or in archives."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,38 @@ class FilePair(NamedTuple):
     image: Location
     label: Location
     name: str
+
+
+class FolderPairs(list[FilePair]):
+    """The pairs of two folders, and the labels there that belong to no image."""
+
+    def __init__(
+        self, pairs: Iterable[FilePair], image_folder: Location, unused_labels: list[Location]
+    ) -> None:
+        super().__init__(pairs)
+        self.image_folder = image_folder
+        self.unused_labels = unused_labels
+
+    def left_out(self) -> list[str]:
+        """One line for each kind of file that the pairs leave out, with the first one's name."""
+        lines = []
+        if self.unused_labels:
+            first = self.unused_labels[0]
+            lines.append(f"labels without a picture: {len(self.unused_labels)}, first {first}")
+        pictures = list(_pictures_below(self.image_folder))
+        if pictures:
+            lines.append(f"pictures in subfolders, not read: {len(pictures)}, first {pictures[0]}")
+        return lines
+
+
+def _pictures_below(folder: Location) -> Iterator[Location]:
+    """The image files in the folder's subfolders at any depth, without hidden ones."""
+    inside: list[Location] = list(folder.iterdir())
+    for path in sorted(inside, key=str):
+        is_picture = path.suffix.lower() in IMAGE_SUFFIXES
+        if not path.name.startswith(".") and not is_picture and path.is_dir():
+            yield from list_images(path)
+            yield from _pictures_below(path)
 
 
 def label_map(train_ids: Mapping[int, int]) -> LabelMap:
@@ -97,7 +129,7 @@ def read_names(listing: Location) -> list[str]:
 
 def pair_by_stem(
     image_folder: Location, label_folder: Location, label_suffix: str = ""
-) -> list[FilePair]:
+) -> FolderPairs:
     """Pairs `image_folder/STEM.*` with `label_folder/STEM{label_suffix}.*`.
 
     Raises:
@@ -111,14 +143,21 @@ def pair_by_stem(
         for stem, path in _by_stem(label_folder).items()
         if stem.endswith(label_suffix)
     }
-    return pair_up(images, labels, label_folder)
+    pairs = pair_up(images, labels, label_folder)
+    unused = [path for stem, path in labels.items() if stem not in images]
+    return FolderPairs(pairs, image_folder, unused)
 
 
 def _by_stem(folder: Location) -> dict[str, Location]:
     paths = list_images(folder)
-    by_stem = {path.stem: path for path in paths}
-    if len(by_stem) < len(paths):
-        raise UserError(f"{folder}: two files share a name but for the suffix; remove one")
+    by_stem: dict[str, Location] = {}
+    for path in paths:
+        other = by_stem.setdefault(path.stem, path)
+        if other is not path:
+            raise UserError(
+                f"{folder}: {other.name} and {path.name} share a name but for the suffix; "
+                "remove or rename one"
+            )
     return by_stem
 
 
@@ -169,7 +208,7 @@ class PairedFiles:
         read_label: Callable[[Location], npt.NDArray[np.uint8]] = open_label,
     ) -> None:
         self.spec = spec
-        self.pairs = list(pairs)
+        self.pairs = pairs
         self._ids_to_train_ids = ids_to_train_ids
         self.read_label = read_label
 

@@ -4,10 +4,11 @@ import io
 import struct
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from danet.data.archives import Location, ZipPath
 from danet.errors import UserError
@@ -25,6 +26,9 @@ class PictureTooLarge(UserError):
 
 # An allowlist: Pillow would otherwise try every plug-in on the file, including Ghostscript's.
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+_LOSSY = {"JPEG": "are lossy", "MPO": "are lossy", "WEBP": "may be lossy"}
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Pillow's names of 2- and 4-bit grey, and the factor by which it scales their levels to 0..255."""
 
 
 def open_image(source: Location | str | bytes, max_pixels: int | None = None) -> Image.Image:
@@ -41,7 +45,7 @@ def open_image(source: Location | str | bytes, max_pixels: int | None = None) ->
         PictureTooLarge: the picture has more pixels than that.
         UserError: the file cannot be read, is not a picture, or is damaged.
     """
-    image, where = _decode(source, max_pixels)
+    image, where, _ = _decode(source, max_pixels)
     try:
         return to_rgb(ImageOps.exif_transpose(image))
     except (ValueError, OSError, SyntaxError, struct.error) as error:
@@ -72,13 +76,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def open_label(path: Location) -> npt.NDArray[np.uint8]:
     """Reads a label image as uint8 H W ids.
 
-    The image may be 8- or 16-bit grey, a palette image, or RGB with three equal channels.
+    The image may be grey of 1 to 16 bits, a palette image, or RGB with three equal channels.
 
     Raises:
-        UserError: the file cannot be read, is in colour, or has ids above 255.
+        UserError: the file cannot be read, is lossy or in colour, or has ids above 255.
     """
-    image, where = _decode(path)
+    image, where, stored_as = _decode(path)
+    if image.format in _LOSSY:
+        raise UserError(
+            f"{where}: labels in {image.format} {_LOSSY[image.format]}; save them as PNG"
+        )
     ids = np.asarray(image)
+    if stored_as in _GREY_STEPS:
+        ids = ids // _GREY_STEPS[stored_as]
     if image.mode == "RGB" and (ids == ids[..., :1]).all():
         ids = ids[..., 0]
     if ids.ndim != 2 or image.mode == "F":
@@ -93,10 +103,20 @@ def open_label(path: Location) -> npt.NDArray[np.uint8]:
     return ids.astype(np.uint8)
 
 
-def _decode(
-    source: Location | str | bytes, max_pixels: int | None = None
-) -> tuple[Image.Image, str]:
-    """The decoded picture in its original mode, and its name for error messages."""
+class _Decoded(NamedTuple):
+    """A picture in its original mode.
+
+    Attributes:
+        where: its name for error messages.
+        stored_as: Pillow's name for the pixels' form in the file, where there is one.
+    """
+
+    image: Image.Image
+    where: str
+    stored_as: str
+
+
+def _decode(source: Location | str | bytes, max_pixels: int | None = None) -> _Decoded:
     limit = MAX_PIXELS if max_pixels is None else max_pixels
     where = "the uploaded image" if isinstance(source, bytes) else str(source)
     file: Path | str | io.BytesIO
@@ -112,8 +132,9 @@ def _decode(
             with Image.open(file, formats=formats) as image:
                 if image.width * image.height > limit:
                     raise Image.DecompressionBombError
+                stored_as = _raw_mode(image)  # Pillow forgets it in load()
                 image.load()
-                return image, where
+                return _Decoded(image, where, stored_as)
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file") from error
     except UnidentifiedImageError as error:
@@ -135,3 +156,9 @@ def _decode(
         MemoryError,
     ) as error:
         raise UserError(f"{where}: damaged or unreadable picture ({error})") from error
+
+
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """Pillow's raw mode of a picture that is not yet decoded; empty where there is none."""
+    details = image.tile[0][3] if image.tile else ""
+    return str(details[0] if isinstance(details, tuple) and details else details)

@@ -23,6 +23,7 @@ from danet.data.spec import IGNORE_INDEX
 
 CROP_TRIES = 10
 _PIECE_ROWS = 32
+_BLUR_SIDE = 7
 
 
 def normalize(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -169,6 +170,15 @@ class RandomNoise(v2.Transform):
         return tv_tensors.Image(noisy.to(inpt.dtype))
 
 
+class _Blur(v2.GaussianBlur):
+    """Leaves images alone that are too small to be mirrored at their edges."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if min(inpt.shape[-2:]) <= _BLUR_SIDE // 2:
+            return inpt
+        return super().transform(inpt, params)
+
+
 def degradation(probability: float) -> v2.Transform:
     """Gamma, white balance, greyscale and blur of images, each with this probability."""
     if probability == 0:
@@ -178,7 +188,7 @@ def degradation(probability: float) -> v2.Transform:
             v2.RandomApply([RandomGamma()], probability),
             v2.RandomApply([RandomWhiteBalance()], probability),
             v2.RandomGrayscale(probability),
-            v2.RandomApply([v2.GaussianBlur(7, (0.1, 1.5))], probability),
+            v2.RandomApply([_Blur(_BLUR_SIDE, (0.1, 1.5))], probability),
         ]
     )
 

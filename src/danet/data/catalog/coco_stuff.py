@@ -41,8 +41,10 @@ _LISTS_10K = {"train": "train.txt", "val": "test.txt"}
 
 def _counts(root: Path | None) -> dict[str, int]:
     """Official numbers of pictures in the version whose layout the root has; 164k without one."""
-    if root is not None and (_archive_10k(root) or _is_10k_converted(root, "train")):
-        return {"train": 9000, "val": 1000}
+    if root is not None:
+        folder = require_root(SPEC.name, root)
+        if _archive_10k(folder) or _is_10k_converted(folder, "train"):
+            return {"train": 9000, "val": 1000}
     return {"train": 118_287, "val": 5000}
 
 

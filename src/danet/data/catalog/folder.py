@@ -2,10 +2,13 @@
 
 An image and its label share the stem. Labels hold ids 0.., 255 is ignored. `classes.txt` in the
 root names the classes in the order of their ids, one per line, each optionally followed by its
-colour as three numbers 0..255. Without that file, the largest id in the labels gives the number.
+colour as three numbers 0..255. Without that file, the largest id in the labels gives the number:
+every label of every split is read for it, once in a process.
 """
 
-import contextlib
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from danet.data.images import open_label
 from danet.data.spec import IGNORE_INDEX, CatalogEntry, DatasetSpec
 from danet.errors import UserError
 from danet.palette import Color, default_palette
+from danet.threads import map_ahead
 
 NAME = "folder"
 _LABEL_FOLDERS = ("labels", "masks")
@@ -67,17 +71,38 @@ def _read_classes(listing: Location) -> DatasetSpec:
 
 
 def _count_classes(root: Location) -> DatasetSpec:
-    largest = -1
-    splits = [path for path in _label_folder(root).iterdir() if path.is_dir()]
-    for path in (path for split in splits for path in list_images(split)):
-        with contextlib.suppress(UserError):  # reported where the picture is read
-            ids = np.unique(open_label(path))
-            largest = max([largest, *ids[ids != IGNORE_INDEX].tolist()])
+    labels = _label_folder(root)
+    largest = _largest_id(labels.resolve() if isinstance(labels, Path) else labels)
     if largest < 0:
         raise UserError(
             f"{root}: no readable label holds a class id; name the classes in {_CLASSES_FILE}"
         )
+    if largest == 0:
+        raise UserError(
+            f"{root}: the labels hold no class but 0 (in masks of 0 and 255, 0 is a class and 255 "
+            f"is ignored); give objects id 1, or name the classes in {_CLASSES_FILE}"
+        )
     return DatasetSpec(NAME, tuple(f"class {index}" for index in range(largest + 1)))
+
+
+@functools.cache
+def _largest_id(label_folder: Location) -> int:
+    """The largest class id in the labels of all splits; -1 if there is none."""
+    splits = [path for path in label_folder.iterdir() if path.is_dir()]
+    paths = (path for split in splits for path in list_images(split))
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        found = (ids for _, ids in map_ahead(pool, _largest_id_of, paths, 4 * workers))
+        return max(found, default=-1)
+
+
+def _largest_id_of(path: Location) -> int:
+    try:
+        ids = open_label(path)
+    except UserError:  # reported where the picture is read
+        return -1
+    counts = np.bincount(ids.ravel(), minlength=IGNORE_INDEX + 1)
+    return int(np.flatnonzero(counts[:IGNORE_INDEX]).max(initial=-1))
 
 
 ENTRY = CatalogEntry(

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -405,3 +406,12 @@ def test_key_width_defaults_to_an_eighth() -> None:
     assert danet.PositionAttention(64).query.out_channels == 8
     assert danet.PositionAttention(4).query.out_channels == 1
     assert danet.PositionAttention(64, key_channels=64).key.out_channels == 64
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("build", [lambda: danet.PositionAttention(8), danet.ChannelAttention])
+def test_modules_keep_the_memory_format(
+    build: Callable[[], torch.nn.Module], memory_format: torch.memory_format
+) -> None:
+    features = torch.randn(2, 8, 5, 7).contiguous(memory_format=memory_format)
+    assert build()(features).is_contiguous(memory_format=memory_format)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from danet.backbone import Backbone
@@ -171,3 +172,19 @@ def test_why_timm_could_not_build_it_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("danet.backbone.timm.create_model", refuse)
     with pytest.raises(UserError, match=r"resnet18 .* feature maps \(a stage went missing\)"):
         Backbone("resnet18", pretrained=False)
+
+
+def test_the_maps_format_does_not_depend_on_the_pictures_size() -> None:
+    backbone = build("test_mambaout")
+    # So tall that c3 has as many rows as channels before it is resized.
+    images = torch.randn(1, 3, 16 * backbone.c3_channels, 64)
+    with torch.inference_mode():
+        c3 = backbone(images).c3
+        maps = backbone.body(images)[-2].permute(0, 3, 1, 2)
+    assert maps.shape[1] == maps.shape[2] == backbone.c3_channels
+    torch.testing.assert_close(c3, F.interpolate(maps, size=c3.shape[-2:], mode="bilinear"))
+
+
+def test_weights_may_be_a_plain_string() -> None:
+    with pytest.raises(UserError, match="is not a file"):
+        build(weights="nowhere.pth")

@@ -279,3 +279,10 @@ def test_the_command(tmp_path: Path) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="use onnx, torch, openvino"):
         export(network(), tmp_path / "m.tflite", "tflite")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_backbone_whose_maps_are_resized_as_a_torch_program(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = danet.DANet(4, "test_vit", pretrained_backbone=False, head_channels=16, key_channels=4)
+    assert export(model.eval(), tmp_path / "model.pt2", "torch").difference < 1e-4

@@ -1,6 +1,7 @@
 """Segmenting with exported files."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +215,12 @@ def test_files_refuse_other_protocols(option: list[str], files: Path) -> None:
     )
     assert isinstance(result.exception, UserError)
     assert "scored as it predicts" in str(result.exception)
+
+
+def test_threads_share_an_openvino_file(files: Path) -> None:
+    predictor = ExportedPredictor(files / "m.xml")
+    picture = np.asarray(render(2, 7)[0])
+    expected = predictor(picture).classes
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: predictor(picture).classes, range(12)):
+            assert np.array_equal(found, expected)

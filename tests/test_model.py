@@ -210,3 +210,22 @@ def test_an_argument_out_of_range_is_named_in_one_line(
     with pytest.raises(UserError) as caught:
         danet.DANet(num_classes, "test_resnet", pretrained_backbone=False, **options)
     assert str(caught.value) == message
+
+
+def test_half_precision_keeps_what_it_cannot_hold(tmp_path: Path) -> None:
+    model = build()
+    model.head.position_branch.refine[1].running_var.fill_(1e5)
+    model.save_pretrained(tmp_path, half=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["head.position_branch.refine.1.running_var"].dtype == torch.float32
+    assert stored["head.position_branch.refine.1.running_mean"].dtype == torch.float16
+    loaded = danet.DANet.from_pretrained(tmp_path)
+    assert loaded.head.position_branch.refine[1].running_var.eq(1e5).all()
+
+
+def test_a_folder_has_no_other_files_read(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["backbone_weights"] = str(tmp_path / "not_to_be_read")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    danet.DANet.from_pretrained(tmp_path)

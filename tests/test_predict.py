@@ -10,6 +10,7 @@ from PIL import Image
 
 import danet
 from danet.config import TestConfig
+from danet.data.scenes import render
 from danet.errors import UserError
 from danet.inputs import find_inputs, output_stems
 from danet.model_folder import Metadata
@@ -264,3 +265,21 @@ def test_a_predictors_network_is_not_saved(predictor: danet.Predictor, tmp_path:
     with pytest.raises(UserError, match="save the network that the Predictor was made from"):
         predictor.model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_device_of_torch_and_a_network_that_is_none() -> None:
+    model = tiny_danet()
+    assert danet.Predictor(model, device=torch.device("cpu")).device == torch.device("cpu")
+    with pytest.raises(UserError, match=r"not OptimizedModule; .* compile_graph=True"):
+        danet.Predictor(torch.compile(model))
+
+
+def test_arrays_in_reversed_order_and_their_overlay() -> None:
+    predictor = danet.Predictor(tiny_danet(), device="cpu", precision="fp32")
+    frames = np.asarray(render(2, 7)[0].resize((64, 48)))[None]
+    (found,) = predictor.segment_batch(frames[..., ::-1])
+    expected = predictor(frames[0, ..., ::-1])
+    assert np.array_equal(found.classes, expected.classes)
+    assert found.overlay(frames[0]).size == (64, 48)
+    with pytest.raises(UserError, match=r"one array P H W 3 .* not list"):
+        predictor.segment_batch([frames[0], frames[0]])

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from danet import data, functional
+    from danet import config, data, export, functional
     from danet.attention import ChannelAttention, PositionAttention
     from danet.errors import UserError
     from danet.explanation import Explanation, explain
@@ -23,8 +23,10 @@ __all__ = [
     "Predictor",
     "Segmentation",
     "UserError",
+    "config",
     "data",
     "explain",
+    "export",
     "functional",
 ]
 
@@ -42,7 +44,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "functional"):
+    if name in ("config", "data", "export", "functional"):
         return importlib.import_module(f"danet.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)

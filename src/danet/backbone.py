@@ -67,7 +67,7 @@ class Backbone(nn.Module):
         pretrained: bool,
         output_stride: int = 8,
         multi_grid: Sequence[int] | None = None,
-        weights: Path | None = None,
+        weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         if not timm.is_model(name):
@@ -86,11 +86,14 @@ class Backbone(nn.Module):
         self.c3_channels, self.c4_channels = info.channels()[-2:]
         self.size_multiple = 1
         self.fixed_size: tuple[int, int] | None = None
+        self.channels_last_maps = False
+        """Whether the network's feature maps are B H W C."""
         expected = tuple(-(-side // output_stride) for side in _PROBE_SIZE)
         if not (dilated and self._c4_size(*_PROBE_SIZE) == expected):
             self.size_multiple = math.lcm(output_stride, *info.reduction())
             if self._c4_size(3 * self.size_multiple, 4 * self.size_multiple) is None:
                 self.fixed_size = _fixed_size(self.body, name)
+                self._c4_size(*self.fixed_size)
         if multi_grid is not None:
             _set_multi_grid(self.body, name, multi_grid)
 
@@ -104,13 +107,16 @@ class Backbone(nn.Module):
             images = F.pad(images, (0, right, 0, below))
         c3, c4 = self.body(images)[-2:]
         return BackboneFeatures(
-            c3=self._resample(_channels_first(c3, self.c3_channels), height, width),
-            c4=self._resample(_channels_first(c4, self.c4_channels), height, width),
+            c3=self._resample(self._channels_first(c3), height, width),
+            c4=self._resample(self._channels_first(c4), height, width),
         )
 
     @torch.no_grad()
     def _c4_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Height and width of c4 for pictures of this size; None where the network refuses it."""
+        """Height and width of c4 for pictures of this size; None where the network refuses it.
+
+        Finds out the maps' format too, which a size chosen at random might hide.
+        """
         training = self.body.training
         device = next(self.body.parameters()).device
         try:
@@ -120,7 +126,8 @@ class Backbone(nn.Module):
             return None
         finally:
             self.body.train(training)
-        rows, columns = _channels_first(c4, self.c4_channels).shape[-2:]
+        self.channels_last_maps = c4.shape[1] != self.c4_channels
+        rows, columns = self._channels_first(c4).shape[-2:]
         return rows, columns
 
     def blocks(self) -> list[nn.Module]:
@@ -142,6 +149,9 @@ class Backbone(nn.Module):
         ]
         return [stage for stage in blocks if stage]
 
+    def _channels_first(self, features: Tensor) -> Tensor:
+        return features.permute(0, 3, 1, 2) if self.channels_last_maps else features
+
     def _resample(self, features: Tensor, height: int, width: int) -> Tensor:
         """To the output stride of an image of this height and width before padding."""
         stride, multiple = self.output_stride, self.size_multiple
@@ -154,7 +164,8 @@ class Backbone(nn.Module):
                 (side + multiple - 1) // multiple * multiple // stride for side in (height, width)
             ]
             features = F.interpolate(features, size=padded, mode="bilinear", align_corners=False)
-            features = features[..., : size[0], : size[1]]
+            # A cut, as a negative padding: slices break torch.export of any size.
+            features = F.pad(features, (0, size[1] - padded[1], 0, size[0] - padded[0]))
         return features
 
 
@@ -220,7 +231,7 @@ def _build(
     raise UserError(f"model.backbone: timm's {name} does not give feature maps ({refusal})")
 
 
-def _pretrained_options(name: str, pretrained: bool, weights: Path | None) -> dict[str, Any]:
+def _pretrained_options(name: str, pretrained: bool, weights: str | Path | None) -> dict[str, Any]:
     if weights is None:
         if pretrained and not timm.is_model_pretrained(name):
             raise UserError(
@@ -228,6 +239,7 @@ def _pretrained_options(name: str, pretrained: bool, weights: Path | None) -> di
                 "set model.pretrained_backbone=false"
             )
         return {"pretrained": pretrained}
+    weights = Path(weights)
     with explaining_lookup(f"model.backbone_weights: {weights}"):
         if not weights.is_file():
             raise UserError(f"model.backbone_weights: {weights} is not a file")
@@ -262,9 +274,3 @@ def _set_multi_grid(body: nn.Module, name: str, dilations: Sequence[int]) -> Non
         basic = isinstance(block, BasicBlock)
         for convolution in (block.conv1, block.conv2) if basic else (block.conv2,):
             convolution.dilation = convolution.padding = (dilation, dilation)
-
-
-def _channels_first(features: Tensor, channels: int) -> Tensor:
-    if features.shape[1] != channels and features.shape[-1] == channels:
-        return features.permute(0, 3, 1, 2)
-    return features

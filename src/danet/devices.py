@@ -17,12 +17,13 @@ except ModuleNotFoundError:  # Windows, which has no such limits
     resource = None  # type: ignore[assignment]
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str | torch.device) -> torch.device:
     """The named device; auto takes a GPU where there is one.
 
     Raises:
         UserError: the device is not there.
     """
+    name = str(name)
     counts = {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),

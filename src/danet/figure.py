@@ -4,8 +4,9 @@ Attention is drawn in cividis, which looks alike to everybody, and classes in a 
 colour-blind readers tell apart (Paul Tol's "muted") as long as it reaches, else in their own.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ _TOL_MUTED = (
     *("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255"),
     *("#44AA99", "#999933", "#AA4499", "#BBBBBB", "#000000"),
 )
+_drawing = threading.Lock()
 _HEAT = "cividis"
 _HEAT_OPACITY = 0.75
 _FONTS = (
@@ -57,7 +59,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         UserError: another suffix, or it cannot be written there.
     """
     check_figure_path(path)
-    with replacing(path) as temporary, _plain_text(), mpl.rc_context({"svg.hashsalt": "danet"}):
+    with replacing(path) as temporary, _text_settings():
         suffix = path.suffix.lower()
         dated = {".svg": "Date", ".pdf": "CreationDate"}.get(suffix, "Software")
         figure.savefig(temporary, format=suffix[1:], dpi=150, metadata={dated: None})
@@ -68,9 +70,19 @@ def _fonts() -> list[str]:
     return [font for font in _FONTS if font in installed]
 
 
-def _plain_text() -> AbstractContextManager[None]:
-    """Names are no formulas, and have each letter from the first font that has it."""
-    return mpl.rc_context({"text.parse_math": False, "font.family": _fonts()})
+@contextmanager
+def _text_settings() -> Iterator[None]:
+    """Names are no formulas, and have each letter from the first font that has it.
+
+    For one thread at a time: matplotlib's settings are the whole process's.
+    """
+    with (
+        _drawing,
+        mpl.rc_context(
+            {"text.parse_math": False, "font.family": _fonts(), "svg.hashsalt": "danet"}
+        ),
+    ):
+        yield
 
 
 def _drawn_names(names: Sequence[str]) -> list[str]:
@@ -96,7 +108,7 @@ def check_figure_path(path: Path) -> None:
 
 def draw_explanation(explanation: "Explanation") -> Figure:
     """One row each for the attention of the position, the branches, and the channels."""
-    with _plain_text():
+    with _text_settings():
         return _draw(_Picture(explanation))
 
 

@@ -102,7 +102,6 @@ class Inspection:
         )
         with (
             torch.inference_mode(),
-            torch.compiler.set_stance("force_eager"),  # compiled code passes over new hooks
             autocast(predictor.precision, predictor.device),
             _recording(predictor.model) as passes,
         ):
@@ -270,7 +269,8 @@ def _recording(model: nn.Module) -> Iterator[list[_Pass]]:
         if threading.get_ident() == recorder:
             passes.append(_Pass(module, inputs[0], output))
 
-    with _hooked:
+    # Compiled code passes over new hooks. The stance is the whole process's, hence inside the lock.
+    with _hooked, torch.compiler.set_stance("force_eager"):
         handles = [
             module.register_forward_hook(note)
             for module in model.modules()

@@ -23,7 +23,11 @@ from danet.model_folder import MAX_CLASSES, Metadata, locate, read_folder, uploa
 
 
 class DANetOutput(NamedTuple):
-    """Logits B K h w at the feature stride; None for a part that is switched off."""
+    """Logits B K h w at the feature stride; None for a part that is switched off.
+
+    The auxiliary logits have c3's own stride: the same but where output_stride is 32, which c3 of a
+    dilated backbone reaches half of.
+    """
 
     fused: Tensor
     position: Tensor | None
@@ -69,7 +73,7 @@ class DANet(nn.Module):
         align_corners: bool = False,
         position: bool = True,
         channel: bool = True,
-        backbone_weights: Path | None = None,
+        backbone_weights: str | Path | None = None,
         metadata: Metadata | None = None,
     ) -> None:
         super().__init__()
@@ -170,7 +174,10 @@ class DANet(nn.Module):
         """
         folder = locate(folder_or_hub_id, revision)
         stored, state = read_folder(folder)
-        config = stored.model.model_copy(update={"pretrained_backbone": False})
+        # A folder's config must not have other files read.
+        config = stored.model.model_copy(
+            update={"pretrained_backbone": False, "backbone_weights": None}
+        )
         _require_widths(folder, config, state)
         model = cls.from_config(config, stored.metadata)
         try:

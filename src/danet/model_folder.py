@@ -75,21 +75,24 @@ def write_folder(
     """Writes both files, each whole; the same content gives the same bytes.
 
     Args:
-        half: store floating-point weights in half precision.
+        half: store floating-point weights in half precision, but for tensors with values that it
+            cannot hold.
     """
     config = FolderConfig(model=model, metadata=metadata)
     tree = config.model_dump(mode="json", exclude={"model": _NOT_ARCHITECTURE})
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if half:
-        contiguous = {
-            name: tensor.half() if tensor.is_floating_point() else tensor
-            for name, tensor in contiguous.items()
-        }
+        contiguous = {name: _halved(tensor) for name, tensor in contiguous.items()}
     with replacing(folder / WEIGHTS_FILE) as path:
         # Not save_file, which makes files that only their owner may read.
         path.write_bytes(save(contiguous, metadata={"format": "pt"}))
     with replacing(folder / CONFIG_FILE) as path:
         path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    half = tensor.half() if tensor.is_floating_point() else tensor
+    return half if half.isfinite().all() else tensor
 
 
 def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:

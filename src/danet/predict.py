@@ -68,12 +68,15 @@ class Segmentation:
         return colored(self.classes, self.palette)
 
     def overlay(
-        self, image: Image.Image | None = None, opacity: float = OVERLAY_OPACITY
+        self,
+        image: Image.Image | npt.NDArray[np.uint8] | str | Path | None = None,
+        opacity: float = OVERLAY_OPACITY,
     ) -> Image.Image:
         """The classes' colours over the picture.
 
         Args:
-            image: the picture that was segmented; the one that was kept where None.
+            image: the picture that was segmented, as `Predictor` takes it; the one that was kept
+                where None.
             opacity: of the colours, 0..1.
 
         Raises:
@@ -82,7 +85,7 @@ class Segmentation:
         image = self.image if image is None else image
         if image is None:
             raise UserError("overlay: the picture was not kept; give the one that was segmented")
-        upright = to_rgb(ImageOps.exif_transpose(image))
+        upright = as_rgb(image)
         colors = self.mask().convert("RGB")
         if upright.size != colors.size:
             raise UserError(
@@ -121,12 +124,20 @@ class Predictor:
     def __init__(
         self,
         model: DANet | str | Path,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         precision: str = "auto",
         test: TestConfig | None = None,
         compile_graph: bool = False,
     ) -> None:
-        network = copy.deepcopy(model) if isinstance(model, DANet) else DANet.from_pretrained(model)
+        if isinstance(model, str | Path):
+            network = DANet.from_pretrained(model)
+        elif isinstance(model, DANet):
+            network = copy.deepcopy(model)
+        else:
+            raise UserError(
+                f"a model is a DANet, a folder or a hub id, not {type(model).__name__}; of a "
+                "wrapped or compiled network give the DANet inside, with compile_graph=True"
+            )
         self.device = choose_device(device)
         self.precision = precision
         self.model = optimize_for_inference(
@@ -183,7 +194,9 @@ class Predictor:
         require_rgb_batch(images)
         if not len(images):
             return []
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
+        # Not all arrays can be tensors: a view in reversed order, as of BGR channels, cannot.
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        pixels = pixels.to(self.device)
         metadata = self.model.metadata
         with autocast(self.precision, self.device):
             found = [
@@ -206,6 +219,11 @@ class Predictor:
 
 def require_rgb_batch(images: npt.NDArray[np.uint8]) -> None:
     """Raises a UserError unless they are uint8 P H W 3 with pixels."""
+    if not isinstance(images, np.ndarray):
+        raise UserError(
+            f"pictures must be one array P H W 3 of uint8, not {type(images).__name__}; use "
+            "numpy.stack, or segment them one by one"
+        )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"pictures must be P H W 3 uint8, not {images.dtype} {images.shape}")
     if 0 in images.shape[1:3]:

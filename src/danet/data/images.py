@@ -2,6 +2,7 @@
 
 import io
 import struct
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 MAX_PIXELS = 150_000_000
 """Larger pictures are refused before decoding (a file of a few KB can expand to many GB)."""
+_opening = threading.Lock()
 
 
 class PictureTooLarge(UserError):
@@ -127,14 +129,16 @@ def _decode(source: Location | str | bytes, max_pixels: int | None = None) -> _D
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
-        with warnings.catch_warnings():
+        # Python's filters of warnings are the whole process's.
+        with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=formats) as image:
-                if image.width * image.height > limit:
-                    raise Image.DecompressionBombError
-                stored_as = _raw_mode(image)  # Pillow forgets it in load()
-                image.load()
-                return _Decoded(image, where, stored_as)
+            opened = Image.open(file, formats=formats)
+        with opened as image:
+            if image.width * image.height > limit:
+                raise Image.DecompressionBombError
+            stored_as = _raw_mode(image)  # Pillow forgets it in load()
+            image.load()
+            return _Decoded(image, where, stored_as)
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file") from error
     except UnidentifiedImageError as error:

@@ -190,7 +190,13 @@ def _open_openvino(path: Path, *, bfloat16: bool) -> Engine:
     settings = {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32"}
     model = openvino.Core().read_model(path)
     compiled = openvino.compile_model(model, "CPU", settings)
+
+    def run(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        # Threads must not share a request.
+        found = compiled.create_infer_request().infer({"images": images})
+        return np.array(found["logits"])
+
     return Engine(
-        lambda images: np.asarray(compiled({"images": images})["logits"]),
+        run,
         model.get_rt_info(METADATA_KEY).astype(str) if model.has_rt_info(METADATA_KEY) else None,
     )

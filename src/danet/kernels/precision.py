@@ -55,7 +55,8 @@ class _OneDNNProducts:
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.users -= 1
-            if self.users == 0:
+            # Another value was set by the user meanwhile.
+            if self.users == 0 and self._matmul().fp32_precision == "bf16":
                 self._matmul().fp32_precision = self.before
 
     def _matmul(self) -> Any:

@@ -40,9 +40,12 @@ def relative_error(actual: Tensor, expected: np.ndarray | Tensor) -> float:
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.fixture(params=[BlockShape(16, 1000), BlockShape(16, 7)], ids=["rows", "tiles"])
+@pytest.fixture(
+    params=[BlockShape(16, 1000), BlockShape(16, 7), BlockShape(60, 100)],
+    ids=["rows", "tiles", "samples"],
+)
 def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Blocks so small that small inputs span several and end in a part of one."""
+    """Blocks so small that small inputs span several and end in a part of one, or hold samples."""
     monkeypatch.setattr(blocks, "block_shape", lambda *_: request.param)
 
 

@@ -12,6 +12,8 @@ log-sum-exp of each row, from which the backward pass recomputes each block (Fla
 2205.14135, section 3.1). That one goes over blocks of keys, whose own gradients are then written
 once, and forms the scores transposed.
 
+Of small maps, as many samples as fill a block are taken together, in batched products.
+
 Scores and their softmax are float32 even for half-precision inputs: both directions then see the
 same attention, and rounding the scores to bfloat16 would cost five times the accuracy.
 """
@@ -31,6 +33,8 @@ from danet.kernels.precision import (
 )
 
 _LOG2_E = math.log2(math.e)
+_LARGEST_BATCHED = 512
+"""Positions; products of more are as fast one by one."""
 
 
 class BlockShape(NamedTuple):
@@ -72,6 +76,15 @@ def _product_dtype(given: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if slow else given
 
 
+def _samples_together(query_BDN: Tensor, key_BDM: Tensor, row_length: int) -> int:
+    """How many samples' scores fit into one block; 1 where a sample is better taken by itself."""
+    queries, keys = query_BDN.shape[2], key_BDM.shape[2]
+    shape = block_shape(row_length, query_BDN.device)
+    if max(queries, keys) > min(shape.rows, _LARGEST_BATCHED):
+        return 1
+    return max(shape.rows * shape.columns // max(queries * keys, 1), 1)
+
+
 def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
     """Output B C N in the value's dtype, and the log-sum-exp B N of each row of scores."""
     exact = score_dtype(query_BDN.dtype)
@@ -81,8 +94,15 @@ def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tens
     output_BNC = value_BCM.new_empty(batch, queries, channels)
     logsumexp_BN = query_BDN.new_empty(batch, queries, dtype=exact)
     device = query_BDN.device
+    together = _samples_together(query_BDN, key_BDM, key_BDM.shape[2])
     with without_autocast(device.type), fast_exact_float32(device):
-        for sample in range(batch):
+        for samples in _blocks(batch, together):
+            if together > 1:
+                scores_bNM = query_BDN[samples].mT.to(exact) @ key_BDM[samples].to(exact)
+                attention_bNM, logsumexp_BN[samples] = _softmax(scores_bNM)
+                output_BNC[samples] = attention_bNM @ value_BCM[samples].mT.to(exact)
+                continue
+            sample = samples.start
             _forward_sample(
                 query_BDN[sample].T.to(exact),
                 key_BDM[sample].to(exact),
@@ -93,6 +113,19 @@ def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tens
     return output_BNC.transpose(1, 2), logsumexp_BN
 
 
+def _softmax(scores_nm: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention, in the scores' memory, and the log-sum-exp of each row."""
+    largest_n = scores_nm.amax(-1)
+    if scores_nm.device.type == "cpu":
+        # At least a few roundings lower, or huge scores would all become the largest.
+        epsilon = torch.finfo(scores_nm.dtype).eps
+        least_n = largest_n + least_exponent(scores_nm.dtype) - 4 * epsilon * largest_n.abs()
+        torch.clamp(scores_nm, min=least_n.unsqueeze(-1), out=scores_nm)
+    attention_nm = torch.softmax(scores_nm, -1, out=scores_nm)
+    # At a row's largest score, log(attention) = score - logsumexp.
+    return attention_nm, largest_n - attention_nm.amax(-1).log_()
+
+
 def _forward_sample(
     query_ND: Tensor, key_DM: Tensor, value_MC: Tensor, output_NC: Tensor, logsumexp_N: Tensor
 ) -> None:
@@ -100,7 +133,6 @@ def _forward_sample(
     shape = block_shape(keys, query_ND.device)
     size = min(shape.rows, queries) * min(shape.columns, keys)
     score_buffer, weight_buffer = query_ND.new_empty(size), value_MC.new_empty(size)
-    least, epsilon = least_exponent(query_ND.dtype), torch.finfo(query_ND.dtype).eps
     tiles = _blocks(keys, shape.columns)
     for block in _blocks(queries, shape.rows):
         rows = block.stop - block.start
@@ -108,14 +140,7 @@ def _forward_sample(
             columns = tile.stop - tile.start
             scores_nm = score_buffer[: rows * columns].view(rows, columns)
             torch.mm(query_ND[block], key_DM[:, tile], out=scores_nm)
-            largest_n = scores_nm.amax(1)
-            if query_ND.device.type == "cpu":
-                # At least a few roundings lower, or huge scores would all become the largest.
-                least_n = largest_n + least - 4 * epsilon * largest_n.abs()
-                torch.clamp(scores_nm, min=least_n.unsqueeze(1), out=scores_nm)
-            attention_nm = torch.softmax(scores_nm, 1, out=scores_nm)
-            # At a row's largest score, log(attention) = score - logsumexp.
-            logsumexp_n = largest_n - attention_nm.amax(1).log_()
+            attention_nm, logsumexp_n = _softmax(scores_nm)
             weights_nm = _cast(attention_nm, weight_buffer)
             if len(tiles) == 1:
                 output_NC[block] = weights_nm @ value_MC
@@ -154,8 +179,22 @@ def backward(
     grad_key_BMD = key_BDM.new_empty(batch, keys, key_width)
     grad_value_BMC = value_BCM.new_empty(batch, keys, channels)
     device = query_BDN.device
+    exact = logsumexp_BN.dtype
+    together = _samples_together(query_BDN, key_BDM, queries)
     with without_autocast(device.type), fast_exact_float32(device):
-        for sample in range(batch):
+        for samples in _blocks(batch, together):
+            if together > 1:
+                found = _backward_samples(
+                    grad_BCN[samples].mT.to(exact),
+                    query_BDN[samples].mT.to(exact),
+                    key_BDM[samples].mT.to(exact),
+                    value_BCM[samples].mT.to(exact),
+                    output_BCN[samples].mT.to(exact),
+                    logsumexp_BN[samples],
+                )
+                grad_query_BND[samples], grad_key_BMD[samples], grad_value_BMC[samples] = found
+                continue
+            sample = samples.start
             grad_query_BND[sample] = _backward_sample(
                 grad_BCN[sample].T.to(product),
                 query_BDN[sample].T.to(product),
@@ -171,6 +210,25 @@ def backward(
         grad_key_BMD.transpose(1, 2),
         grad_value_BMC.transpose(1, 2),
     )
+
+
+def _backward_samples(
+    grad_bNC: Tensor,
+    query_bND: Tensor,
+    key_bMD: Tensor,
+    value_bMC: Tensor,
+    output_bNC: Tensor,
+    logsumexp_bN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query b N D, key b M D and value b M C, all in the precision of the scores."""
+    below_bNM = (query_bND @ key_bMD.transpose(1, 2)).sub_(logsumexp_bN.unsqueeze(2))
+    attention_bNM = below_bNM.clamp_(least_exponent(logsumexp_bN.dtype), 0).exp_()
+    grad_value_bMC = attention_bNM.transpose(1, 2) @ grad_bNC
+    row_dot_bN = torch.linalg.vecdot(grad_bNC, output_bNC)
+    grad_scores_bNM = grad_bNC @ value_bMC.transpose(1, 2)
+    grad_scores_bNM.sub_(row_dot_bN.unsqueeze(2)).mul_(attention_bNM)
+    grad_key_bMD = grad_scores_bNM.transpose(1, 2) @ query_bND
+    return grad_scores_bNM @ key_bMD, grad_key_bMD, grad_value_bMC
 
 
 def _backward_sample(

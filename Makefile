@@ -108,4 +108,5 @@ $(PEER)/ready: tests/parity/requirements.txt $(VENV)/runtime
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps -r $<
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 		> "$$($(PEER)/bin/python -c 'import site; print(site.getsitepackages()[0])')/project.pth"
+	@$(BIN)/python -m compileall -qq -j 0 $(PEER)/lib || true
 	@touch $@

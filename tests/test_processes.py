@@ -103,9 +103,9 @@ def test_checkpointed_activations_in_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_run_goes_on_with_and_without_sharded_weights(optimizer: str, tmp_path: Path) -> None:
-    settings = (f"train.optimizer={optimizer}", "train.lr_power=1e-9", "train.ema_decay=null")
+def test_a_run_goes_on_with_and_without_sharded_weights(tmp_path: Path) -> None:
+    # AdamW's state has all kinds: averages shaped as the weights, and the step's number.
+    settings = ("train.optimizer=adamw", "train.lr_power=1e-9", "train.ema_decay=null")
     sharded = "train.strategy=fsdp"
     alone = train(tmp_path / "alone", 1, *settings, "train.steps=9")
     train(tmp_path / "changed", 1, *settings, "train.steps=3")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.format import Format
 from timm.models import FeatureInfo, load_state_dict
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
@@ -86,14 +87,11 @@ class Backbone(nn.Module):
         self.c3_channels, self.c4_channels = info.channels()[-2:]
         self.size_multiple = 1
         self.fixed_size: tuple[int, int] | None = None
-        self.channels_last_maps = False
-        """Whether the network's feature maps are B H W C."""
         expected = tuple(-(-side // output_stride) for side in _PROBE_SIZE)
         if not (dilated and self._c4_size(*_PROBE_SIZE) == expected):
             self.size_multiple = math.lcm(output_stride, *info.reduction())
             if self._c4_size(3 * self.size_multiple, 4 * self.size_multiple) is None:
                 self.fixed_size = _fixed_size(self.body, name)
-                self._c4_size(*self.fixed_size)
         if multi_grid is not None:
             _set_multi_grid(self.body, name, multi_grid)
 
@@ -113,10 +111,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _c4_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Height and width of c4 for pictures of this size; None where the network refuses it.
-
-        Finds out the maps' format too, which a size chosen at random might hide.
-        """
+        """Height and width of c4 for pictures of this size; None where the network refuses it."""
         training = self.body.training
         device = next(self.body.parameters()).device
         try:
@@ -126,7 +121,6 @@ class Backbone(nn.Module):
             return None
         finally:
             self.body.train(training)
-        self.channels_last_maps = c4.shape[1] != self.c4_channels
         rows, columns = self._channels_first(c4).shape[-2:]
         return rows, columns
 
@@ -150,7 +144,9 @@ class Backbone(nn.Module):
         return [stage for stage in blocks if stage]
 
     def _channels_first(self, features: Tensor) -> Tensor:
-        return features.permute(0, 3, 1, 2) if self.channels_last_maps else features
+        # Networks of timm that do not name their format have B C H W.
+        is_last = getattr(self.body, "output_fmt", None) == Format.NHWC
+        return features.permute(0, 3, 1, 2) if is_last else features
 
     def _resample(self, features: Tensor, height: int, width: int) -> Tensor:
         """To the output stride of an image of this height and width before padding."""

@@ -76,10 +76,10 @@ def _product_dtype(given: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if slow else given
 
 
-def _samples_together(query_BDN: Tensor, key_BDM: Tensor, row_length: int) -> int:
+def _samples_together(query_BDN: Tensor, key_BDM: Tensor) -> int:
     """How many samples' scores fit into one block; 1 where a sample is better taken by itself."""
     queries, keys = query_BDN.shape[2], key_BDM.shape[2]
-    shape = block_shape(row_length, query_BDN.device)
+    shape = block_shape(max(queries, keys), query_BDN.device)
     if max(queries, keys) > min(shape.rows, _LARGEST_BATCHED):
         return 1
     return max(shape.rows * shape.columns // max(queries * keys, 1), 1)
@@ -94,7 +94,7 @@ def forward(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tens
     output_BNC = value_BCM.new_empty(batch, queries, channels)
     logsumexp_BN = query_BDN.new_empty(batch, queries, dtype=exact)
     device = query_BDN.device
-    together = _samples_together(query_BDN, key_BDM, key_BDM.shape[2])
+    together = _samples_together(query_BDN, key_BDM)
     with without_autocast(device.type), fast_exact_float32(device):
         for samples in _blocks(batch, together):
             if together > 1:
@@ -180,7 +180,7 @@ def backward(
     grad_value_BMC = value_BCM.new_empty(batch, keys, channels)
     device = query_BDN.device
     exact = logsumexp_BN.dtype
-    together = _samples_together(query_BDN, key_BDM, queries)
+    together = _samples_together(query_BDN, key_BDM)
     with without_autocast(device.type), fast_exact_float32(device):
         for samples in _blocks(batch, together):
             if together > 1:

@@ -73,9 +73,13 @@ class RunFolder:
             say(f"note: {error}; going on from the one before, step {checkpoint['step']}")
             return checkpoint
 
-    def save_last(self, checkpoint: dict[str, Any], *, keep_former: bool) -> None:
-        """Writes the last checkpoint; the former one becomes the one before, or is dropped."""
-        save_checkpoint(self.last, checkpoint, former=self.before_last if keep_former else None)
+    def save_last(self, checkpoint: dict[str, Any]) -> None:
+        """Writes the last checkpoint and keeps the one before."""
+        save_checkpoint(self.last, checkpoint, former=self.before_last)
+
+    def renew_last(self, checkpoint: dict[str, Any]) -> None:
+        """Writes more of the last checkpoint's step in its place."""
+        save_checkpoint(self.last, checkpoint)
 
     def drop_last(self) -> None:
         """Puts the checkpoint before in place of the last one, whose weights are of no use."""

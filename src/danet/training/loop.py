@@ -71,11 +71,13 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
         OutOfMemory: the device, the machine or a limit had no memory left.
     """
     run = RunFolder(out)
-    if run.exists() and not resume:
-        raise UserError(
-            f"{out} already holds a run; go on with --resume, or choose another folder with --out"
-        )
-    if not run.exists() and (other := run.file_of_another_kind()) is not None:
+    if run.exists():
+        if not resume:
+            raise UserError(
+                f"{out} already holds a run; go on with --resume, or choose another folder with "
+                "--out"
+            )
+    elif (other := run.file_of_another_kind()) is not None:
         raise UserError(
             f"{out} holds {other.name}, which is no part of a run that could go on; choose another "
             "folder with --out"
@@ -111,8 +113,8 @@ class _Trainer:
         self._check_batch_size()
         # Another process may still be training here. A new run is locked later, because what is
         # wrong with the input must leave no folder behind.
-        resumes = run.exists()
-        if resumes:
+        begun = run.exists()
+        if begun:
             self._lock(at_end)
         self.fabric.barrier()
         notes: list[str] = []
@@ -123,7 +125,6 @@ class _Trainer:
                 f"train.steps={config.train.steps}, but the run in {run.path} has taken "
                 f"{self.first_step} steps; set at least as many"
             )
-        self.saved_step = self.first_step
         self.validated_step = 0
         self.progress = ProgressReport(
             "train", config.train.steps, done=self.first_step, enabled=self.fabric.is_global_zero
@@ -147,14 +148,13 @@ class _Trainer:
         self.average = self._start_average()
         prepare_for_training(self.model, config.train)
         self.best: dict[str, float] | None = None
-        if not resumes:
+        if not begun:
             self._lock(at_end)
             if self.fabric.is_global_zero and run.exists():
                 raise UserError(
                     f"{run.path}: another process began a run here meanwhile; go on with --resume "
                     "when it has ended, or choose another folder with --out"
                 )
-        self.resumed = checkpoint is not None
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -212,6 +212,7 @@ class _Trainer:
             self.average.module.load_state_dict(checkpoint["average"])
         self.best = checkpoint["best"]
         self.validated_step = checkpoint["validated_step"]
+        self._take_over_changed_settings()
         if self.fabric.is_global_zero:
             self.run.forget_metrics_after(self.first_step)
 
@@ -219,8 +220,6 @@ class _Trainer:
 
     def fit(self) -> None:
         with self.progress:
-            if self.resumed:
-                self._take_over_changed_settings()
             self._announce()
             if self._validates(self.first_step) and self.validated_step != self.first_step:
                 self._validate(self.first_step)
@@ -231,7 +230,7 @@ class _Trainer:
         settings = self.config.train
         history: list[dict[str, Tensor]] = []
         since = time.monotonic()
-        done = self.first_step
+        saved = done = self.first_step
         try:
             for step, batch in enumerate(self._batches(), start=self.first_step):
                 history.append(self._take_step(step, batch))
@@ -247,13 +246,14 @@ class _Trainer:
                     self._log(done, history, since)
                 if saves or stops:
                     self._save_last(done)
+                    saved = done
                 if stops:
                     raise self._stopped(done)
                 if validates:
                     self._validate(done)
                     since = time.monotonic()
         except UserError:  # a broken picture, say, which must not cost the steps before it
-            if self.fabric.world_size == 1 and done > self.saved_step:
+            if self.fabric.world_size == 1 and done > saved:
                 if history:
                     self._log(done, history, since)
                 self._save_last(done)
@@ -442,13 +442,15 @@ class _Trainer:
         )
         # No score is larger than an undefined one, of pictures without any label.
         former = math.nan if self.best is None else self.best["mIoU"]
-        if math.isnan(former) or result.mean_iou > former:
+        is_best = math.isnan(former) or result.mean_iou > former
+        if is_best:
             self.best = {"step": done, "mIoU": result.mean_iou}
-            checkpoint = self._checkpoint(done)
-            if self.fabric.is_global_zero:
-                save_checkpoint(self.run.best, checkpoint)
         self.validated_step = done
-        self._save_last(done)
+        checkpoint = self._checkpoint(done)
+        if self.fabric.is_global_zero:
+            if is_best:
+                save_checkpoint(self.run.best, checkpoint)
+            self.run.renew_last(checkpoint)
 
     def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
         """Over all processes."""
@@ -481,8 +483,7 @@ class _Trainer:
     def _save_last(self, step: int) -> None:
         checkpoint = self._checkpoint(step)
         if self.fabric.is_global_zero:
-            self.run.save_last(checkpoint, keep_former=step > self.saved_step)
-        self.saved_step = step
+            self.run.save_last(checkpoint)
 
     def _checkpoint(self, step: int) -> dict[str, Any]:
         return {

@@ -298,7 +298,7 @@ def soak() -> str:
 
 def _processor(row: dict[str, str]) -> str:
     """The maker and family of the processor, such as AMD EPYC."""
-    words = row["hardware"].replace("(R)", "").removesuffix(" Processor").split()
+    words = row["hardware"].replace("(R)", "").replace(" Processor", "").split()
     return " ".join(words[words.index("of") + 1 :])
 
 

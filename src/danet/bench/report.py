@@ -19,6 +19,7 @@ from danet.bench.cost import (
 )
 from danet.bench.measure import Form, measure
 from danet.bench.workload import Workload
+from danet.kernels.cpu import has_amx
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -172,7 +173,7 @@ def limits_as_json(
 
 
 def hardware(device: str) -> str:
-    """The name of the GPU, or of the processor with its cores."""
+    """The name of the GPU, or of the processor with its cores and units for matrices."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     processors = Path("/proc/cpuinfo")
@@ -180,4 +181,5 @@ def hardware(device: str) -> str:
     for line in processors.read_text().splitlines() if processors.exists() else ():
         if line.startswith("model name"):
             name = line.partition(":")[2].strip()
-    return f"{os.cpu_count()} cores of {name}"
+    units = " with AMX" if has_amx() else ""
+    return f"{os.cpu_count()} cores of {name}{units}"

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from danet.kernels.cpu import multiplies_bfloat16_fast
+from danet.kernels.cpu import is_intel, multiplies_bfloat16_fast
 from danet.kernels.precision import (
     fast_exact_float32,
     least_exponent,
@@ -33,6 +33,8 @@ from danet.kernels.precision import (
 )
 
 _LOG2_E = math.log2(math.e)
+_DOT_ROWS = 512
+"""Positions whose products with the output are taken at a time."""
 _LARGEST_BATCHED = 512
 """Positions; products of more are as fast one by one."""
 
@@ -44,18 +46,24 @@ class BlockShape(NamedTuple):
     columns: int
 
 
-# docs/performance.md has the measurements. On a CPU every shape that keeps a block within the
-# third-level cache is as fast; a device wants larger products.
+# docs/performance.md has the measurements. On AMD every shape that keeps a block within the
+# third-level cache is as fast; Intel's cores reach theirs more slowly. A device wants larger products.
 _CPU_WHOLE_ROWS = BlockShape(512, 10_240)
 _CPU_TILES = BlockShape(1024, 2048)
+_INTEL_WHOLE_ROWS = BlockShape(2048, 2048)
+_INTEL_TILES = BlockShape(2048, 1024)
 _DEVICE_WHOLE_ROWS = BlockShape(2048, 16_384)
 _DEVICE_TILES = BlockShape(4096, 8192)
 
 
 def block_shape(row_length: int, device: torch.device) -> BlockShape:
     """Whole rows of scores where they are short enough, else tiles."""
-    on_cpu = device.type == "cpu"
-    whole, tiles = (_CPU_WHOLE_ROWS, _CPU_TILES) if on_cpu else (_DEVICE_WHOLE_ROWS, _DEVICE_TILES)
+    if device.type != "cpu":
+        whole, tiles = _DEVICE_WHOLE_ROWS, _DEVICE_TILES
+    elif is_intel():
+        whole, tiles = _INTEL_WHOLE_ROWS, _INTEL_TILES
+    else:
+        whole, tiles = _CPU_WHOLE_ROWS, _CPU_TILES
     return whole if row_length <= whole.columns else tiles
 
 
@@ -63,11 +71,20 @@ def _blocks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+# Fresh memory is slow: what a block needs is written where the last block's was.
+
+
 def _cast(block: Tensor, buffer: Tensor) -> Tensor:
-    """The block in the buffer's dtype: itself, or written there, for fresh memory is slow."""
+    """The block in the buffer's dtype: itself, or written there."""
     if block.dtype == buffer.dtype:
         return block
     return buffer[: block.numel()].view(block.shape).copy_(block)
+
+
+def _product(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
+    """Their product, written into the buffer."""
+    shape = left.shape[0], right.shape[1]
+    return torch.mm(left, right, out=buffer[: shape[0] * shape[1]].view(shape))
 
 
 def _product_dtype(given: torch.dtype, device: torch.device) -> torch.dtype:
@@ -130,26 +147,31 @@ def _forward_sample(
     query_ND: Tensor, key_DM: Tensor, value_MC: Tensor, output_NC: Tensor, logsumexp_N: Tensor
 ) -> None:
     queries, keys = len(query_ND), len(value_MC)
+    channels = value_MC.shape[1]
     shape = block_shape(keys, query_ND.device)
-    size = min(shape.rows, queries) * min(shape.columns, keys)
-    score_buffer, weight_buffer = query_ND.new_empty(size), value_MC.new_empty(size)
+    rows, columns = min(shape.rows, queries), min(shape.columns, keys)
+    score_buffer, weight_buffer = (
+        query_ND.new_empty(rows * columns),
+        value_MC.new_empty(rows * columns),
+    )
+    product_buffer = value_MC.new_empty(rows * channels)
+    part_buffer, sum_buffer = (query_ND.new_empty(rows * channels) for _ in range(2))
     tiles = _blocks(keys, shape.columns)
     for block in _blocks(queries, shape.rows):
-        rows = block.stop - block.start
         for tile in tiles:
-            columns = tile.stop - tile.start
-            scores_nm = score_buffer[: rows * columns].view(rows, columns)
-            torch.mm(query_ND[block], key_DM[:, tile], out=scores_nm)
+            scores_nm = _product(query_ND[block], key_DM[:, tile], score_buffer)
             attention_nm, logsumexp_n = _softmax(scores_nm)
             weights_nm = _cast(attention_nm, weight_buffer)
+            product_nC = _product(weights_nm, value_MC[tile], product_buffer)
             if len(tiles) == 1:
-                output_NC[block] = weights_nm @ value_MC
+                output_NC[block] = product_nC
                 logsumexp_N[block] = logsumexp_n
                 continue
-            part_nC = (weights_nm @ value_MC[tile]).to(scores_nm.dtype)
             if tile.start == 0:
-                sum_nC, running_n = part_nC, logsumexp_n
+                sum_nC = sum_buffer[: product_nC.numel()].view_as(product_nC).copy_(product_nC)
+                running_n = logsumexp_n
                 continue
+            part_nC = _cast(product_nC, part_buffer)
             merged_n = torch.logaddexp(running_n, logsumexp_n)
             sum_nC.mul_((running_n - merged_n).exp_().unsqueeze(1))
             sum_nC.addcmul_(part_nC, (logsumexp_n - merged_n).exp_().unsqueeze(1))
@@ -246,7 +268,9 @@ def _backward_sample(
     queries, keys, channels = len(query_ND), len(key_MD), grad_NC.shape[1]
     # What is subtracted from every row of a product is made its last term: a column more of each
     # factor instead of a pass over the block. As two halves it survives half precision.
-    row_dot_N = torch.linalg.vecdot(grad_NC.to(exact), output_NC.to(exact))
+    row_dot_N = torch.empty_like(logsumexp_N)
+    for block in _blocks(queries, _DOT_ROWS):
+        row_dot_N[block] = torch.linalg.vecdot(grad_NC[block].to(exact), output_NC[block].to(exact))
     high_N = row_dot_N.to(given)
     parts = [high_N] if given == exact else [high_N, (row_dot_N - high_N).to(given)]
     grad_and_dot_Nc = torch.cat([grad_NC, torch.stack(parts, 1).neg_()], 1)
@@ -258,32 +282,36 @@ def _backward_sample(
     key_and_one_Md = torch.cat([key_MD.to(exact), logsumexp_N.new_ones(keys, 1)], 1)
 
     shape = block_shape(queries, query_ND.device)
-    size = min(shape.rows, keys) * min(shape.columns, queries)
-    score_buffer = logsumexp_N.new_empty(size)
-    attention_buffer, grad_buffer = grad_NC.new_empty(size), grad_NC.new_empty(size)
+    rows, columns = min(shape.rows, keys), min(shape.columns, queries)
+    score_buffer = logsumexp_N.new_empty(rows * columns)
+    attention_buffer, grad_buffer = (grad_NC.new_empty(rows * columns) for _ in range(2))
+    product_buffer = grad_NC.new_empty(rows * channels)
+    part_buffer, sum_buffer = (logsumexp_N.new_empty(rows * channels) for _ in range(2))
     grad_query_ND = torch.zeros_like(query_ND, dtype=exact)
     least = _LOG2_E * least_exponent(exact)
     tiles = _blocks(queries, shape.columns)
     for block in _blocks(keys, shape.rows):
-        rows = block.stop - block.start
-        grad_key_mD = logsumexp_N.new_zeros(rows, query_ND.shape[1])
-        grad_value_mC = None if len(tiles) == 1 else logsumexp_N.new_zeros(rows, channels)
+        grad_key_mD = logsumexp_N.new_zeros(block.stop - block.start, query_ND.shape[1])
+        grad_value_mC = sum_buffer[: len(grad_key_mD) * channels].view(-1, channels)
+        if len(tiles) != 1:
+            grad_value_mC.zero_()
         for tile in tiles:
-            columns = tile.stop - tile.start
-            scores_mn = score_buffer[: rows * columns].view(rows, columns)
-            torch.mm(key_and_one_Md[block], query_and_sum_Nd[tile].T, out=scores_mn)
+            scores_mn = _product(key_and_one_Md[block], query_and_sum_Nd[tile].T, score_buffer)
             # Exactly computed it is never positive; of huge scores, rounding leaves more.
             attention_mn = _cast(scores_mn.clamp_(least, 0).exp2_(), attention_buffer)
-            if grad_value_mC is None:
-                grad_value_MC[block] = attention_mn @ grad_NC[tile]
+            if len(tiles) == 1:
+                grad_value_mC = _product(attention_mn, grad_NC, product_buffer)
+            elif given == exact:
+                grad_value_mC.addmm_(attention_mn, grad_NC[tile])
             else:
-                grad_value_mC += attention_mn @ grad_NC[tile]
-            grad_scores_mn = grad_buffer[: rows * columns].view(rows, columns)
-            torch.mm(value_and_ones_Mc[block], grad_and_dot_Nc[tile].T, out=grad_scores_mn)
+                product_mC = _product(attention_mn, grad_NC[tile], product_buffer)
+                grad_value_mC += _cast(product_mC, part_buffer)
+            grad_scores_mn = _product(
+                value_and_ones_Mc[block], grad_and_dot_Nc[tile].T, grad_buffer
+            )
             grad_scores_mn.mul_(attention_mn)
             grad_key_mD += grad_scores_mn @ query_ND[tile]
             grad_query_ND[tile] += grad_scores_mn.T @ key_MD[block]
         grad_key_MD[block] = grad_key_mD
-        if grad_value_mC is not None:
-            grad_value_MC[block] = grad_value_mC
+        grad_value_MC[block] = grad_value_mC
     return grad_query_ND

@@ -28,7 +28,7 @@ def multiplies_bfloat16_fast() -> bool:
     without AMX they are slower (150 against 240 GFLOP/s): it has one unit for them and two for
     float32. Emulated bfloat16 is slower everywhere.
     """
-    return has_amx() or (_has("avx512_bf16") and not _is_intel())
+    return has_amx() or (_has("avx512_bf16") and not is_intel())
 
 
 def _has(instructions: str) -> bool:
@@ -36,7 +36,9 @@ def _has(instructions: str) -> bool:
     return bool(getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)())
 
 
-def _is_intel() -> bool:
+@functools.cache
+def is_intel() -> bool:
+    """Whether Intel made the CPU; False where its maker cannot be found out."""
     processors = Path("/proc/cpuinfo")
     name = processors.read_text() if processors.exists() else platform.processor()
     return "GenuineIntel" in name

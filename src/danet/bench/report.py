@@ -173,7 +173,7 @@ def limits_as_json(
 
 
 def hardware(device: str) -> str:
-    """The name of the GPU, or of the processor with its cores and units for matrices."""
+    """The name of the GPU, or of the processor with its units for matrices and usable cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     processors = Path("/proc/cpuinfo")
@@ -182,4 +182,7 @@ def hardware(device: str) -> str:
         if line.startswith("model name"):
             name = line.partition(":")[2].strip()
     units = " with AMX" if has_amx() else ""
-    return f"{os.cpu_count()} cores of {name}{units}"
+    # Not everywhere can a process be kept to some of the cores.
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = len(usable(0))
+    return f"{cores} core{'s' if cores > 1 else ''} of {name}{units}"

@@ -297,9 +297,9 @@ def soak() -> str:
 
 
 def _processor(row: dict[str, str]) -> str:
-    """The maker and family of the processor, such as AMD EPYC."""
-    words = row["hardware"].replace("(R)", "").replace(" Processor", "").split()
-    return " ".join(words[words.index("of") + 1 :])
+    """The maker and family of the processor, such as AMD EPYC; two cores go without saying."""
+    name = row["hardware"].replace("(R)", "").replace(" Processor", "")
+    return name.removeprefix("2 cores of ")
 
 
 def _ratios(ours: dict[str, str], theirs: dict[str, str], memory: str) -> str:

@@ -3,9 +3,6 @@ import errno
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -20,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import danet
 import danet.bulk
+import forked
 from danet.bulk import DECODED_AHEAD, WorkItem, segment_inputs
 from danet.cli import app
 from danet.errors import UserError
@@ -460,18 +458,15 @@ def test_killed_at_several_moments_nothing_is_half_written(
 ) -> None:
     predict(model, photos, "--out", tmp_path / "alone", "--overlay")
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "danet", "predict", str(model), str(photos), "--out", str(out)]
-    command += ["--overlay", "--precision", "fp32"]
+    arguments = ["predict", str(model), str(photos), f"--out={out}", "--overlay"]
     for moment in (1, 4, 9):
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        while process.poll() is None and len(list(out.glob("[!.]*.png"))) < moment:
+        process = forked.start(tmp_path, *arguments, "--precision=fp32")
+        while process.is_alive() and len(list(out.glob("[!.]*.png"))) < moment:
             time.sleep(0.001)
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
         for path in out.glob("[!.]*.png"):
             Image.open(path).load()
-    subprocess.run(command, check=True, capture_output=True)
+    assert forked.run(tmp_path, *arguments, "--precision=fp32").status == 0
     assert masks(out).keys() == masks(tmp_path / "alone").keys()
     assert not list(out.glob(".*"))

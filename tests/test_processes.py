@@ -1,4 +1,4 @@
-"""Several processes on one machine, as torchrun starts them, over gloo."""
+"""Several processes on one machine, over gloo: those of torchrun, or forked ones like them."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import forked
 from danet import DANet
 from danet.errors import UserError
 from danet.processes import Share
@@ -31,9 +32,10 @@ SETTINGS = (
     "train.validate_images=5",
     "train.device=cpu",
 )
-SMALL_SCENES = """
+FEW_SCENES = {"train": 16, "val": 5, "test": 2}
+SMALL_SCENES = f"""
 import danet.data.catalog.scenes as scenes
-scenes._LENGTHS = {"train": 16, "val": 5, "test": 2}
+scenes._LENGTHS = {FEW_SCENES}
 from danet.cli import main
 main()
 """
@@ -53,14 +55,14 @@ def training(out: Path, *settings: str) -> list[str]:
     return ["train", "demo", "--resume", "--out", str(out), *changes]
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
+def run(folder: Path, processes: int, *arguments: str) -> str:
+    done = forked.run(folder, *arguments, processes=processes, scenes=FEW_SCENES)
+    assert done.status == 0, done.stderr
     return done.stdout
 
 
 def train(out: Path, processes: int, *settings: str) -> list[dict[str, float]]:
-    run(torchrun(out.parent, processes, *training(out, *settings)))
+    run(out.parent, processes, *training(out, *settings))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -85,8 +87,8 @@ def test_a_global_batch_is_the_same_run_on_any_number_of_processes(tmp_path: Pat
 @pytest.mark.slow
 def test_a_recipe_starts_its_processes_itself(tmp_path: Path) -> None:
     settings = ("train.steps=2", "train.devices=2", "train.batch_size=4")
-    script = torchrun(tmp_path, 2)[-1]
-    said = run([sys.executable, script, *training(tmp_path / "own", *settings)])
+    command = [sys.executable, torchrun(tmp_path, 2)[-1], *training(tmp_path / "own", *settings)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True).stdout
     assert said.count("model: ") == 1
     rows = (tmp_path / "own" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 2]
@@ -129,7 +131,7 @@ def test_evaluation_counts_the_same_on_any_number_of_processes(tmp_path: Path) -
         file = tmp_path / f"{processes}.json"
         arguments = ["evaluate", str(tmp_path / "model"), "--data", "scenes", "--branches"]
         arguments += ["--json", str(file), "--report", str(tmp_path / f"{processes}.html")]
-        said = run(torchrun(tmp_path, processes, *arguments))
+        said = run(tmp_path, processes, *arguments)
         assert said.count("5 pictures") == 1
         found.append(json.loads(file.read_text()))
     assert np.sum(found[0]["confusion"]) > 0
@@ -152,9 +154,8 @@ def test_a_broken_picture_does_not_end_the_other_process(tmp_path: Path) -> None
             file.write_bytes(b"no picture")
     out = tmp_path / "out"
     arguments = ["predict", str(tmp_path / "model"), str(tmp_path / "photos"), f"--out={out}"]
-    command = torchrun(tmp_path, 2, *arguments)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode != 0
+    done = forked.run(tmp_path, *arguments, processes=2)
+    assert done.status != 0
     assert done.stderr.count("not a picture") == 6
     assert "6 of 6" in done.stdout
     assert len(list(out.glob("*.png"))) == 6

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import danet
+import forked
 from danet.bench import cost
 from danet.bench.workload import Workload
 from danet.config import TrainConfig, load_recipe
@@ -31,12 +32,13 @@ from danet.training.checkpoint import RunFolder, load_checkpoint
 from danet.training.loop import train
 from networks import TINY_RUN
 
+FEW_SCENES = {"train": 8, "val": 2, "test": 2}
 TINY = (*TINY_RUN, "train.steps=6", "train.checkpoint_every=2")
 
 
 @pytest.fixture(autouse=True)
 def small_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("danet.data.catalog.scenes._LENGTHS", {"train": 8, "val": 2, "test": 2})
+    monkeypatch.setattr("danet.data.catalog.scenes._LENGTHS", FEW_SCENES)
 
 
 def run(out: Path, *overrides: str, resume: bool = False) -> RunFolder:
@@ -110,25 +112,19 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
 @pytest.mark.slow
 def test_40_steps_killed_at_several_moments(tmp_path: Path) -> None:
     """SIGKILL to a real process, each time as soon as it has logged a step; then left to finish."""
-    settings = [*TINY, "train.steps=40", "train.checkpoint_every=5"]
-    command = [sys.executable, "-m", "danet", "train", "demo", "--resume"]
-    command += [f"--set={item}" for item in settings]
-    subprocess.run([*command, "--out", str(tmp_path / "alone")], check=True, capture_output=True)
-    killed = RunFolder(tmp_path / "killed")
+    settings = (*TINY, "train.steps=40", "train.checkpoint_every=5")
+    arguments = ["train", "demo", "--resume", *(f"--set={item}" for item in settings)]
+    alone, killed = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "killed")
+    assert forked.run(tmp_path, *arguments, f"--out={alone.path}", scenes=FEW_SCENES).status == 0
     for moment in (1, 8, 15, 23, 39):
-        process = subprocess.Popen(
-            [*command, "--out", str(killed.path)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while process.poll() is None and last_step(killed) < moment:
+        process = forked.start(tmp_path, *arguments, f"--out={killed.path}", scenes=FEW_SCENES)
+        while process.is_alive() and last_step(killed) < moment:
             time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        assert process.wait().status == -signal.SIGKILL
         assert not killed.model.exists()
-    subprocess.run([*command, "--out", str(killed.path)], check=True, capture_output=True)
-    assert weights(killed) == weights(RunFolder(tmp_path / "alone"))
+    assert forked.run(tmp_path, *arguments, f"--out={killed.path}", scenes=FEW_SCENES).status == 0
+    assert weights(killed) == weights(alone)
 
 
 def last_step(folder: RunFolder) -> float:
@@ -271,7 +267,7 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(
     assert signal.getsignal(signal.SIGTERM) == before
     assert load_checkpoint(RunFolder(tmp_path / "run").last)["step"] == 3
     monkeypatch.undo()
-    monkeypatch.setattr("danet.data.catalog.scenes._LENGTHS", {"train": 8, "val": 2, "test": 2})
+    monkeypatch.setattr("danet.data.catalog.scenes._LENGTHS", FEW_SCENES)
     folder = run(tmp_path / "run", setting, resume=True)
     assert weights(folder) == expected
     assert [row["step"] for row in folder.read_metrics() if "loss" in row] == [1, 2, 3, 4, 5, 6]
@@ -281,15 +277,14 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_process_group(tmp_path: Path, number: signal.Signals) -> None:
     settings = [*TINY, "train.steps=500", "train.checkpoint_every=500", "data.workers=2"]
-    command = [sys.executable, "-m", "danet", "train", "demo", "--out", str(tmp_path / "run")]
-    command += [f"--set={item}" for item in settings]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     folder = RunFolder(tmp_path / "run")
-    while process.poll() is None and last_step(folder) < 3:
+    arguments = ["train", "demo", f"--out={folder.path}", *(f"--set={item}" for item in settings)]
+    process = forked.start(tmp_path, *arguments)
+    while process.is_alive() and last_step(folder) < 3:
         time.sleep(0.01)
-    os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
+    process.kill(number)
+    status, _, said = process.wait(60)
+    assert status == 1
     assert f"stopped by {number.name} after step" in said
     assert "Traceback" not in said
     assert load_checkpoint(folder.last)["step"] >= 3
@@ -298,17 +293,16 @@ def test_a_signal_to_the_whole_process_group(tmp_path: Path, number: signal.Sign
 @pytest.mark.slow
 def test_a_data_worker_that_dies_is_explained(tmp_path: Path) -> None:
     settings = [*TINY, "train.steps=5000", "data.workers=1"]
-    command = [sys.executable, "-m", "danet", "train", "demo", "--out", str(tmp_path / "run")]
-    command += [f"--set={item}" for item in settings]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     folder = RunFolder(tmp_path / "run")
-    while process.poll() is None and last_step(folder) < 3:
+    arguments = ["train", "demo", f"--out={folder.path}", *(f"--set={item}" for item in settings)]
+    process = forked.start(tmp_path, *arguments)
+    while process.is_alive() and last_step(folder) < 3:
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in children:
+    pid = process.processes[0].pid
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         os.kill(int(child), signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
+    status, _, said = process.wait(60)
+    assert status == 1
     assert "a data worker died" in said
     assert "Traceback" not in said
 

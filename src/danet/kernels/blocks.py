@@ -47,7 +47,7 @@ class BlockShape(NamedTuple):
 
 
 # docs/performance.md has the measurements. On AMD every shape that keeps a block within the
-# third-level cache is as fast; Intel's cores reach theirs more slowly. Devices want larger products.
+# third-level cache is as fast; Intel's reach theirs more slowly. Devices want larger products.
 _CPU_WHOLE_ROWS = BlockShape(512, 10_240)
 _CPU_TILES = BlockShape(1024, 2048)
 _INTEL_WHOLE_ROWS = BlockShape(2048, 2048)

@@ -61,7 +61,7 @@ def test_memory_grows_with_pictures_and_their_size() -> None:
     ("config", "size", "room"),
     [
         (small(), (128, 96), 256 * MIB),
-        pytest.param(load_recipe(R50), (256, 192), 1024 * MIB, marks=pytest.mark.slow),
+        pytest.param(load_recipe(R50), (64, 48), 1024 * MIB, marks=pytest.mark.slow),
     ],
     ids=["small", "ResNet-50"],
 )

@@ -20,7 +20,6 @@ def onednn_keeps_float32() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and not has_amx()
 
 
-@functools.cache
 def multiplies_bfloat16_fast() -> bool:
     """Whether bfloat16 products are faster than float32 ones here, not merely possible.
 

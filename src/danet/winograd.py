@@ -17,7 +17,6 @@ Shapes: B batch, H W C the channels-last input, O output channels; of a strip P 
 S columns of tiles, T = P B R S tiles.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from danet.kernels.cpu import has_amx
+from danet.kernels.memory import ReusedMemory
 from danet.kernels.precision import fast_exact_float32
 
 _FILTER_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -85,7 +85,7 @@ class WinogradConv2d(nn.Module):
             for start in range(0, len(pairs), together)
             for first in range(0, rows, strip_rows)
         ]
-        memory = _Memory(input_BHWC)
+        memory = ReusedMemory(input_BHWC)
         # Without data only memory is asked for, of which later strips need no more than the first.
         for phases, strip in strips[:1] if isinstance(features, FakeTensor) else strips:
             inputs, outputs = zip(*phases, strict=True)
@@ -105,23 +105,8 @@ class WinogradConv2d(nn.Module):
                 yield pixels_BHWX[:, top::step, left::step]
 
 
-class _Memory:
-    """Named pieces of memory, kept from strip to strip: fresh memory costs more than the sums."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.pieces: dict[str, Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised, of no more elements than the name's first time."""
-        elements = math.prod(shape)
-        if name not in self.pieces:
-            self.pieces[name] = self.like.new_empty(elements)
-        return self.pieces[name][:elements].view(shape)
-
-
 def _transform_inputs(
-    phases: Sequence[Tensor], strip: range, columns: int, memory: _Memory
+    phases: Sequence[Tensor], strip: range, columns: int, memory: ReusedMemory
 ) -> Tensor:
     """B^T d B of every 4 x 4 tile, two apart: P phases B h w C -> 16 T C."""
     rows, (batch, *_, channels) = len(strip), phases[0].shape
@@ -162,7 +147,7 @@ def _transform_four(four: Sequence[Tensor], out: Tensor) -> None:
 
 
 def _transform_outputs(
-    products: Tensor, phases: Sequence[Tensor], strip: range, columns: int, memory: _Memory
+    products: Tensor, phases: Sequence[Tensor], strip: range, columns: int, memory: ReusedMemory
 ) -> None:
     """A^T m A: 16 T O -> the strip's rows of P phases B h w O."""
     batch, channels = phases[0].shape[0], phases[0].shape[3]

@@ -112,19 +112,26 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
 @pytest.mark.slow
 def test_40_steps_killed_at_several_moments(tmp_path: Path) -> None:
     """SIGKILL to a real process, each time as soon as it has logged a step; then left to finish."""
-    settings = (*TINY, "train.steps=40", "train.checkpoint_every=5")
-    arguments = ["train", "demo", "--resume", *(f"--set={item}" for item in settings)]
+    settings = ("train.steps=40", "train.checkpoint_every=5")
     alone, killed = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "killed")
-    assert forked.run(tmp_path, *arguments, f"--out={alone.path}", scenes=FEW_SCENES).status == 0
+    assert start(alone, *settings).wait().status == 0
     for moment in (1, 8, 15, 23, 39):
-        process = forked.start(tmp_path, *arguments, f"--out={killed.path}", scenes=FEW_SCENES)
-        while process.is_alive() and last_step(killed) < moment:
-            time.sleep(0.002)
+        process = start(killed, *settings, until=moment)
         process.kill()
         assert process.wait().status == -signal.SIGKILL
         assert not killed.model.exists()
-    assert forked.run(tmp_path, *arguments, f"--out={killed.path}", scenes=FEW_SCENES).status == 0
+    assert start(killed, *settings).wait().status == 0
     assert weights(killed) == weights(alone)
+
+
+def start(folder: RunFolder, *settings: str, until: int = 0) -> forked.Running:
+    """Starts or goes on with a run in a process of its own, and waits until it logs that step."""
+    changes = [f"--set={item}" for item in (*TINY, *settings)]
+    arguments = ["train", "demo", "--resume", f"--out={folder.path}", *changes]
+    process = forked.start(folder.path.parent, *arguments, scenes=FEW_SCENES)
+    while process.is_alive() and last_step(folder) < until:
+        time.sleep(0.002)
+    return process
 
 
 def last_step(folder: RunFolder) -> float:
@@ -276,12 +283,9 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_process_group(tmp_path: Path, number: signal.Signals) -> None:
-    settings = [*TINY, "train.steps=500", "train.checkpoint_every=500", "data.workers=2"]
+    settings = ("train.steps=500", "train.checkpoint_every=500", "data.workers=2")
     folder = RunFolder(tmp_path / "run")
-    arguments = ["train", "demo", f"--out={folder.path}", *(f"--set={item}" for item in settings)]
-    process = forked.start(tmp_path, *arguments)
-    while process.is_alive() and last_step(folder) < 3:
-        time.sleep(0.01)
+    process = start(folder, *settings, until=3)
     process.kill(number)
     status, _, said = process.wait(60)
     assert status == 1
@@ -292,12 +296,8 @@ def test_a_signal_to_the_whole_process_group(tmp_path: Path, number: signal.Sign
 
 @pytest.mark.slow
 def test_a_data_worker_that_dies_is_explained(tmp_path: Path) -> None:
-    settings = [*TINY, "train.steps=5000", "data.workers=1"]
     folder = RunFolder(tmp_path / "run")
-    arguments = ["train", "demo", f"--out={folder.path}", *(f"--set={item}" for item in settings)]
-    process = forked.start(tmp_path, *arguments)
-    while process.is_alive() and last_step(folder) < 3:
-        time.sleep(0.01)
+    process = start(folder, "train.steps=5000", "data.workers=1", until=3)
     pid = process.processes[0].pid
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         os.kill(int(child), signal.SIGKILL)

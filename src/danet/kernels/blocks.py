@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from danet.kernels.cpu import is_intel, multiplies_bfloat16_fast
+from danet.kernels.memory import ReusedMemory
 from danet.kernels.precision import (
     fast_exact_float32,
     least_exponent,
@@ -47,7 +48,7 @@ class BlockShape(NamedTuple):
 
 
 # docs/performance.md has the measurements. On AMD every shape that keeps a block within the
-# third-level cache is as fast; Intel's reach theirs more slowly. Devices want larger products.
+# third-level cache is as fast; on Intel that cache is slow. Devices want larger products.
 _CPU_WHOLE_ROWS = BlockShape(512, 10_240)
 _CPU_TILES = BlockShape(1024, 2048)
 _INTEL_WHOLE_ROWS = BlockShape(2048, 2048)
@@ -71,20 +72,16 @@ def _blocks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-# Fresh memory is slow: what a block needs is written where the last block's was.
-
-
-def _cast(block: Tensor, buffer: Tensor) -> Tensor:
-    """The block in the buffer's dtype: itself, or written there."""
-    if block.dtype == buffer.dtype:
+def _cast(block: Tensor, memory: ReusedMemory, name: str) -> Tensor:
+    """The block in the memory's dtype: itself, or written there."""
+    if block.dtype == memory.like.dtype:
         return block
-    return buffer[: block.numel()].view(block.shape).copy_(block)
+    return memory.take(name, *block.shape).copy_(block)
 
 
-def _product(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
-    """Their product, written into the buffer."""
-    shape = left.shape[0], right.shape[1]
-    return torch.mm(left, right, out=buffer[: shape[0] * shape[1]].view(shape))
+def _product(left: Tensor, right: Tensor, memory: ReusedMemory, name: str) -> Tensor:
+    """Their matrix product, written into the memory."""
+    return torch.mm(left, right, out=memory.take(name, left.shape[0], right.shape[1]))
 
 
 def _product_dtype(given: torch.dtype, device: torch.device) -> torch.dtype:
@@ -147,31 +144,24 @@ def _forward_sample(
     query_ND: Tensor, key_DM: Tensor, value_MC: Tensor, output_NC: Tensor, logsumexp_N: Tensor
 ) -> None:
     queries, keys = len(query_ND), len(value_MC)
-    channels = value_MC.shape[1]
     shape = block_shape(keys, query_ND.device)
-    rows, columns = min(shape.rows, queries), min(shape.columns, keys)
-    score_buffer, weight_buffer = (
-        query_ND.new_empty(rows * columns),
-        value_MC.new_empty(rows * columns),
-    )
-    product_buffer = value_MC.new_empty(rows * channels)
-    part_buffer, sum_buffer = (query_ND.new_empty(rows * channels) for _ in range(2))
+    exact_memory, memory = ReusedMemory(query_ND), ReusedMemory(value_MC)
     tiles = _blocks(keys, shape.columns)
     for block in _blocks(queries, shape.rows):
         for tile in tiles:
-            scores_nm = _product(query_ND[block], key_DM[:, tile], score_buffer)
+            scores_nm = _product(query_ND[block], key_DM[:, tile], exact_memory, "scores")
             attention_nm, logsumexp_n = _softmax(scores_nm)
-            weights_nm = _cast(attention_nm, weight_buffer)
-            product_nC = _product(weights_nm, value_MC[tile], product_buffer)
+            weights_nm = _cast(attention_nm, memory, "weights")
+            product_nC = _product(weights_nm, value_MC[tile], memory, "product")
             if len(tiles) == 1:
                 output_NC[block] = product_nC
                 logsumexp_N[block] = logsumexp_n
                 continue
             if tile.start == 0:
-                sum_nC = sum_buffer[: product_nC.numel()].view_as(product_nC).copy_(product_nC)
+                sum_nC = exact_memory.take("sum", *product_nC.shape).copy_(product_nC)
                 running_n = logsumexp_n
                 continue
-            part_nC = _cast(product_nC, part_buffer)
+            part_nC = _cast(product_nC, exact_memory, "part")
             merged_n = torch.logaddexp(running_n, logsumexp_n)
             sum_nC.mul_((running_n - merged_n).exp_().unsqueeze(1))
             sum_nC.addcmul_(part_nC, (logsumexp_n - merged_n).exp_().unsqueeze(1))
@@ -282,32 +272,30 @@ def _backward_sample(
     key_and_one_Md = torch.cat([key_MD.to(exact), logsumexp_N.new_ones(keys, 1)], 1)
 
     shape = block_shape(queries, query_ND.device)
-    rows, columns = min(shape.rows, keys), min(shape.columns, queries)
-    score_buffer = logsumexp_N.new_empty(rows * columns)
-    attention_buffer, grad_buffer = (grad_NC.new_empty(rows * columns) for _ in range(2))
-    product_buffer = grad_NC.new_empty(rows * channels)
-    part_buffer, sum_buffer = (logsumexp_N.new_empty(rows * channels) for _ in range(2))
+    exact_memory, memory = ReusedMemory(logsumexp_N), ReusedMemory(grad_NC)
     grad_query_ND = torch.zeros_like(query_ND, dtype=exact)
     least = _LOG2_E * least_exponent(exact)
     tiles = _blocks(queries, shape.columns)
     for block in _blocks(keys, shape.rows):
-        grad_key_mD = logsumexp_N.new_zeros(block.stop - block.start, query_ND.shape[1])
-        grad_value_mC = sum_buffer[: len(grad_key_mD) * channels].view(-1, channels)
+        rows = block.stop - block.start
+        grad_key_mD = logsumexp_N.new_zeros(rows, query_ND.shape[1])
         if len(tiles) != 1:
-            grad_value_mC.zero_()
+            grad_value_mC = exact_memory.take("grad value", rows, channels).zero_()
         for tile in tiles:
-            scores_mn = _product(key_and_one_Md[block], query_and_sum_Nd[tile].T, score_buffer)
+            scores_mn = _product(
+                key_and_one_Md[block], query_and_sum_Nd[tile].T, exact_memory, "scores"
+            )
             # Exactly computed it is never positive; of huge scores, rounding leaves more.
-            attention_mn = _cast(scores_mn.clamp_(least, 0).exp2_(), attention_buffer)
+            attention_mn = _cast(scores_mn.clamp_(least, 0).exp2_(), memory, "attention")
             if len(tiles) == 1:
-                grad_value_mC = _product(attention_mn, grad_NC, product_buffer)
+                grad_value_mC = _product(attention_mn, grad_NC, memory, "product")
             elif given == exact:
                 grad_value_mC.addmm_(attention_mn, grad_NC[tile])
             else:
-                product_mC = _product(attention_mn, grad_NC[tile], product_buffer)
-                grad_value_mC += _cast(product_mC, part_buffer)
+                product_mC = _product(attention_mn, grad_NC[tile], memory, "product")
+                grad_value_mC += _cast(product_mC, exact_memory, "part")
             grad_scores_mn = _product(
-                value_and_ones_Mc[block], grad_and_dot_Nc[tile].T, grad_buffer
+                value_and_ones_Mc[block], grad_and_dot_Nc[tile].T, memory, "grad scores"
             )
             grad_scores_mn.mul_(attention_mn)
             grad_key_mD += grad_scores_mn @ query_ND[tile]

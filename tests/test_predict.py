@@ -48,6 +48,20 @@ def test_tiny_pictures(predictor: danet.Predictor, size: tuple[int, int]) -> Non
     assert predictor(noise(*size)).classes.shape == size[::-1]
 
 
+@pytest.mark.parametrize("size", [(1, 40), (2, 40), (3, 70), (8, 90), (9, 40), (40, 1)])
+def test_narrow_pictures_in_bfloat16(size: tuple[int, int]) -> None:
+    """New tensors start as NaN here, which nothing may leave there or read."""
+    image = noise(*size)
+    expected = danet.Predictor(tiny_danet(), device="cpu", precision="fp32")
+    rounded = danet.Predictor(tiny_danet(), device="cpu", precision="bf16")
+    torch.use_deterministic_algorithms(True)
+    try:
+        found, exact = (each(image, probabilities=True) for each in (rounded, expected))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    np.testing.assert_allclose(found.probabilities, exact.probabilities, atol=0.05)
+
+
 def test_path_array_and_picture_give_the_same(predictor: danet.Predictor, tmp_path: Path) -> None:
     image = noise()
     image.save(tmp_path / "a.png")

@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from danet import winograd
+from danet.kernels.cpu import has_amx
 from danet.model import DANet
 
 _PROBE_SIDE = 64
@@ -38,6 +40,8 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
     fold_batch_norms(model)
     if not compile_graph and next(model.parameters()).device.type == "cpu":
         _take_winograds_way(model, torch.bfloat16 if bfloat16 else torch.float32)
+        if bfloat16 and has_amx():
+            _avoid_single_columns(model)
     convert_parameters(model, bfloat16=bfloat16)
     if compile_graph:
         model.compile_parts()
@@ -49,6 +53,40 @@ def _take_winograds_way(model: nn.Module, dtype: torch.dtype) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and winograd.pays(child, dtype):
                 setattr(parent, name, winograd.WinogradConv2d(child, dtype))
+
+
+class _StridedConv2d(nn.Module):
+    """A strided convolution whose output oneDNN makes at least two columns wide.
+
+    With bfloat16 on AMX it leaves parts of a single column unwritten (seen with torch 2.15). Zeros
+    to the right of the padding add a second column and leave the first as it is.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+        reach = convolution.dilation[1] * (convolution.kernel_size[1] - 1)
+        self.narrowest = reach + 1 + convolution.stride[1] - 2 * int(convolution.padding[1])
+        """The least width whose output has two columns."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.shape[-1] >= self.narrowest:
+            return self.convolution(features)  # type: ignore[no-any-return]
+        wider = F.pad(features, (0, self.narrowest - features.shape[-1]))
+        return self.convolution(wider)[..., :1]  # type: ignore[no-any-return]
+
+
+def _avoid_single_columns(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if (
+                type(child) is nn.Conv2d
+                and max(child.stride) > 1
+                and max(child.kernel_size) > 1
+                and child.padding_mode == "zeros"
+                and not isinstance(child.padding, str)
+            ):
+                setattr(parent, name, _StridedConv2d(child))
 
 
 def convert_parameters(model: nn.Module, *, bfloat16: bool) -> None:

@@ -418,3 +418,11 @@ def test_modules_keep_the_memory_format(
 ) -> None:
     features = torch.randn(2, 8, 5, 7).contiguous(memory_format=memory_format)
     assert build()(features).is_contiguous(memory_format=memory_format)
+
+
+def test_channel_attention_of_channels_last_features_is_channels_last() -> None:
+    features = torch.randn(2, 8, 5, 7)
+    last = features.contiguous(memory_format=torch.channels_last).flatten(2)
+    result = channel_attention(last)
+    torch.testing.assert_close(result, channel_attention(features.flatten(2)))
+    assert result.transpose(1, 2).is_contiguous()

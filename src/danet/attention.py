@@ -100,8 +100,11 @@ def channel_attention(features: Tensor, affinity: Affinity = "reference") -> Ten
         raise ValueError(
             f"channel attention takes floating B C N, not {features.dtype} {tuple(features.shape)}"
         )
-    attention_BCC = channel_affinities(features, affinity)
-    return attention_BCC.to(features.dtype) @ features
+    attention_BCC = channel_affinities(features, affinity).to(features.dtype)
+    if features.stride(1) == 1:
+        # Channels-last features give a result in the same format.
+        return (features.transpose(1, 2) @ attention_BCC.transpose(1, 2)).transpose(1, 2)
+    return attention_BCC @ features
 
 
 def channel_affinities(features: Tensor, affinity: Affinity = "reference") -> Tensor:

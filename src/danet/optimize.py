@@ -1,15 +1,15 @@
 """The same network, made fast for inference: fewer passes over memory, fewer operations.
 
 Batch norms are folded into the convolutions before them, memory is channels-last, and on a CPU
-wide 3x3 convolutions take Winograd's way: in float32 all of it is the same up to its rounding. Only
-bfloat16, where it is asked for, rounds more.
+wide 3x3 convolutions take Winograd's way, others rectify and add shortcuts in their own pass: in
+float32 all of it is the same up to its rounding. Only bfloat16, where it is asked for, rounds more.
 """
 
 from collections import Counter, OrderedDict
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
-import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
@@ -18,12 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from danet import winograd
+from danet.convolution import ConvReLU2d, ResidualBlock, WideStridedConv2d, can_rectify
 from danet.kernels.cpu import has_amx
 from danet.model import DANet
 
 _PROBE_SIDE = 64
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 """Exactly these: other subclasses compute their weight anew in every pass."""
+Follower = TypeVar("Follower", bound=nn.Module)
 
 
 def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool) -> DANet:
@@ -39,54 +41,39 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
     model.optimized = True
     fold_batch_norms(model)
     if not compile_graph and next(model.parameters()).device.type == "cpu":
-        _take_winograds_way(model, torch.bfloat16 if bfloat16 else torch.float32)
-        if bfloat16 and has_amx():
-            _avoid_single_columns(model)
+        _choose_convolutions(model, torch.bfloat16 if bfloat16 else torch.float32)
     convert_parameters(model, bfloat16=bfloat16)
     if compile_graph:
         model.compile_parts()
     return model
 
 
-def _take_winograds_way(model: nn.Module, dtype: torch.dtype) -> None:
+def _choose_convolutions(model: DANet, dtype: torch.dtype) -> None:
+    """Replaces convolutions, their ReLUs and residual blocks by what is fastest on this CPU."""
+    relus = dict(_pairs(model, nn.ReLU))
+    layers: dict[nn.Module, nn.Module] = {}
+    for convolution in [module for module in model.modules() if type(module) is nn.Conv2d]:
+        relu = relus.get(convolution)
+        layer: nn.Module = convolution
+        if winograd.pays(convolution, dtype):
+            layer = winograd.WinogradConv2d(convolution, dtype, rectify=relu is not None)
+        elif relu is not None and can_rectify(convolution, dtype):
+            layer = ConvReLU2d(convolution)
+        if relu is not None and layer is not convolution:
+            layers[relu] = nn.Identity()
+        if dtype == torch.bfloat16 and has_amx() and WideStridedConv2d.concerns(convolution):
+            layer = WideStridedConv2d(layer, convolution)
+        layers[convolution] = layer
+    _replace(model, layers)
+    blocks = {module: ResidualBlock.of(module, dtype) for module in model.modules()}
+    _replace(model, {block: fused for block, fused in blocks.items() if fused is not None})
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d) and winograd.pays(child, dtype):
-                setattr(parent, name, winograd.WinogradConv2d(child, dtype))
-
-
-class _StridedConv2d(nn.Module):
-    """A strided convolution whose output oneDNN makes at least two columns wide.
-
-    With bfloat16 on AMX it leaves parts of a single column unwritten (seen with torch 2.15). Zeros
-    to the right of the padding add a second column and leave the first as it is.
-    """
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.convolution = convolution
-        reach = convolution.dilation[1] * (convolution.kernel_size[1] - 1)
-        self.narrowest = reach + 1 + convolution.stride[1] - 2 * int(convolution.padding[1])
-        """The least width whose output has two columns."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        if features.shape[-1] >= self.narrowest:
-            return self.convolution(features)  # type: ignore[no-any-return]
-        wider = F.pad(features, (0, self.narrowest - features.shape[-1]))
-        return self.convolution(wider)[..., :1]  # type: ignore[no-any-return]
-
-
-def _avoid_single_columns(model: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if (
-                type(child) is nn.Conv2d
-                and max(child.stride) > 1
-                and max(child.kernel_size) > 1
-                and child.padding_mode == "zeros"
-                and not isinstance(child.padding, str)
-            ):
-                setattr(parent, name, _StridedConv2d(child))
+            if child in replacements:
+                setattr(parent, name, replacements[child])
 
 
 def convert_parameters(model: nn.Module, *, bfloat16: bool) -> None:
@@ -110,9 +97,9 @@ def fold_batch_norms(model: DANet) -> None:
     convolution's output goes to one batch norm and nowhere else, and each runs once.
     """
     replaced: dict[nn.Module, nn.Module] = {}
-    for convolution, norm in _pairs_to_fold(model):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
+    for convolution, norm in _pairs(model, nn.BatchNorm2d):
+        if norm.running_mean is None or norm.running_var is None:
+            continue
         weight, bias = fuse_conv_bn_weights(
             convolution.weight,
             convolution.bias,
@@ -126,39 +113,48 @@ def fold_batch_norms(model: DANet) -> None:
         replaced[norm] = nn.Identity()
         if isinstance(norm, BatchNormAct2d):
             replaced[norm] = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in replaced:
-                setattr(parent, name, replaced[child])
+    _replace(model, replaced)
 
 
-def _pairs_to_fold(model: DANet) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    run = _Run(model)
+def _pairs(model: DANet, kind: type[Follower]) -> list[tuple[nn.Conv2d, Follower]]:
+    """Convolutions and the modules of a kind that alone read their output, each running once."""
+    run = _Run(model, kind)
     parameter = next(model.parameters())
-    with run:
-        model(
-            torch.zeros(
-                1, 3, _PROBE_SIDE, _PROBE_SIDE, device=parameter.device, dtype=parameter.dtype
+    in_place = [
+        module for module in model.modules() if isinstance(module, nn.ReLU) and module.inplace
+    ]
+    try:
+        # In place they would return their input, as whose reads later ones would count.
+        for relu in in_place:
+            relu.inplace = False
+        with run:
+            model(
+                torch.zeros(
+                    1, 3, _PROBE_SIDE, _PROBE_SIDE, device=parameter.device, dtype=parameter.dtype
+                )
             )
-        )
-    run.remove_hooks()
+    finally:
+        for relu in in_place:
+            relu.inplace = True
+        run.remove_hooks()
     return run.pairs()
 
 
-class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Run(TorchDispatchMode, Generic[Follower]):  # type: ignore[no-untyped-call]
     """Watches one run: how often each tensor is read, and what each layer read and wrote."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kind: type[Follower]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.kind = kind
         self.reads: Counter[int] = Counter()
         self.alive: list[Tensor] = []  # so that no identity is given twice
         self.convolutions: dict[int, nn.Conv2d] = {}
-        self.norms: list[tuple[nn.BatchNorm2d, int]] = []
+        self.followers: list[tuple[Follower, int]] = []
         self.runs: Counter[nn.Module] = Counter()
         self.handles = [
             module.register_forward_hook(self._note)
             for module in model.modules()
-            if type(module) in _CONVOLUTIONS or isinstance(module, nn.BatchNorm2d)
+            if type(module) in _CONVOLUTIONS or isinstance(module, kind)
         ]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -171,21 +167,20 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.runs[module] += 1
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, self.kind):
+            self.followers.append((module, id(inputs[0])))
+        elif isinstance(module, nn.Conv2d):
             self.convolutions[id(output)] = module
-        elif isinstance(module, nn.BatchNorm2d):
-            self.norms.append((module, id(inputs[0])))
 
     def remove_hooks(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    def pairs(self) -> list[tuple[nn.Conv2d, Follower]]:
         return [
-            (convolution, norm)
-            for norm, read in self.norms
+            (convolution, follower)
+            for follower, read in self.followers
             if (convolution := self.convolutions.get(read)) is not None
             and self.reads[read] == 1
-            and self.runs[norm] == self.runs[convolution] == 1
-            and norm.running_mean is not None
+            and self.runs[follower] == self.runs[convolution] == 1
         ]

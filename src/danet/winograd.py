@@ -58,9 +58,12 @@ class WinogradConv2d(nn.Module):
     Args:
         convolution: in float32 or wider.
         dtype: to compute in; the convolution's own where None.
+        rectify: whether a ReLU follows.
     """
 
-    def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, convolution: nn.Conv2d, dtype: torch.dtype | None = None, *, rectify: bool = False
+    ) -> None:
         super().__init__()
         weight_yxCO = convolution.weight.detach().permute(2, 3, 1, 0)
         transform = weight_yxCO.new_tensor(_FILTER_TRANSFORM)
@@ -70,6 +73,7 @@ class WinogradConv2d(nn.Module):
         self.weight = nn.Parameter(weight_ijCO.flatten(0, 1), requires_grad=False)
         self.bias = convolution.bias
         self.dilation = convolution.dilation[0]
+        self.rectify = rectify
 
     def forward(self, features: Tensor) -> Tensor:
         input_BHWC = features.to(self.weight.dtype).permute(0, 2, 3, 1)
@@ -96,6 +100,9 @@ class WinogradConv2d(nn.Module):
             if self.bias is not None:
                 products[_MIDDLE] += self.bias
             _transform_outputs(products, outputs, strip, columns, memory)
+            if self.rectify:
+                for phase_BhwO in outputs:
+                    phase_BhwO[:, 2 * strip.start : 2 * strip.stop].relu_()
         return output_BHWO.permute(0, 3, 1, 2)
 
     def _phases(self, pixels_BHWX: Tensor) -> Iterator[Tensor]:

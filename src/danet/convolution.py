@@ -1,0 +1,137 @@
+"""Convolutions that do more in one pass, for inference on a CPU: oneDNN's.
+
+With few channels or fast units for products, a pass over memory takes as long as the convolution
+before it. oneDNN adds a shortcut and rectifies while it writes a convolution's output.
+
+Shapes: B batch, C and O input and output channels, H W and h w input and output size.
+"""
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def can_rectify(convolution: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes this convolution and its ReLU in one pass here, in a dtype."""
+    return (
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and type(convolution) is nn.Conv2d
+        and convolution.padding_mode == "zeros"
+        and not isinstance(convolution.padding, str)
+    )
+
+
+class ConvReLU2d(nn.Module):
+    """A convolution and its ReLU, with a shortcut added between them where one is given.
+
+    Computes in the weight's dtype, whatever the input's. It has no gradient.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, features: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """B C H W, and a shortcut B O h w -> B O h w."""
+        layer = self.convolution
+        features = features.to(layer.weight.dtype)
+        one_pass = torch.ops.mkldnn._convolution_pointwise
+        weights = (layer.weight, layer.bias)
+        shape = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        if shortcut is None:
+            return one_pass(features, *weights, *shape, "relu", [], "")  # type: ignore[no-any-return]
+        shortcut = shortcut.to(layer.weight.dtype)
+        if layer.groups > 1 or not _onednn_adds(features):
+            output: Tensor = layer(features)
+            return output.add_(shortcut).relu_()
+        return one_pass.binary(  # type: ignore[no-any-return]
+            features, shortcut, *weights, *shape, "add", 1.0, "relu", [], ""
+        )
+
+
+def _onednn_adds(features: Tensor) -> bool:
+    """Whether torch has oneDNN add to a convolution of these: of channels-last memory with data.
+
+    Of other memory torch adds by itself, but cannot in bfloat16.
+    """
+    return (
+        not isinstance(features, FakeTensor)
+        and suggest_memory_format(features) == torch.channels_last
+    )
+
+
+class ResidualBlock(nn.Module):
+    """A ResNet's block whose last convolution adds the shortcut and rectifies."""
+
+    def __init__(self, body: nn.Module, last: ConvReLU2d, downsample: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.last = last
+        self.downsample = downsample
+
+    @classmethod
+    def of(cls, block: nn.Module, dtype: torch.dtype) -> Self | None:
+        """From timm's block without batch norms; None where its end cannot be done in one pass."""
+        if type(block) is Bottleneck:
+            body = [block.conv1, block.act1, block.conv2, block.act2, block.aa or nn.Identity()]
+            last, norms, activation = block.conv3, [block.bn1, block.bn2, block.bn3], block.act3
+        elif type(block) is BasicBlock:
+            body = [block.conv1, block.act1, block.aa or nn.Identity()]
+            last, norms, activation = block.conv2, [block.bn1, block.bn2], block.act2
+        else:
+            return None
+        if (
+            not can_rectify(last, dtype)
+            or type(activation) is not nn.ReLU
+            or block.se is not None
+            or any(type(norm) is not nn.Identity for norm in norms)
+        ):
+            return None
+        return cls(nn.Sequential(*body), ConvReLU2d(last), block.downsample or nn.Identity())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """B C H W -> B O h w."""
+        output: Tensor = self.last(self.body(features), self.downsample(features))
+        return output
+
+
+class WideStridedConv2d(nn.Module):
+    """A strided convolution whose output oneDNN makes at least two columns wide.
+
+    With bfloat16 on AMX it leaves parts of a single column unwritten (seen with torch 2.15). Zeros
+    to the right of the padding add a second column and leave the first as it is.
+
+    Args:
+        layer: the convolution, or what computes it and more.
+    """
+
+    def __init__(self, layer: nn.Module, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        reach = convolution.dilation[1] * (convolution.kernel_size[1] - 1)
+        self.narrowest = reach + 1 + convolution.stride[1] - 2 * int(convolution.padding[1])
+        """The least width whose output has two columns."""
+
+    @classmethod
+    def concerns(cls, convolution: nn.Conv2d) -> bool:
+        """Whether the convolution is strided, and no other kind is made of it."""
+        return (
+            max(convolution.stride) > 1
+            and max(convolution.kernel_size) > 1
+            and convolution.padding_mode == "zeros"
+            and not isinstance(convolution.padding, str)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """B C H W -> B O h w."""
+        if features.shape[-1] >= self.narrowest:
+            return self.layer(features)  # type: ignore[no-any-return]
+        wider = F.pad(features, (0, self.narrowest - features.shape[-1]))
+        return self.layer(wider)[..., :1]  # type: ignore[no-any-return]

@@ -76,7 +76,8 @@ def segmentation_losses(
     for name, logits in output._asdict().items():
         if logits is None:
             continue
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Contiguous, because log_softmax would otherwise copy the logits at full size.
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
         summed: Tensor = _SummedScore.apply(exact, score, pictures)
         parts[f"loss_{name}"] = summed / divisor
         total = total + weights[name] * parts[f"loss_{name}"]

@@ -16,10 +16,11 @@ import oracle
 from danet import kernels
 from danet.attention import channel_affinities
 from danet.functional import channel_attention, position_attention
-from danet.kernels import blocks
+from danet.kernels import amx, blocks
 from danet.kernels.blocks import BlockShape
 from danet.kernels.fused import attend_by_heads
 
+BLOCKS_FORWARD = blocks.forward
 TOLERANCE = 5e-6
 AFFINITIES = ("reference", "paper")
 
@@ -47,6 +48,7 @@ def relative_error(actual: Tensor, expected: np.ndarray | Tensor) -> float:
 def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Blocks so small that small inputs span several and end in a part of one, or hold samples."""
     monkeypatch.setattr(blocks, "block_shape", lambda *_: request.param)
+    monkeypatch.setattr(amx, "has_amx", lambda: False)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -246,6 +248,69 @@ class TestPositionAttention:
     def test_wrong_inputs_are_named(self, change, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             position_attention(*change(*random_inputs()))
+
+
+class TestKernelForAMX:
+    """On other CPUs it computes the same, more slowly."""
+
+    @pytest.fixture(autouse=True)
+    def with_amx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(amx, "has_amx", lambda: True)
+        monkeypatch.setattr(blocks, "forward", None)
+
+    @pytest.mark.parametrize("channels_last", [True, False])
+    @pytest.mark.parametrize(
+        ("batch", "width", "queries", "keys", "channels"),
+        [(2, 8, 37, 37, 24), (1, 8, 1, 40, 32), (3, 16, 33, 1, 16), (1, 3, 70, 515, 65)],
+    )
+    def test_values_and_sums_match_the_loops(
+        self, batch: int, width: int, queries: int, keys: int, channels: int, channels_last: bool
+    ) -> None:
+        inputs = [
+            tensor.bfloat16() for tensor in random_inputs(batch, width, queries, keys, channels)
+        ]
+        if channels_last:
+            inputs = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs]
+        query, key, value = (tensor.double() for tensor in inputs)
+        output, logsumexp = kernels.attend(*inputs)
+        expected = [
+            oracle.position_attention(*(tensor[sample].numpy() for tensor in (query, key, value)))
+            for sample in range(batch)
+        ]
+        assert output.dtype == torch.bfloat16
+        assert relative_error(output, np.stack(expected)) < 1e-2
+        scores = query.transpose(1, 2) @ key
+        torch.testing.assert_close(logsumexp.double(), scores.logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+    def test_gradients_go_on_from_its_sums(self) -> None:
+        exact = [tensor.bfloat16().double().requires_grad_() for tensor in random_inputs()]
+        inputs = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+        position_attention(*inputs).square().sum().backward()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks, "forward", BLOCKS_FORWARD)
+            position_attention(*exact).square().sum().backward()
+        for tensor, reference in zip(inputs, exact, strict=True):
+            assert relative_error(tensor.grad, reference.grad) < 3e-2
+
+    def test_huge_scores_select_the_nearest(self) -> None:
+        query, key, value = (tensor.bfloat16() for tensor in random_inputs())
+        output = position_attention(query * 1e8, key * 1e7, value)
+        nearest = torch.einsum("bdn,bdm->bnm", query.double(), key.double()).argmax(-1)
+        expected = torch.stack([v[:, i] for v, i in zip(value, nearest, strict=True)])
+        torch.testing.assert_close(output, expected)
+
+    @pytest.mark.parametrize(
+        "inputs",
+        [
+            random_inputs(),
+            [tensor.half() for tensor in random_inputs()],
+            [tensor.bfloat16() for tensor in random_inputs(channels=7)],
+            [tensor.bfloat16() for tensor in random_inputs(queries=0)],
+        ],
+        ids=["float64", "float16", "value narrower than key", "no queries"],
+    )
+    def test_other_inputs_take_blocks(self, inputs: list[Tensor]) -> None:
+        assert not amx.amx_kernel_fits(inputs[0], inputs[2])
 
 
 def test_memory_grows_with_positions_not_with_their_square() -> None:

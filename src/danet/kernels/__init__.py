@@ -1,13 +1,14 @@
 """Equations (1) and (2) of the paper, evaluated in O(N) memory.
 
-One exact result, three ways to it:
+One exact result, four ways to it:
 
 - matrix products on blocks (`danet.kernels.blocks`): on every device and in every dtype;
 - our Triton kernels (`danet.kernels.triton_attention`), where `danet.kernels.hopper` says so;
+- forward in bfloat16 on CPUs with AMX, torch's fused kernel (`danet.kernels.amx`);
 - torch's fused attention (`danet.kernels.fused`): for half precision on other NVIDIA GPUs of
   compute capability 8.0 and above, and for wider keys.
 
-The first two are inside one torch operator, `attend`.
+All but the last are inside one torch operator, `attend`.
 
 Shapes: B batch, D key width, C value width, N query positions, M key positions.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from danet.kernels import blocks
+from danet.kernels import amx, blocks
 from danet.kernels.fused import attend_by_heads, fused_attention_fits
 from danet.kernels.hopper import hopper_kernels_fit, run_hopper_kernels
 from danet.kernels.precision import score_dtype, without_autocast
@@ -67,6 +68,8 @@ def attend(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tenso
         if found is not None:
             output_BCN, logsumexp_BN = found
             return output_BCN, logsumexp_BN
+    if amx.amx_kernel_fits(query_BDN, value_BCM):
+        return amx.forward(query_BDN, key_BDM, value_BCM)
     return blocks.forward(query_BDN, key_BDM, value_BCM)
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from quiet import add_option, when_quiet
 from results_file import RESULTS, commit, renew_rows
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +159,10 @@ def in_fresh_process(form: str, args: argparse.Namespace) -> tuple[float, float]
     else:
         options += ["--file", str(args.file)] if form == INT8 else []
         command = [sys.executable, __file__, args.task, *options, "--measure", form]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = when_quiet(
+        lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout,
+        args.quiet,
+    )
     result = json.loads(output.splitlines()[-1])
     return result["seconds"], result["peak_bytes"] / 2**20
 
@@ -211,6 +215,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each form")
     parser.add_argument("--repeats", type=int, default=3, help="runs timed in each process")
+    add_option(parser)
     parser.add_argument("--threads", type=int, help="torch's default unless given")
     parser.add_argument("--compiled", action="store_true", help="also measure ours compiled")
     parser.add_argument("--int8", action="store_true", help="also measure an exported 8-bit file")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from quiet import add_option, when_quiet
 from results_file import RESULTS, commit, renew_rows
 
 KEY_CHANNELS, CHANNELS = 64, 512
@@ -79,7 +80,10 @@ def in_fresh_process(form: str, args: argparse.Namespace, positions: int) -> tup
     command = [sys.executable, __file__, "--measure", form, "--positions", str(positions)]
     command += ["--dtype", args.dtype, "--direction", args.direction]
     command += ["--repeats", str(args.repeats)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = when_quiet(
+        lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout,
+        args.quiet,
+    )
     seconds, extra = output.split()
     return float(seconds), int(extra)
 
@@ -126,6 +130,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each form")
     parser.add_argument("--repeats", type=int, default=3, help="calls timed in each process")
+    add_option(parser)
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="measure ours only")
     parser.add_argument(
         "--out",

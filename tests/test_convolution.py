@@ -88,18 +88,26 @@ def test_networks_compute_the_same_in_fewer_passes(backbone: str, blocks: int, r
 
 
 def test_other_relus_stay() -> None:
-    """One reads a sum, one what another layer reads too, one runs twice."""
+    """One reads a sum, one what another layer reads too, one runs twice, one is of another kind."""
+
+    class Doubled(nn.ReLU):
+        def forward(self, features: Tensor) -> Tensor:
+            return 2 * super().forward(features)
 
     class Others(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second, self.third = (nn.Conv2d(32, 32, 1) for _ in range(3))
+            self.first, self.second, self.third, self.fourth = (
+                nn.Conv2d(32, 32, 1) for _ in range(4)
+            )
+            self.doubled = Doubled(inplace=True)
             self.of_sum, self.of_shared, self.twice = (nn.ReLU(inplace=True) for _ in range(3))
 
         def forward(self, features: Tensor) -> Tensor:
             summed = self.of_sum(self.first(features) + features)
             shared = self.second(summed)
-            return self.twice(self.third(self.twice(shared.sigmoid() + self.of_shared(shared))))
+            rest = self.twice(self.third(self.twice(shared.sigmoid() + self.of_shared(shared))))
+            return self.doubled(self.fourth(rest))
 
     model = network("test_resnet")
     model.head.position_branch.attention = Others().eval()
@@ -110,6 +118,7 @@ def test_other_relus_stay() -> None:
         torch.testing.assert_close(fast(images).fused, expected, rtol=1e-5, atol=1e-5)
     attention = fast.head.position_branch.attention
     assert kinds(attention, nn.ReLU) == 3
+    assert kinds(attention, Doubled) == 1
     assert kinds(attention, ConvReLU2d) == 0
     assert attention.of_sum.inplace
 
@@ -118,6 +127,44 @@ def test_other_relus_stay() -> None:
 def test_convolutions_that_onednn_pads_otherwise_are_left_alone(options: dict) -> None:
     assert not can_rectify(nn.Conv2d(4, 4, 3, **options), torch.float32)
     assert not can_rectify(nn.ConvTranspose2d(4, 4, 3), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["backbone.body.conv1", "backbone.body.bn1", "backbone.body.act1", "backbone.body.layer3.0"]
+    + [f"backbone.body.layer3.0.{name}" for name in ("conv2", "act2", "act3", "conv3")],
+)
+@torch.no_grad()
+def test_layers_with_hooks_stay(path: str) -> None:
+    """What a hook reads is what it would have read."""
+    model = network("test_resnet")
+    images = torch.randn(1, 3, 64, 64)
+    read: list[Tensor] = []
+    model.get_submodule(path).register_forward_hook(
+        lambda _module, _inputs, output: read.append(output)
+    )
+    expected = model(images).fused
+    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    read = read[:1]
+    torch.testing.assert_close(fast(images).fused, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read[-1], read[0], rtol=1e-5, atol=1e-5)
+    assert len(read) > 1
+
+
+def test_layers_with_hooks_before_them_are_called_themselves() -> None:
+    layer = nn.Conv2d(4, 4, 1)
+    assert can_rectify(layer, torch.float32)
+    layer.register_forward_pre_hook(lambda _, inputs: inputs)
+    assert not can_rectify(layer, torch.float32)
+
+
+@torch.no_grad()
+def test_features_that_timm_reads_by_hooks() -> None:
+    model = network("xception41")
+    images = torch.randn(1, 3, 64, 64)
+    expected = model(images).fused
+    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    torch.testing.assert_close(fast(images).fused, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dilation", [1, 3])

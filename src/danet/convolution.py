@@ -25,7 +25,16 @@ def can_rectify(convolution: nn.Module, dtype: torch.dtype) -> bool:
         and type(convolution) is nn.Conv2d
         and convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
+        and not has_hooks(convolution)
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else takes part in its call, which what replaces it would not call.
+
+    So timm reads the features of some backbones, and so can users.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class ConvReLU2d(nn.Module):
@@ -90,6 +99,8 @@ class ResidualBlock(nn.Module):
         if (
             not can_rectify(last, dtype)
             or type(activation) is not nn.ReLU
+            or has_hooks(activation)
+            or has_hooks(block)
             or block.se is not None
             or any(type(norm) is not nn.Identity for norm in norms)
         ):
@@ -121,7 +132,7 @@ class WideStridedConv2d(nn.Module):
 
     @classmethod
     def concerns(cls, convolution: nn.Conv2d) -> bool:
-        """Whether the convolution is strided, and no other kind is made of it."""
+        """Whether oneDNN may leave a column of this convolution's output unwritten."""
         return (
             max(convolution.stride) > 1
             and max(convolution.kernel_size) > 1

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from danet import winograd
-from danet.convolution import ConvReLU2d, ResidualBlock, WideStridedConv2d, can_rectify
+from danet.convolution import ConvReLU2d, ResidualBlock, WideStridedConv2d, can_rectify, has_hooks
 from danet.kernels.cpu import has_amx
 from danet.model import DANet
 
@@ -50,12 +50,12 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
 
 def _choose_convolutions(model: DANet, dtype: torch.dtype) -> None:
     """Replaces convolutions, their ReLUs and residual blocks by what is fastest on this CPU."""
-    relus = dict(_pairs(model, nn.ReLU))
+    relus = {layer: relu for layer, relu in _pairs(model, nn.ReLU) if type(relu) is nn.ReLU}
     layers: dict[nn.Module, nn.Module] = {}
     for convolution in [module for module in model.modules() if type(module) is nn.Conv2d]:
         relu = relus.get(convolution)
         layer: nn.Module = convolution
-        if winograd.pays(convolution, dtype):
+        if winograd.pays(convolution, dtype) and not has_hooks(convolution):
             layer = winograd.WinogradConv2d(convolution, dtype, rectify=relu is not None)
         elif relu is not None and can_rectify(convolution, dtype):
             layer = ConvReLU2d(convolution)
@@ -141,7 +141,10 @@ def _pairs(model: DANet, kind: type[Follower]) -> list[tuple[nn.Conv2d, Follower
 
 
 class _Run(TorchDispatchMode, Generic[Follower]):  # type: ignore[no-untyped-call]
-    """Watches one run: how often each tensor is read, and what each layer read and wrote."""
+    """Watches one run: how often each tensor is read, and what each layer read and wrote.
+
+    What hooks are given counts as read.
+    """
 
     def __init__(self, model: nn.Module, kind: type[Follower]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -151,11 +154,12 @@ class _Run(TorchDispatchMode, Generic[Follower]):  # type: ignore[no-untyped-cal
         self.convolutions: dict[int, nn.Conv2d] = {}
         self.followers: list[tuple[Follower, int]] = []
         self.runs: Counter[nn.Module] = Counter()
+        hooked = [module for module in model.modules() if module._forward_hooks]
         self.handles = [
             module.register_forward_hook(self._note)
             for module in model.modules()
             if type(module) in _CONVOLUTIONS or isinstance(module, kind)
-        ]
+        ] + [module.register_forward_hook(self._note_hook) for module in hooked]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -172,6 +176,9 @@ class _Run(TorchDispatchMode, Generic[Follower]):  # type: ignore[no-untyped-cal
         elif isinstance(module, nn.Conv2d):
             self.convolutions[id(output)] = module
 
+    def _note_hook(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
+        self.reads.update(id(leaf) for leaf in tree_leaves(output))
+
     def remove_hooks(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -183,4 +190,5 @@ class _Run(TorchDispatchMode, Generic[Follower]):  # type: ignore[no-untyped-cal
             if (convolution := self.convolutions.get(read)) is not None
             and self.reads[read] == 1
             and self.runs[follower] == self.runs[convolution] == 1
+            and not has_hooks(follower)
         ]

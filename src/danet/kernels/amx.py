@@ -39,5 +39,5 @@ def _one_head(tensor_BDN: Tensor, width: int) -> Tensor:
     """B 1 N width. Contiguous, for the kernel reads whole rows."""
     rows_BND = tensor_BDN.transpose(1, 2)
     missing = width - rows_BND.shape[2]
-    filled_BNw = F.pad(rows_BND, (0, missing)) if missing else rows_BND.contiguous()
+    filled_BNw = F.pad(rows_BND, (0, missing)) if missing else rows_BND  # 0 columns: a copy, too
     return filled_BNw.contiguous().unsqueeze(1)

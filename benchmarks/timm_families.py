@@ -1,4 +1,4 @@
-"""DANet on every family of timm: builds, runs forward and backward, saves and loads.
+"""DANet on every family of timm: builds, runs forward and backward, saves, loads and predicts.
 
 Of each family (a module of timm.models) the smallest network is taken, without weights, each in a
 process of its own. Pictures have sides that no stride divides.
@@ -17,6 +17,7 @@ import torch
 from results_file import RESULTS, read_rows, write_rows
 
 import danet
+from danet.optimize import optimize_for_inference
 
 SIZES = ((97, 131), (70, 64))
 SECONDS = 300
@@ -67,9 +68,11 @@ def try_family(name: str, results: Connection) -> None:
             model.eval().save_pretrained(folder)
             images = torch.randn(1, 3, *SIZES[0])
             expected = model.predict_logits(images)
-            torch.testing.assert_close(
-                danet.DANet.from_pretrained(folder).predict_logits(images), expected
-            )
+            read = danet.DANet.from_pretrained(folder)
+            torch.testing.assert_close(read.predict_logits(images), expected)
+            fast = optimize_for_inference(read, bfloat16=False, compile_graph=False)
+            difference = fast.predict_logits(images).sub(expected).abs().max()
+            assert difference < 1e-4 * expected.abs().max(), f"prediction differs by {difference}"
         note = f"{len(missing)} parameters without gradient" if missing else ""
         results.send((handling, "ok", note))
     # Whatever a family fails with is the finding.

@@ -1,11 +1,12 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import danet
-from danet.convolution import ConvReLU2d, ResidualBlock, can_rectify
+from danet.convolution import ConvReLU2d, ResidualBlock, WideStridedConv2d, can_rectify
 from danet.optimize import optimize_for_inference
 from danet.winograd import WinogradConv2d
 
@@ -156,6 +157,17 @@ def test_layers_with_hooks_before_them_are_called_themselves() -> None:
     assert can_rectify(layer, torch.float32)
     layer.register_forward_pre_hook(lambda _, inputs: inputs)
     assert not can_rectify(layer, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "replace", [ConvReLU2d, WinogradConv2d, lambda layer: WideStridedConv2d(layer, layer)]
+)
+def test_geometry_can_be_asked_for(replace: Callable[[nn.Conv2d], nn.Module]) -> None:
+    """As timm's davit does."""
+    layer = nn.Conv2d(4, 6, 3, padding=2, dilation=2)
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    replaced = replace(layer)
+    assert [getattr(replaced, name) for name in names] == [getattr(layer, name) for name in names]
 
 
 @torch.no_grad()

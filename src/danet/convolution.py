@@ -37,14 +37,28 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-class ConvReLU2d(nn.Module):
+class Conv2dStandIn(nn.Module):
+    """Takes a convolution's place, and has its geometry, for some networks ask for it."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.in_channels = convolution.in_channels
+        self.out_channels = convolution.out_channels
+        self.kernel_size = convolution.kernel_size
+        self.stride = convolution.stride
+        self.padding = convolution.padding
+        self.dilation = convolution.dilation
+        self.groups = convolution.groups
+
+
+class ConvReLU2d(Conv2dStandIn):
     """A convolution and its ReLU, with a shortcut added between them where one is given.
 
     Computes in the weight's dtype, whatever the input's. It has no gradient.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
+        super().__init__(convolution)
         self.convolution = convolution
 
     def forward(self, features: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -113,7 +127,7 @@ class ResidualBlock(nn.Module):
         return output
 
 
-class WideStridedConv2d(nn.Module):
+class WideStridedConv2d(Conv2dStandIn):
     """A strided convolution whose output oneDNN makes at least two columns wide.
 
     With bfloat16 on AMX it leaves parts of a single column unwritten (seen with torch 2.15). Zeros
@@ -124,7 +138,7 @@ class WideStridedConv2d(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, convolution: nn.Conv2d) -> None:
-        super().__init__()
+        super().__init__(convolution)
         self.layer = layer
         reach = convolution.dilation[1] * (convolution.kernel_size[1] - 1)
         self.narrowest = reach + 1 + convolution.stride[1] - 2 * int(convolution.padding[1])

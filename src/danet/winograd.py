@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from danet.convolution import Conv2dStandIn
 from danet.kernels.cpu import has_amx
 from danet.kernels.memory import ReusedMemory
 from danet.kernels.precision import fast_exact_float32
@@ -52,7 +53,7 @@ def pays(convolution: nn.Conv2d, dtype: torch.dtype = torch.float32) -> bool:
     )
 
 
-class WinogradConv2d(nn.Module):
+class WinogradConv2d(Conv2dStandIn):
     """Computes what a 3x3 convolution of stride 1 that keeps the size does: B C H W -> B O H W.
 
     Args:
@@ -64,7 +65,7 @@ class WinogradConv2d(nn.Module):
     def __init__(
         self, convolution: nn.Conv2d, dtype: torch.dtype | None = None, *, rectify: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(convolution)
         weight_yxCO = convolution.weight.detach().permute(2, 3, 1, 0)
         transform = weight_yxCO.new_tensor(_FILTER_TRANSFORM)
         weight_ijCO = weight_yxCO.new_empty(4, 4, *weight_yxCO.shape[2:], dtype=dtype)
@@ -72,7 +73,6 @@ class WinogradConv2d(nn.Module):
             target_jCO.copy_(torch.einsum("y,yxco,jx->jco", row_y, weight_yxCO, transform))
         self.weight = nn.Parameter(weight_ijCO.flatten(0, 1), requires_grad=False)
         self.bias = convolution.bias
-        self.dilation = convolution.dilation[0]
         self.rectify = rectify
 
     def forward(self, features: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class WinogradConv2d(nn.Module):
         batch, height, width, channels = input_BHWC.shape
         out_channels = self.weight.shape[2]
         output_BHWO = input_BHWC.new_empty(batch, height, width, out_channels)
-        rows, columns = (-(-side // (2 * self.dilation)) for side in (height, width))
+        rows, columns = (-(-side // (2 * self.dilation[0])) for side in (height, width))
         most = max(1, _STRIP_ELEMENTS // (16 * batch * columns * (channels + out_channels)))
         together, strip_rows = max(1, most // rows), min(most, rows)
         pairs = list(zip(self._phases(input_BHWC), self._phases(output_BHWO), strict=True))
@@ -106,7 +106,7 @@ class WinogradConv2d(nn.Module):
         return output_BHWO.permute(0, 3, 1, 2)
 
     def _phases(self, pixels_BHWX: Tensor) -> Iterator[Tensor]:
-        step = self.dilation
+        step = self.dilation[0]
         for top in range(min(step, pixels_BHWX.shape[1])):
             for left in range(min(step, pixels_BHWX.shape[2])):
                 yield pixels_BHWX[:, top::step, left::step]

@@ -10,14 +10,13 @@ ResNet-50, random weights. Every measurement is a fresh process; the two alterna
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from quiet import add_option, when_quiet
+from quiet import add_option, output_when_quiet
 from results_file import RESULTS, commit, renew_rows
 
 ROOT = Path(__file__).parent.parent
@@ -159,10 +158,7 @@ def in_fresh_process(form: str, args: argparse.Namespace) -> tuple[float, float]
     else:
         options += ["--file", str(args.file)] if form == INT8 else []
         command = [sys.executable, __file__, args.task, *options, "--measure", form]
-    output = when_quiet(
-        lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout,
-        args.quiet,
-    )
+    output = output_when_quiet(command, args.quiet)
     result = json.loads(output.splitlines()[-1])
     return result["seconds"], result["peak_bytes"] / 2**20
 

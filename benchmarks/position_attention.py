@@ -9,14 +9,13 @@ GB at N = 32768 in bfloat16).
 
 import argparse
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from quiet import add_option, when_quiet
+from quiet import add_option, output_when_quiet
 from results_file import RESULTS, commit, renew_rows
 
 KEY_CHANNELS, CHANNELS = 64, 512
@@ -80,10 +79,7 @@ def in_fresh_process(form: str, args: argparse.Namespace, positions: int) -> tup
     command = [sys.executable, __file__, "--measure", form, "--positions", str(positions)]
     command += ["--dtype", args.dtype, "--direction", args.direction]
     command += ["--repeats", str(args.repeats)]
-    output = when_quiet(
-        lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout,
-        args.quiet,
-    )
+    output = output_when_quiet(command, args.quiet)
     seconds, extra = output.split()
     return float(seconds), int(extra)
 

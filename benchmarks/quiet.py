@@ -2,11 +2,8 @@
 
 import argparse
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
-from typing import TypeVar
-
-Result = TypeVar("Result")
 
 _SIDE = 2048
 _SAMPLES = 15
@@ -23,22 +20,20 @@ def add_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def when_quiet(run: Callable[[], Result], least: float | None) -> Result:
-    """What the run returns, of a moment in which products reach the least rate in GFLOP/s.
+def output_when_quiet(command: list[str], least: float | None) -> str:
+    """What the command prints, run in a moment in which products reach the least rate in GFLOP/s.
 
     Raises:
         SystemExit: there was no such moment in many tries.
     """
-    if least is None:
-        return run()
     for _ in range(_TRIES):
-        if _product_rate() < least:
+        if least is not None and _product_rate() < least:
             time.sleep(1)
             continue
-        result = run()
-        if _product_rate() >= least:
-            return result
-    raise SystemExit(f"bfloat16 products stayed below {least} GFLOP/s in {_TRIES} tries")
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        if least is None or _product_rate() >= least:
+            return output
+    raise SystemExit(f"bfloat16 products did not stay at {least} GFLOP/s in {_TRIES} tries")
 
 
 def _product_rate() -> float:

@@ -310,7 +310,7 @@ class TestKernelForAMX:
         ids=["float64", "float16", "value narrower than key", "no queries"],
     )
     def test_other_inputs_take_blocks(self, inputs: list[Tensor]) -> None:
-        assert not amx.amx_kernel_fits(inputs[0], inputs[2])
+        assert not amx.fits(inputs[0], inputs[2])
 
 
 def test_memory_grows_with_positions_not_with_their_square() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import danet
 from danet import winograd
+from danet.convolution import ConvReLU2d, ResidualBlock
 from danet.optimize import fold_batch_norms, optimize_for_inference
 from danet.winograd import WinogradConv2d
 
@@ -28,6 +29,10 @@ def network(backbone: str) -> danet.DANet:
 
 def batch_norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def kinds(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(type(module) is kind for module in model.modules())
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -96,6 +101,100 @@ def test_bfloat16_weights_need_half_the_memory() -> None:
     assert relative_error(logits.float(), exact.fused_logits(images)) < 0.05
     bytes_of = lambda net: sum(p.numel() * p.element_size() for p in net.parameters())  # noqa: E731
     assert bytes_of(fast) < 0.55 * bytes_of(exact)
+
+
+# The first has both kinds of blocks; the others' are wide enough for Winograd, end with attention,
+# and blur before they stride. What is left of ReLUs is at the end of blocks that stay as they are.
+@pytest.mark.parametrize(
+    ("backbone", "blocks", "relus"),
+    [("test_resnet", 4, 0), ("resnet10t", 2, 2), ("seresnet18", 0, 8), ("resnetblur18", 4, 4)],
+)
+@torch.no_grad()
+def test_networks_compute_the_same_in_fewer_passes(backbone: str, blocks: int, relus: int) -> None:
+    model = network(backbone)
+    images = torch.randn(2, 3, 75, 91)
+    expected = model(images)
+    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    for branch, reference in zip(fast(images), expected, strict=True):
+        torch.testing.assert_close(branch, reference, rtol=1e-5, atol=1e-5)
+    assert (kinds(fast, ResidualBlock), kinds(fast, nn.ReLU)) == (blocks, relus)
+
+
+def test_other_relus_stay() -> None:
+    """One reads a sum, one what another layer reads too, one runs twice, one is of another kind."""
+
+    class Doubled(nn.ReLU):
+        def forward(self, features: Tensor) -> Tensor:
+            return 2 * super().forward(features)
+
+    class Others(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third, self.fourth = (
+                nn.Conv2d(32, 32, 1) for _ in range(4)
+            )
+            self.doubled = Doubled(inplace=True)
+            self.of_sum, self.of_shared, self.twice = (nn.ReLU(inplace=True) for _ in range(3))
+
+        def forward(self, features: Tensor) -> Tensor:
+            summed = self.of_sum(self.first(features) + features)
+            shared = self.second(summed)
+            rest = self.twice(self.third(self.twice(shared.sigmoid() + self.of_shared(shared))))
+            return self.doubled(self.fourth(rest))
+
+    model = network("test_resnet")
+    model.head.position_branch.attention = Others().eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images).fused
+        fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+        torch.testing.assert_close(fast(images).fused, expected, rtol=1e-5, atol=1e-5)
+    attention = fast.head.position_branch.attention
+    assert kinds(attention, nn.ReLU) == 3
+    assert kinds(attention, Doubled) == 1
+    assert kinds(attention, ConvReLU2d) == 0
+    assert attention.of_sum.inplace
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["backbone.body.conv1", "backbone.body.bn1", "backbone.body.act1", "backbone.body.layer3.0"]
+    + [f"backbone.body.layer3.0.{name}" for name in ("conv2", "act2", "act3", "conv3")],
+)
+@torch.no_grad()
+def test_layers_with_hooks_stay(path: str) -> None:
+    """What a hook reads is what it would have read."""
+    model = network("test_resnet")
+    images = torch.randn(1, 3, 64, 64)
+    read: list[Tensor] = []
+    model.get_submodule(path).register_forward_hook(
+        lambda _module, _inputs, output: read.append(output)
+    )
+    expected = model(images).fused
+    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    read = read[:1]
+    torch.testing.assert_close(fast(images).fused, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read[-1], read[0], rtol=1e-5, atol=1e-5)
+    assert len(read) > 1
+
+
+@torch.no_grad()
+def test_features_that_timm_reads_by_hooks() -> None:
+    model = network("xception41")
+    images = torch.randn(1, 3, 64, 64)
+    expected = model(images).fused
+    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    torch.testing.assert_close(fast(images).fused, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_onednn_cannot_do_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = network("test_resnet")
+    fast = optimize_for_inference(model, bfloat16=True, compile_graph=False)
+    assert kinds(fast, ConvReLU2d) == kinds(fast, ResidualBlock) == 0
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fast(images).fused.isfinite().all()
 
 
 @pytest.mark.slow

@@ -82,3 +82,20 @@ def test_other_convolutions_are_left_alone(options: dict[str, object]) -> None:
     assert not winograd.pays(nn.Conv2d(256, 256, **settings))
     assert winograd.pays(nn.Conv2d(256, 256, 3, padding=1))
     assert not winograd.pays(nn.Conv2d(8, 256, 3, padding=1))
+
+
+@pytest.mark.parametrize("dilation", [1, 3])
+@torch.no_grad()
+def test_winograd_rectifies_every_strip(monkeypatch: pytest.MonkeyPatch, dilation: int) -> None:
+    monkeypatch.setattr("danet.winograd._STRIP_ELEMENTS", 1)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 8, 3, padding=dilation, dilation=dilation)
+    features = torch.randn(2, 8, 13, 10)
+    result = WinogradConv2d(layer, rectify=True)(features)
+    torch.testing.assert_close(result, layer(features).relu(), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_with_hooks_are_left_alone() -> None:
+    layer = nn.Conv2d(512, 512, 3, padding=1)
+    layer.register_forward_hook(lambda _module, _inputs, output: output)
+    assert not winograd.pays(layer, torch.float32)

@@ -23,10 +23,14 @@ def can_rectify(convolution: nn.Module, dtype: torch.dtype) -> bool:
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         and type(convolution) is nn.Conv2d
-        and convolution.padding_mode == "zeros"
-        and not isinstance(convolution.padding, str)
+        and _pads_with_zeros(convolution)
         and not has_hooks(convolution)
     )
+
+
+def _pads_with_zeros(convolution: nn.Conv2d) -> bool:
+    """By given widths, not by those that a size asks for."""
+    return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -40,15 +44,15 @@ def has_hooks(module: nn.Module) -> bool:
 class Conv2dStandIn(nn.Module):
     """Takes a convolution's place, and has its geometry, for some networks ask for it."""
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(self, convolution: "nn.Conv2d | Conv2dStandIn") -> None:
         super().__init__()
-        self.in_channels = convolution.in_channels
-        self.out_channels = convolution.out_channels
-        self.kernel_size = convolution.kernel_size
-        self.stride = convolution.stride
-        self.padding = convolution.padding
-        self.dilation = convolution.dilation
-        self.groups = convolution.groups
+        self.in_channels: int = convolution.in_channels
+        self.out_channels: int = convolution.out_channels
+        self.kernel_size: tuple[int, ...] = convolution.kernel_size
+        self.stride: tuple[int, ...] = convolution.stride
+        self.padding: str | tuple[int, ...] = convolution.padding
+        self.dilation: tuple[int, ...] = convolution.dilation
+        self.groups: int = convolution.groups
 
 
 class ConvReLU2d(Conv2dStandIn):
@@ -137,11 +141,11 @@ class WideStridedConv2d(Conv2dStandIn):
         layer: the convolution, or what computes it and more.
     """
 
-    def __init__(self, layer: nn.Module, convolution: nn.Conv2d) -> None:
-        super().__init__(convolution)
+    def __init__(self, layer: nn.Conv2d | Conv2dStandIn) -> None:
+        super().__init__(layer)
         self.layer = layer
-        reach = convolution.dilation[1] * (convolution.kernel_size[1] - 1)
-        self.narrowest = reach + 1 + convolution.stride[1] - 2 * int(convolution.padding[1])
+        reach = layer.dilation[1] * (layer.kernel_size[1] - 1)
+        self.narrowest = reach + 1 + layer.stride[1] - 2 * int(layer.padding[1])
         """The least width whose output has two columns."""
 
     @classmethod
@@ -150,8 +154,7 @@ class WideStridedConv2d(Conv2dStandIn):
         return (
             max(convolution.stride) > 1
             and max(convolution.kernel_size) > 1
-            and convolution.padding_mode == "zeros"
-            and not isinstance(convolution.padding, str)
+            and _pads_with_zeros(convolution)
         )
 
     def forward(self, features: Tensor) -> Tensor:

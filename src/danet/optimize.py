@@ -18,7 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from danet import winograd
-from danet.convolution import ConvReLU2d, ResidualBlock, WideStridedConv2d, can_rectify, has_hooks
+from danet.convolution import (
+    Conv2dStandIn,
+    ConvReLU2d,
+    ResidualBlock,
+    WideStridedConv2d,
+    can_rectify,
+    has_hooks,
+)
 from danet.kernels.cpu import has_amx
 from danet.model import DANet
 
@@ -54,15 +61,15 @@ def _choose_convolutions(model: DANet, dtype: torch.dtype) -> None:
     layers: dict[nn.Module, nn.Module] = {}
     for convolution in [module for module in model.modules() if type(module) is nn.Conv2d]:
         relu = relus.get(convolution)
-        layer: nn.Module = convolution
-        if winograd.pays(convolution, dtype) and not has_hooks(convolution):
+        layer: nn.Conv2d | Conv2dStandIn = convolution
+        if winograd.pays(convolution, dtype):
             layer = winograd.WinogradConv2d(convolution, dtype, rectify=relu is not None)
         elif relu is not None and can_rectify(convolution, dtype):
             layer = ConvReLU2d(convolution)
         if relu is not None and layer is not convolution:
             layers[relu] = nn.Identity()
         if dtype == torch.bfloat16 and has_amx() and WideStridedConv2d.concerns(convolution):
-            layer = WideStridedConv2d(layer, convolution)
+            layer = WideStridedConv2d(layer)
         layers[convolution] = layer
     _replace(model, layers)
     blocks = {module: ResidualBlock.of(module, dtype) for module in model.modules()}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from danet.convolution import Conv2dStandIn
+from danet.convolution import Conv2dStandIn, has_hooks
 from danet.kernels.cpu import has_amx
 from danet.kernels.memory import ReusedMemory
 from danet.kernels.precision import fast_exact_float32
@@ -50,6 +50,7 @@ def pays(convolution: nn.Conv2d, dtype: torch.dtype = torch.float32) -> bool:
         and convolution.dilation[0] == convolution.dilation[1]
         and convolution.padding_mode == "zeros"
         and min(convolution.in_channels, convolution.out_channels) >= _MIN_CHANNELS[dtype]
+        and not has_hooks(convolution)
     )
 
 

@@ -68,7 +68,7 @@ def attend(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tenso
         if found is not None:
             output_BCN, logsumexp_BN = found
             return output_BCN, logsumexp_BN
-    if amx.amx_kernel_fits(query_BDN, value_BCM):
+    if amx.fits(query_BDN, value_BCM):
         return amx.forward(query_BDN, key_BDM, value_BCM)
     return blocks.forward(query_BDN, key_BDM, value_BCM)
 

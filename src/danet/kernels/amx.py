@@ -14,7 +14,7 @@ from torch import Tensor
 from danet.kernels.cpu import has_amx
 
 
-def amx_kernel_fits(query_BDN: Tensor, value_BCM: Tensor) -> bool:
+def fits(query_BDN: Tensor, value_BCM: Tensor) -> bool:
     """Whether the kernel takes these inputs, and is the fastest exact way for them."""
     return (
         query_BDN.device.type == "cpu"

@@ -27,9 +27,10 @@ from danet.errors import (
     UserError,
 )
 from danet.evaluation.metrics import Scores
-from danet.training import loop
+from danet.training import loop, state
 from danet.training.checkpoint import RunFolder, load_checkpoint
 from danet.training.loop import train
+from danet.training.state import TrainingState
 from networks import TINY_RUN
 
 FEW_SCENES = {"train": 8, "val": 2, "test": 2}
@@ -85,19 +86,18 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = run(tmp_path / "alone", *overrides)
-    take_step = "danet.training.loop._Trainer._take_step"
-    original = danet.training.loop._Trainer._take_step
+    original = loop.take_step
 
     class Killed(Exception):
         pass
 
-    def stops(self, step: int, batch: object) -> object:
+    def stops(state: TrainingState, step: int, batch: Batch) -> dict[str, torch.Tensor]:
         if step == 5:
             raise Killed
-        return original(self, step, batch)
+        return original(state, step, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(take_step, stops)
+        patch.setattr(loop, "take_step", stops)
         with pytest.raises(Killed):
             run(tmp_path / "killed", *overrides)
     assert load_checkpoint(RunFolder(tmp_path / "killed").last)["step"] == 4
@@ -151,7 +151,7 @@ def test_logits_that_are_not_finite_stop_a_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss is of the weights before an update, so the validation after it sees it first."""
-    real = loop.build_optimizer
+    real = state.build_optimizer
 
     def damaging(model: danet.DANet, settings: TrainConfig) -> torch.optim.Optimizer:
         optimizer = real(model, settings)
@@ -159,7 +159,7 @@ def test_logits_that_are_not_finite_stop_a_validation(
         optimizer.register_step_post_hook(lambda *_: weight.data.fill_(float("nan")))
         return optimizer
 
-    monkeypatch.setattr(loop, "build_optimizer", damaging)
+    monkeypatch.setattr(state, "build_optimizer", damaging)
     with pytest.raises(TrainingDiverged, match=r"validation after step 1;.*last\.ckpt.*train\.lr"):
         run(tmp_path / "run", "train.steps=1")
     checkpoint = load_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
@@ -260,15 +260,15 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(
 ) -> None:
     setting = f"data.workers={workers}"
     expected = weights(run(tmp_path / "alone", setting))
-    real = loop._Trainer._take_step
+    real = loop.take_step
 
-    def told_in_step_2(self: loop._Trainer, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+    def told_in_step_2(state: TrainingState, step: int, batch: Batch) -> dict[str, torch.Tensor]:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, step, batch)
+        return real(state, step, batch)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(loop._Trainer, "_take_step", told_in_step_2)
+    monkeypatch.setattr(loop, "take_step", told_in_step_2)
     with pytest.raises(TrainingStopped, match=r"after step 3, which is saved in .*last\.ckpt"):
         run(tmp_path / "run", setting)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -314,7 +314,7 @@ def test_a_data_worker_that_dies_handing_over_is_explained(
     def breaks(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(loop._Trainer, "_take_step", breaks)
+    monkeypatch.setattr(loop, "take_step", breaks)
     with pytest.raises(TrainingStopped, match="a data worker died"):
         run(tmp_path / "workers", "data.workers=1")
     with pytest.raises(type(error)):
@@ -348,7 +348,7 @@ def test_memory_that_runs_out_is_told_with_what_to_lower(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "_take_step", runs_out)
+        patch.setattr(loop, "take_step", runs_out)
         with pytest.raises(OutOfMemory, match=r"training: out of memory; .* is as last saved"):
             run(tmp_path / "run")
     config = load_recipe("demo", [*TINY, "train.batch_size=8", "train.precision=fp32"])
@@ -603,7 +603,7 @@ def test_settings_changed_before_the_first_step_become_the_runs(
         raise UserError("a.png: not a picture")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "_take_step", fail)
+        patch.setattr(loop, "take_step", fail)
         with pytest.raises(UserError):
             run(tmp_path / "run", "train.lr=0.5")
     folder = run(tmp_path / "run", "train.lr=0.01", "model.init_from=gone", resume=True)

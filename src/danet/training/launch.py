@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from danet.config import TrainConfig
 from danet.errors import first_line
@@ -45,6 +46,13 @@ def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fa
         join_process_group("nccl" if device.type == "cuda" else "gloo")
     fabric.launch()
     return fabric
+
+
+def reduced(fabric: Fabric, tensor: Tensor, operation: str) -> Tensor:
+    """The tensor's mean, sum or maximum (`mean`, `sum`, `max`) over all processes."""
+    result = fabric.all_reduce(tensor, reduce_op=operation)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def explain_lost_process(error: Exception) -> str | None:

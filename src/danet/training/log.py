@@ -1,0 +1,100 @@
+"""A run's metrics: rows of its file and TensorBoard's events."""
+
+import math
+import time
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from danet.config import TrainConfig
+from danet.errors import TrainingDiverged
+from danet.training.checkpoint import RunFolder
+from danet.training.events import Events
+from danet.training.launch import reduced
+from danet.training.schedule import learning_rate
+
+
+class MetricsLog:
+    """Gathers the losses of steps, and writes their means from time to time.
+
+    Losses stay on the device until then, so that no step waits for it. One process writes, but all
+    must call, for losses are averaged over processes.
+
+    Args:
+        events: None in the processes that do not write.
+    """
+
+    def __init__(
+        self, fabric: Fabric, run: RunFolder, settings: TrainConfig, events: Events | None
+    ) -> None:
+        self.fabric = fabric
+        self.run = run
+        self.settings = settings
+        self.events = events
+        self._losses: list[dict[str, Tensor]] = []
+        self._since = time.monotonic()
+
+    @property
+    def pending(self) -> int:
+        """Steps that are not written yet."""
+        return len(self._losses)
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Notes the losses of one more step."""
+        self._losses.append(losses)
+
+    def restart_clock(self) -> None:
+        """Leaves out the time until now, which was not spent on steps."""
+        self._since = time.monotonic()
+
+    def write_steps(self, done: int, residual_weights: dict[str, float]) -> str:
+        """Writes the means of the pending steps, the last of which was step `done`.
+
+        Returns:
+            A summary for the progress report.
+
+        Raises:
+            TrainingDiverged: a loss was not finite.
+        """
+        history = self._losses
+        losses = {
+            name: reduced(
+                self.fabric, torch.stack([step[name] for step in history]), "mean"
+            ).tolist()
+            for name in history[0]
+        }
+        for offset, loss in enumerate(losses["loss"]):
+            if not math.isfinite(loss):
+                step = done - len(history) + offset + 1
+                raise diverged(f"the loss became {loss} at step {step}", self.run, self.settings)
+        rate = learning_rate(done - 1, self.settings)
+        images = len(history) * self.settings.batch_size
+        images_per_second = images / max(time.monotonic() - self._since, 1e-9)
+        row = {
+            "step": done,
+            **{name: sum(values) / len(values) for name, values in losses.items()},
+            **residual_weights,
+            "lr": rate,
+            "images_per_second": images_per_second,
+        }
+        self.write(row)
+        self._losses = []
+        self.restart_clock()
+        return f"loss {row['loss']:.3f}  lr {rate:.4g}  {images_per_second:.1f} images/s"
+
+    def write(self, row: dict[str, float]) -> None:
+        """Writes a row, `step` among it, without the values that are undefined."""
+        if self.events is not None:
+            row = {name: value for name, value in row.items() if not math.isnan(value)}
+            self.run.append_metrics(row)
+            self.events.write(row)
+
+
+def diverged(finding: str, run: RunFolder, settings: TrainConfig) -> TrainingDiverged:
+    """The error that tells what was found, and how to go on."""
+    return TrainingDiverged(
+        f"training: {finding}; the checkpoint before is {run.last}. Lower train.lr (now "
+        f"{settings.lr:g}) or set train.precision=fp32, then go on with --resume; if it fails "
+        "again at once, delete that file first, and the one before it is taken"
+    )

@@ -4,14 +4,15 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from danet.choices import DeviceName, Precision, TestMode
 from danet.errors import UserError
+from danet.strict_yaml import parse_yaml
+from danet.validation_errors import explain
 
 Size = tuple[Annotated[int, Field(ge=1, le=65_536)], Annotated[int, Field(ge=1, le=65_536)]]
 """Width, height in pixels."""
@@ -302,7 +303,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if _is_path(section, name):
             parsed = None if value in ("", "null") else value
         else:
-            parsed = _parse(value, f"--set {override}")
+            parsed = parse_yaml(value, f"--set {override}")
         tree = _merge(tree, {section: {name: parsed}})
     try:
         return RunConfig.model_validate(tree)
@@ -317,47 +318,6 @@ def _is_path(section: str, name: str) -> bool:
         return False
     known = cast(type[BaseModel], fields[section].annotation).model_fields
     return name in known and Path in get_args(known[name].annotation)
-
-
-def explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    """Pydantic's findings as one line, with the nearest known name for an unknown key."""
-    findings: dict[str, list[str]] = {}
-    for detail in error.errors():
-        message = detail["msg"].removeprefix("Value error, ")
-        path, model = _find(schema, detail["loc"])
-        if detail["type"] == "extra_forbidden" and model is not None:
-            known = list(model.model_fields)
-            close = difflib.get_close_matches(path[-1], known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            message = f"unknown key; {hint}"
-        elif detail["type"] == "tuple_type":
-            message = "write a list in brackets, such as [96, 96]"
-        findings.setdefault(".".join(path), []).append(message)
-    return "; ".join(f"{path}: {', or '.join(said)}" for path, said in findings.items())
-
-
-def _find(
-    schema: type[BaseModel], location: Sequence[int | str]
-) -> tuple[list[str], type[BaseModel] | None]:
-    """The path to an invalid setting, without pydantic's names of union members, and its model."""
-    path: list[str] = []
-    model: type[BaseModel] | None = schema
-    annotation: Any = schema
-    for part in location:
-        if model is not None and part in model.model_fields:
-            annotation = model.model_fields[str(part)].annotation
-            model = _model_in(annotation)
-        elif isinstance(part, str) and get_origin(annotation) in (Union, UnionType):
-            continue
-        path.append(str(part))
-    return path, model
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model that a field's value is, or that its items are."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -378,7 +338,7 @@ def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         folder = path.parent
     if where in seen:
         raise UserError(f"recipe {where}: extends itself through {' -> '.join(seen)}")
-    tree = _parse(text, f"recipe {where}") or {}
+    tree = parse_yaml(text, f"recipe {where}") or {}
     if not isinstance(tree, dict):
         raise UserError(f"recipe {where}: must be sections of keys, not {type(tree).__name__}")
     base = tree.pop("extends", None)
@@ -387,32 +347,6 @@ def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     if base is None:
         return changes
     return _merge(_read(str(base), folder, (*seen, where)), changes)
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, through which a short file can ask for endless memory."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not supported")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """YAML allows no key twice, but PyYAML would keep the last in silence."""
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            keys = [self.construct_object(key) for key, _ in node.value]
-            twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-            raise yaml.YAMLError(f"{twice} is there twice, from line {node.start_mark.line + 1} on")
-        return mapping
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        summary = " ".join(str(error).split())
-        raise UserError(f"{where}: not valid YAML ({summary})") from error
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from danet.attention import Affinity
 from danet.backbone import Backbone
-from danet.config import ModelConfig, explain
+from danet.config import ModelConfig
 from danet.errors import UserError
 from danet.heads import Branch, DualAttentionHead, FCNHead
 from danet.model_card import PICTURE_FILE, write_model_card
 from danet.model_folder import MAX_CLASSES, Metadata, locate, read_folder, upload, write_folder
+from danet.validation_errors import explain
 
 
 class DANetOutput(NamedTuple):

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from danet.atomic import replacing
-from danet.config import DataConfig, ModelConfig, Section, TestConfig, explain
+from danet.config import DataConfig, ModelConfig, Section, TestConfig
 from danet.errors import UserError, explaining_lookup, first_line
 from danet.palette import default_palette
+from danet.validation_errors import explain
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

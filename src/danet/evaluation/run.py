@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from danet.choices import Precision, TestMode
-from danet.config import PUBLISHED_RATIOS, TestConfig, explain, load_recipe
+from danet.config import PUBLISHED_RATIOS, TestConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.spec import SegmentationDataset
 from danet.errors import UserError
@@ -31,6 +31,7 @@ from danet.model import DANet
 from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
 from danet.processes import Share
 from danet.progress import ProgressReport
+from danet.validation_errors import explain
 
 if TYPE_CHECKING:
     from danet.export.predictor import ExportedPredictor

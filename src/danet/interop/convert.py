@@ -6,7 +6,6 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from danet.config import explain
 from danet.data.spec import DatasetSpec
 from danet.errors import UserError
 from danet.interop import mmseg, reference
@@ -15,6 +14,7 @@ from danet.interop.layout import Translated
 from danet.model import DANet
 from danet.model_folder import MAX_CLASSES, Metadata
 from danet.palette import default_palette
+from danet.validation_errors import explain
 
 _NAMES_SHOWN = 20
 

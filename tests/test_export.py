@@ -90,7 +90,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ExportFormat
 
 def check_any_batch_and_size(model: danet.DANet, path: Path, file_format: ExportFormat) -> None:
     run = load(path, file_format).run
-    for batch, height, width in [(1, 33, 200), (3, 120, 64), (2, 71, 45)]:
+    for batch, height, width in [(1, 33, 200), (3, 120, 64), (2, 71, 45), (1, 32, 600)]:
         images = torch.rand(batch, 3, height, width)
         expected = expected_logits(model, images)
         found = run(images.numpy())

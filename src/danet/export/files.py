@@ -15,6 +15,7 @@ from danet.export.graph import (
     WholePicture,
     attend_by_equal_widths,
     attend_in_onnx,
+    named_sizes,
     traceable_attention,
 )
 
@@ -56,7 +57,11 @@ def _example() -> tuple[Tensor, dict[str, Any]]:
 
 def _write_torch(network: WholePicture, path: Path) -> None:
     example, axes = _example()
-    with traceable_attention(network, attend_by_equal_widths), torch.no_grad():
+    with (
+        traceable_attention(network, attend_by_equal_widths),
+        named_sizes(network),
+        torch.no_grad(),
+    ):
         program = torch.export.export(
             network,
             (example,),

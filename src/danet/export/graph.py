@@ -4,6 +4,7 @@ Shapes: B batch, K classes, H W the picture; D key width, C value width, N queri
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import padding
 from torch import Tensor, nn
+from torch.fx.experimental import symbolic_shapes
 
 from danet.attention import PositionAttention
 from danet.kernels.fused import attend_spread
@@ -63,6 +65,42 @@ def _fitted(size: Sequence[int], bounds: tuple[int, int]) -> tuple[int, int]:
         )
 
     return fit(height, width), fit(width, height)
+
+
+@contextmanager
+def named_sizes(network: WholePicture) -> Iterator[None]:
+    """Has a graph give the fitted size a name, for all sizes after it to refer to.
+
+    Else each of them spells out the formula, and a torch program takes several times as long to open.
+    What tracing asks about a named size is answered by the example's, and asserted in the program.
+    """
+    if network.scale is None:
+        yield
+        return
+    fit, log = _fitted, logging.getLogger(symbolic_shapes.__name__)
+    level = log.level
+
+    def fit_and_name(size: Sequence[int], bounds: tuple[int, int]) -> tuple[int, int]:
+        height, width = (_named(side, max(bounds)) for side in fit(size, bounds))
+        return height, width
+
+    log.setLevel(logging.ERROR)  # each such answer is a warning
+    try:
+        with (
+            patch(f"{__name__}._fitted", fit_and_name),
+            torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True),
+        ):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _named(side: int, largest: int) -> int:
+    value = torch.scalar_tensor(side, dtype=torch.int64).item()
+    assert isinstance(value, int | torch.SymInt)
+    torch._check(value >= 1)
+    torch._check(value <= largest)
+    return value
 
 
 def _same_padding(side: int, kernel: int, stride: int, dilation: int) -> Any:

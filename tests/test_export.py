@@ -311,6 +311,15 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         export(network(), tmp_path / "m.tflite", "tflite")  # type: ignore[arg-type]
 
 
+def test_an_older_torch_is_told_to_be_updated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0+cu130"))
+    with pytest.raises(UserError, match=r"needs PyTorch 2.13, and this is 2.11.0\+cu130"):
+        export(network(), tmp_path / "m.pt2", "torch")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_backbone_whose_maps_are_resized_as_a_torch_program(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -75,7 +75,7 @@ class ConvReLU2d(Conv2dStandIn):
         if shortcut is None:
             return one_pass(features, *weights, *shape, "relu", [], "")  # type: ignore[no-any-return]
         shortcut = shortcut.to(layer.weight.dtype)
-        if layer.groups > 1 or not _onednn_adds(features):
+        if layer.groups > 1 or not _onednn_adds(features, shortcut):
             output: Tensor = layer(features)
             return output.add_(shortcut).relu_()
         return one_pass.binary(  # type: ignore[no-any-return]
@@ -83,14 +83,16 @@ class ConvReLU2d(Conv2dStandIn):
         )
 
 
-def _onednn_adds(features: Tensor) -> bool:
+def _onednn_adds(features: Tensor, shortcut: Tensor) -> bool:
     """Whether torch has oneDNN add to a convolution of these: of channels-last memory with data.
 
-    Of other memory torch adds by itself, but cannot in bfloat16.
+    Of other memory torch adds by itself, but cannot in bfloat16. A single pixel has no order that
+    torch 2.11 could tell.
     """
     return (
         not isinstance(features, FakeTensor)
         and suggest_memory_format(features) == torch.channels_last
+        and shortcut.shape[-2:].numel() > 1
     )
 
 

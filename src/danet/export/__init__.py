@@ -28,6 +28,8 @@ from danet.model import DANet
 
 CHECKED_SIZES = ((1, 96, 128), (2, 65, 97), (1, 160, 72))
 """Batch, height and width of the pictures that a file is checked on."""
+OLDEST_TORCH = "2.13"
+"""Whose programs take any size; 2.11's hold to what they were traced with."""
 TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit, that a file may show."""
 CALIBRATION_PICTURES = 64
@@ -69,6 +71,11 @@ def export(
     check_suffix(file_format, path)
     if calibration is not None and file_format == "torch":
         raise UserError("--int8 is for onnx and openvino; a torch program stays in float32")
+    if file_format == "torch" and torch.__version__ < OLDEST_TORCH:
+        raise UserError(
+            f"--format torch needs PyTorch {OLDEST_TORCH}, and this is {torch.__version__}; update "
+            "it, or choose another format"
+        )
     network = WholePicture(model)
     with _explained(file_format, model.config.backbone), staging(path) as temporary:
         write(network, temporary, file_format, calibration)

@@ -71,7 +71,7 @@ def _fitted(size: Sequence[int], bounds: tuple[int, int]) -> tuple[int, int]:
 def named_sizes(network: WholePicture) -> Iterator[None]:
     """Has a graph give the fitted size a name, for all sizes after it to refer to.
 
-    Else each of them spells out the formula, and a torch program takes several times as long to open.
+    Else each spells out the formula, and a torch program takes several times as long to open.
     What tracing asks about a named size is answered by the example's, and asserted in the program.
     """
     if network.scale is None:

@@ -1,7 +1,9 @@
+import resource
+
 import pytest
 import torch
 
-from danet.devices import choose_device, uses_bfloat16
+from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
 from danet.errors import UserError
 from danet.kernels import cpu
 
@@ -55,3 +57,14 @@ def test_a_torch_that_cannot_tell_its_instructions_has_none(
 ) -> None:
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     assert not cpu.has_amx()
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_onednn_without_room_for_its_code_is_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, limited: bool
+) -> None:
+    limit = 2**33 if limited else resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert is_out_of_memory(RuntimeError("could not create a primitive")) == limited
+    assert is_out_of_memory(RuntimeError("can't allocate memory: you tried to allocate 8 bytes"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))

@@ -74,11 +74,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU, the machine or a limit on this process had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    phrases = ["can't allocate memory", "Cannot allocate memory", "bad_alloc"]
+    if _address_space_limit() is not None:
+        phrases.append("could not create a primitive")  # oneDNN had no room for its code
     text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        phrase in text
-        for phrase in ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
-    )
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in phrases)
 
 
 def memory_limit(device: torch.device) -> int:
@@ -95,10 +95,16 @@ def memory_limit(device: torch.device) -> int:
     container = Path("/sys/fs/cgroup/memory.max")
     if container.is_file() and (text := container.read_text().strip()).isdecimal():
         limits.append(int(text))
-    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if address_space != resource.RLIM_INFINITY:
+    if (address_space := _address_space_limit()) is not None:
         limits.append(address_space - _unused_address_space())
     return min(limits)
+
+
+def _address_space_limit() -> int | None:
+    if resource is None:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _unused_address_space() -> int:

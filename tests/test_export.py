@@ -81,7 +81,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ExportFormat
     @functools.cache
     def file_of(file_format: ExportFormat) -> Path:
         path = folder / file_format / f"m{SUFFIXES[file_format]}"
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         assert export(network(), path, file_format).difference < 1e-4
         return path
 
@@ -116,11 +116,12 @@ ONLY_POSITION = (None, {"output_stride": 16, "channel": False})
     ("file_format", "scale", "options"),
     [
         ("onnx", *FITTED),
+        ("torch", *FITTED),
         *(
             pytest.param(file_format, *case, marks=pytest.mark.slow)
             for file_format, case in [
                 ("openvino", FITTED),
-                ("torch", FITTED),
+                ("openvino", (None, {"channel_affinity": "paper"})),
                 *itertools.product(["onnx", "torch"], [ONLY_CHANNEL, ONLY_POSITION]),
             ]
         ),

@@ -86,8 +86,8 @@ class ConvReLU2d(Conv2dStandIn):
 def _onednn_adds(features: Tensor, shortcut: Tensor) -> bool:
     """Whether torch has oneDNN add to a convolution of these: of channels-last memory with data.
 
-    Of other memory torch adds by itself, but cannot in bfloat16. A single pixel has no order that
-    torch 2.11 could tell.
+    Of other memory torch adds by itself, but cannot in bfloat16. To a single pixel torch 2.11
+    fails to add, for its memory is of either order.
     """
     return (
         not isinstance(features, FakeTensor)

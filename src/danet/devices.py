@@ -74,11 +74,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU, the machine or a limit on this process had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    phrases = ["can't allocate memory", "Cannot allocate memory", "bad_alloc"]
-    if _address_space_limit() is not None:
-        phrases.append("could not create a primitive")  # oneDNN had no room for its code
+    if not isinstance(error, RuntimeError):
+        return False
     text = str(error)
-    return isinstance(error, RuntimeError) and any(phrase in text for phrase in phrases)
+    if text == "could not create a primitive":  # oneDNN's code needs room, too
+        return _address_space_limit() is not None
+    return any(
+        phrase in text
+        for phrase in ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
+    )
 
 
 def memory_limit(device: torch.device) -> int:

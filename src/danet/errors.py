@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Self
 
 
 class UserError(ValueError):
@@ -18,6 +19,15 @@ class TrainingDiverged(RuntimeError):
 
     The message names the step and the last good checkpoint.
     """
+
+    @classmethod
+    def after(cls, last_checkpoint: Path, finding: str, lr: float) -> Self:
+        """Tells what was found, and how to go on from the last checkpoint."""
+        return cls(
+            f"training: {finding}; the checkpoint before is {last_checkpoint}. Lower train.lr (now "
+            f"{lr:g}) or set train.precision=fp32, then go on with --resume; if it fails again at "
+            "once, delete that file first, and the one before it is taken"
+        )
 
 
 class TrainingStopped(RuntimeError):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,10 +92,10 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     class Killed(Exception):
         pass
 
-    def stops(state: TrainingState, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+    def stops(trained: TrainingState, step: int, batch: Batch) -> dict[str, torch.Tensor]:
         if step == 5:
             raise Killed
-        return original(state, step, batch)
+        return original(trained, step, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_step", stops)
@@ -262,22 +263,22 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_to_the_same_bits(
     expected = weights(run(tmp_path / "alone", setting))
     real = loop.take_step
 
-    def told_in_step_2(state: TrainingState, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+    def told_in_step_2(trained: TrainingState, step: int, batch: Batch) -> dict[str, torch.Tensor]:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(state, step, batch)
+        return real(trained, step, batch)
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop, "take_step", told_in_step_2)
     with pytest.raises(TrainingStopped, match=r"after step 3, which is saved in .*last\.ckpt"):
-        run(tmp_path / "run", setting)
+        run(tmp_path / "run", setting, "train.log_every=4")
     assert signal.getsignal(signal.SIGTERM) == before
     assert load_checkpoint(RunFolder(tmp_path / "run").last)["step"] == 3
     monkeypatch.undo()
     monkeypatch.setattr("danet.data.catalog.scenes._LENGTHS", FEW_SCENES)
-    folder = run(tmp_path / "run", setting, resume=True)
+    folder = run(tmp_path / "run", setting, "train.log_every=4", resume=True)
     assert weights(folder) == expected
-    assert [row["step"] for row in folder.read_metrics() if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert logged_steps(folder) == [2, 3, 4, 6]
 
 
 @pytest.mark.slow
@@ -517,6 +518,10 @@ def saved_step(folder: RunFolder) -> int:
     return load_checkpoint(folder.last)["step"]
 
 
+def logged_steps(folder: RunFolder) -> list[float]:
+    return [row["step"] for row in folder.read_metrics() if "loss" in row]
+
+
 def validated_steps(folder: RunFolder) -> list[float]:
     return [row["step"] for row in folder.read_metrics() if "val/aAcc" in row]
 
@@ -559,10 +564,36 @@ def test_a_broken_training_picture_does_not_cost_the_steps_before(
     with monkeypatch.context() as patch:
         patch.setattr(loop._Trainer, "_batches", then_broken)
         with pytest.raises(UserError, match=r"c\.png"):
-            run(tmp_path / "run", "train.checkpoint_every=1000")
+            run(tmp_path / "run", "train.checkpoint_every=1000", "train.log_every=3")
     assert saved_step(RunFolder(tmp_path / "run")) == 4
+    assert logged_steps(RunFolder(tmp_path / "run")) == [3, 4]
     resumed = run(tmp_path / "run", "train.checkpoint_every=1000", resume=True)
     assert weights(resumed) == weights(run(tmp_path / "alone"))
+
+
+def test_validations_do_not_count_as_time_of_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step, evaluate = loop.take_step, loop.evaluate
+    now = 0.0
+
+    def step_of_a_second(*args: object) -> dict[str, torch.Tensor]:
+        nonlocal now
+        now += 1
+        return take_step(*args)
+
+    def evaluate_for_an_hour(*args: object, **kwargs: object) -> object:
+        nonlocal now
+        now += 3600
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr("danet.training.log.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(loop, "take_step", step_of_a_second)
+    monkeypatch.setattr(loop, "evaluate", evaluate_for_an_hour)
+    folder = run(tmp_path / "run", "train.validate_every=2", "train.log_every=3")
+    rows = [row for row in folder.read_metrics() if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6]
+    assert [row["images_per_second"] for row in rows] == [2, 2, 2, 2]
 
 
 def test_a_validation_is_stopped_by_sigterm_and_done_on_resuming(

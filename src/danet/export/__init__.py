@@ -28,8 +28,8 @@ from danet.model import DANet
 
 CHECKED_SIZES = ((1, 96, 128), (2, 65, 97), (1, 160, 72))
 """Batch, height and width of the pictures that a file is checked on."""
-OLDEST_TORCH = "2.13"
-"""Whose programs take any size; 2.11's hold to what they were traced with."""
+OLDEST_TORCH_OF_PROGRAMS = (2, 13)
+"""Programs of 2.11 take only sizes like the one that they were traced with."""
 TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit, that a file may show."""
 CALIBRATION_PICTURES = 64
@@ -65,16 +65,19 @@ def export(
         calibration pictures.
 
     Raises:
-        UserError: a package is missing, the path does not fit the format or cannot be written.
+        UserError: a package is missing or too old, the path does not fit the format or cannot be
+            written.
         ExportDiffers: the file computes something else; nothing was written.
     """
     check_suffix(file_format, path)
     if calibration is not None and file_format == "torch":
         raise UserError("--int8 is for onnx and openvino; a torch program stays in float32")
-    if file_format == "torch" and torch.__version__ < OLDEST_TORCH:
+    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if file_format == "torch" and release < OLDEST_TORCH_OF_PROGRAMS:
+        needed = ".".join(map(str, OLDEST_TORCH_OF_PROGRAMS))
         raise UserError(
-            f"--format torch needs PyTorch {OLDEST_TORCH}, and this is {torch.__version__}; update "
-            "it, or choose another format"
+            f"--format torch needs PyTorch {needed}, and this is {torch.__version__}; update it, "
+            "or choose another format"
         )
     network = WholePicture(model)
     with _explained(file_format, model.config.backbone), staging(path) as temporary:

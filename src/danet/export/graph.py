@@ -35,13 +35,14 @@ class WholePicture(nn.Module):
         self.register_buffer("mean", torch.tensor(model.metadata.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(model.metadata.std).view(3, 1, 1))
         self.scale = model.metadata.test.scale
+        self.fit = _fitted
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         own_size = images.shape[-2:]
         pixels = (images * 255 - self.mean) / self.std
         if self.scale is not None:
-            pixels = F.interpolate(pixels, size=_fitted(own_size, self.scale), mode="bilinear")
+            pixels = F.interpolate(pixels, size=self.fit(own_size, self.scale), mode="bilinear")
         logits = self.model.predict_logits(pixels)
         if self.scale is not None:
             logits = self.model.upsample(logits, own_size)
@@ -72,35 +73,35 @@ def named_sizes(network: WholePicture) -> Iterator[None]:
     """Has a graph give the fitted size a name, for all sizes after it to refer to.
 
     Else each spells out the formula, and a torch program takes several times as long to open.
-    What tracing asks about a named size is answered by the example's, and asserted in the program.
     """
-    if network.scale is None:
-        yield
-        return
-    fit, log = _fitted, logging.getLogger(symbolic_shapes.__name__)
-    level = log.level
 
     def fit_and_name(size: Sequence[int], bounds: tuple[int, int]) -> tuple[int, int]:
-        height, width = (_named(side, max(bounds)) for side in fit(size, bounds))
+        height, width = (_named(side, max(bounds)) for side in _fitted(size, bounds))
         return height, width
 
-    log.setLevel(logging.ERROR)  # each such answer is a warning
+    log = logging.getLogger(symbolic_shapes.__name__)
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of each answer by an example
     try:
-        with (
-            patch(f"{__name__}._fitted", fit_and_name),
-            torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True),
-        ):
+        with patch.object(network, "fit", fit_and_name):
             yield
     finally:
         log.setLevel(level)
 
 
 def _named(side: int, largest: int) -> int:
-    value = torch.scalar_tensor(side, dtype=torch.int64).item()
-    assert isinstance(value, int | torch.SymInt)
-    torch._check(value >= 1)
-    torch._check(value <= largest)
-    return value
+    """The same number read from a tensor, of which tracing knows nothing but its bounds.
+
+    What else it has to know is answered by the example's number, and asserted in the program.
+    """
+    number = torch.scalar_tensor(side, dtype=torch.int64).item()
+    assert isinstance(number, int | torch.SymInt)
+    if isinstance(number, torch.SymInt) and isinstance(side, torch.SymInt):
+        answers = number.node.shape_env.set_real_tensor_prop_unbacked_vals
+        answers(number.node.expr, side.node.hint)
+    torch._check(number >= 1)
+    torch._check(number <= largest)
+    return number
 
 
 def _same_padding(side: int, kernel: int, stride: int, dilation: int) -> Any:

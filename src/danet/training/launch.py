@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, how they are told to stop, what it means to lose one."""
+"""The processes of a run: how they start, sum up, are told to stop, and what a lost one means."""
 
 import logging
 import os
@@ -48,7 +48,7 @@ def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fa
     return fabric
 
 
-def reduced(fabric: Fabric, tensor: Tensor, operation: str) -> Tensor:
+def reduce_over_processes(fabric: Fabric, tensor: Tensor, operation: str) -> Tensor:
     """The tensor's mean, sum or maximum (`mean`, `sum`, `max`) over all processes."""
     result = fabric.all_reduce(tensor, reduce_op=operation)
     assert isinstance(result, Tensor)

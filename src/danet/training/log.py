@@ -11,15 +11,15 @@ from danet.config import TrainConfig
 from danet.errors import TrainingDiverged
 from danet.training.checkpoint import RunFolder
 from danet.training.events import Events
-from danet.training.launch import reduced
+from danet.training.launch import reduce_over_processes
 from danet.training.schedule import learning_rate
 
 
 class MetricsLog:
     """Gathers the losses of steps, and writes their means from time to time.
 
-    Losses stay on the device until then, so that no step waits for it. One process writes, but all
-    must call, for losses are averaged over processes.
+    Losses stay on the device until then, so that no step waits until it has computed them. One
+    process writes, but all must call `write_steps`, which averages over processes.
 
     Args:
         events: None in the processes that do not write.
@@ -45,11 +45,11 @@ class MetricsLog:
         self._losses.append(losses)
 
     def restart_clock(self) -> None:
-        """Leaves out the time until now, which was not spent on steps."""
+        """Times the next row's steps from now on."""
         self._since = time.monotonic()
 
     def write_steps(self, done: int, residual_weights: dict[str, float]) -> str:
-        """Writes the means of the pending steps, the last of which was step `done`.
+        """Writes the means of the pending steps, at least one, the last of which was step `done`.
 
         Returns:
             A summary for the progress report.
@@ -59,7 +59,7 @@ class MetricsLog:
         """
         history = self._losses
         losses = {
-            name: reduced(
+            name: reduce_over_processes(
                 self.fabric, torch.stack([step[name] for step in history]), "mean"
             ).tolist()
             for name in history[0]
@@ -67,7 +67,8 @@ class MetricsLog:
         for offset, loss in enumerate(losses["loss"]):
             if not math.isfinite(loss):
                 step = done - len(history) + offset + 1
-                raise diverged(f"the loss became {loss} at step {step}", self.run, self.settings)
+                finding = f"the loss became {loss} at step {step}"
+                raise TrainingDiverged.after(self.run.last, finding, self.settings.lr)
         rate = learning_rate(done - 1, self.settings)
         images = len(history) * self.settings.batch_size
         images_per_second = images / max(time.monotonic() - self._since, 1e-9)
@@ -89,12 +90,3 @@ class MetricsLog:
             row = {name: value for name, value in row.items() if not math.isnan(value)}
             self.run.append_metrics(row)
             self.events.write(row)
-
-
-def diverged(finding: str, run: RunFolder, settings: TrainConfig) -> TrainingDiverged:
-    """The error that tells what was found, and how to go on."""
-    return TrainingDiverged(
-        f"training: {finding}; the checkpoint before is {run.last}. Lower train.lr (now "
-        f"{settings.lr:g}) or set train.precision=fp32, then go on with --resume; if it fails "
-        "again at once, delete that file first, and the one before it is taken"
-    )

@@ -20,6 +20,7 @@ from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
 from danet.errors import (
     LogitsNotFinite,
     OutOfMemory,
+    TrainingDiverged,
     TrainingOutOfMemory,
     TrainingStopped,
     UserError,
@@ -35,9 +36,9 @@ from danet.training.launch import (
     broken_handover_told,
     explain_lost_process,
     launch,
-    reduced,
+    reduce_over_processes,
 )
-from danet.training.log import MetricsLog, diverged
+from danet.training.log import MetricsLog
 from danet.training.state import TrainingState
 from danet.training.step import take_step
 
@@ -172,7 +173,7 @@ class _Trainer:
         self._save_last(step=0)
 
     def _go_on_in_folder(self) -> None:
-        """Tells which settings differ from the resumed run's, and makes them the run's."""
+        """Makes changed settings the run's, tells them, and drops the metrics of lost steps."""
         changed = differing_keys(load_recipe(self.run.recipe), self.config)
         if ignored := [key for key in changed if key in _FIRST_WEIGHTS]:
             self.progress.say(
@@ -267,7 +268,7 @@ class _Trainer:
         if self.fabric.world_size == 1:
             return self.stop.received is not None
         told = torch.tensor(float(self.stop.received is not None), device=self.fabric.device)
-        return bool(reduced(self.fabric, told, "max"))
+        return bool(reduce_over_processes(self.fabric, told, "max"))
 
     def _stopped(self, done: int) -> TrainingStopped:
         told_by = self.stop.received or "another process"
@@ -309,7 +310,7 @@ class _Trainer:
             self.run.renew_last(checkpoint)
 
     def _score(self, done: int, count: int) -> Scores:
-        """Of the first so many pictures, of which each process segments its share."""
+        """Scores on the first `count` pictures, of which each process segments its share."""
         config = self.config
         scored = itertools.count(1)
         rank, processes = self.fabric.global_rank, self.fabric.world_size
@@ -332,7 +333,7 @@ class _Trainer:
             if self.fabric.is_global_zero:
                 self.run.drop_last()
             finding = f"the network's logits were not finite in the validation after step {done}"
-            raise diverged(finding, self.run, config.train) from error
+            raise TrainingDiverged.after(self.run.last, finding, config.train.lr) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -341,7 +342,7 @@ class _Trainer:
                 "test.mode=slide, or lower test.batch_size or test.scale, and go on with --resume"
             ) from error
         confusion = evaluation.confusion["fused"].to(self.fabric.device)
-        return scores(reduced(self.fabric, confusion, "sum"))
+        return scores(reduce_over_processes(self.fabric, confusion, "sum"))
 
     # Saving
 

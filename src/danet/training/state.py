@@ -18,6 +18,8 @@ class TrainingState:
     """A network on its device, with its optimizer, its average and its best score so far.
 
     Attributes:
+        fabric, settings: what it was made with.
+        optimizer: over two groups, see `build_optimizer`.
         model: the network, with this process's share of the weights where they are sharded.
         network: `model` as Fabric calls it in a step.
         dropout: what dropout draws from where several processes share a batch.

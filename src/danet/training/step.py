@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from danet.data.loader import Batch, derive_seed
-from danet.training.launch import reduced
+from danet.training.launch import reduce_over_processes
 from danet.training.loss import loss_divisor, segmentation_losses
 from danet.training.schedule import learning_rate
 from danet.training.state import TrainingState
@@ -16,7 +16,8 @@ def take_step(state: TrainingState, step: int, batch: Batch) -> dict[str, Tensor
     """Updates the weights.
 
     Args:
-        step: the number of steps taken before, from which dropout is seeded.
+        step: the number of steps taken before, by which dropout is seeded and the learning rate
+            and the average's decay are set.
         batch: this process's share.
 
     Returns:
@@ -34,7 +35,7 @@ def take_step(state: TrainingState, step: int, batch: Batch) -> dict[str, Tensor
     images = images.contiguous(memory_format=torch.channels_last)
     # Gradients are averaged over processes, so dividing by the average of their divisors is
     # dividing the sum over all of them by the sum of all pixels.
-    divisor = reduced(fabric, loss_divisor(labels, settings), "mean")
+    divisor = reduce_over_processes(fabric, loss_divisor(labels, settings), "mean")
     totals: dict[str, Tensor] = {}
     parts = zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)
     for index, (some_images, some_labels) in enumerate(parts, start=1):

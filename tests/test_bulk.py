@@ -189,7 +189,10 @@ def test_logits_that_are_not_finite_are_an_error_line(
     network: danet.DANet, photos: Path, tmp_path: Path
 ) -> None:
     damaged = copy.deepcopy(network)
-    torch.nn.init.constant_(damaged.head.fused_classifier[1].weight, float("nan"))
+    classify = damaged.head.fused_classifier[1]
+    with torch.no_grad():  # each finite, but the products are not
+        classify.weight.fill_(1e36)
+        classify.bias.fill_(3e38)
     damaged.save_pretrained(tmp_path / "damaged")
     done = predict(tmp_path / "damaged", photos / "00.png", "--out", tmp_path / "out")
     assert done.exit_code == 2
@@ -318,6 +321,23 @@ def test_tar_archives_are_read_as_they_are(model: Path, photos: Path, tmp_path: 
     assert broken.exit_code == 2
     assert "damaged or no tar archive" in broken.output
     assert "05.png" in masks(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
+def test_a_damaged_compressed_tar_does_not_stop_the_others(
+    compression: str, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    whole, archive = tmp_path / "whole.tar", tmp_path / "damaged.tar"
+    with tarfile.open(whole, f"w:{compression}") as tar:
+        tar.add(photos / "00.png", "00.png")
+    content = bytearray(whole.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(range(200))
+    archive.write_bytes(content)
+    done = predict(model, archive, photos / "05.png", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "damaged" in done.output
+    assert "05.png" in masks(tmp_path / "out")
 
 
 def test_a_tar_may_not_ask_for_any_amount_of_memory(model: Path, tmp_path: Path) -> None:

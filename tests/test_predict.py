@@ -297,3 +297,19 @@ def test_arrays_in_reversed_order_and_their_overlay() -> None:
     assert found.overlay(frames[0]).size == (64, 48)
     with pytest.raises(UserError, match=r"one array P H W 3 .* not list"):
         predictor.segment_batch([frames[0], frames[0]])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("backbone.body.layer3.0.conv1.weight", float("nan")),
+        ("head.fused_classifier.1.bias", float("inf")),
+        ("backbone.body.layer2.0.bn1.running_var", -1.0),
+    ],
+)
+def test_damaged_weights_are_refused(name: str, value: float, precision: str) -> None:
+    model = tiny_danet()
+    model.state_dict()[name].flatten()[0] = value
+    with pytest.raises(UserError, match=r"weights are not finite \(.*they are damaged"):
+        danet.Predictor(model, device="cpu", precision=precision)

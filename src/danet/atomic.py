@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from danet.errors import explaining_os_error
+from danet.errors import UserError, explaining_os_error
 
 
 def explaining(path: Path) -> AbstractContextManager[None]:
@@ -92,17 +92,30 @@ def require_writable(folder: Path) -> None:
             pass
 
 
-def require_writable_files(*paths: Path | None) -> None:
+def require_writable_files(*paths: Path | None, source: Path | None = None) -> None:
     """Makes the files' folders, or tells before any work is done that one cannot be written.
 
     A file that is there already stays as it is, and None is passed over.
 
+    Args:
+        source: what is read, which must not be written over.
+
     Raises:
-        UserError: one is a folder, or its folder cannot be made or written to.
+        UserError: one is a folder, its folder cannot be made or written to, or two are the same.
     """
+    taken = [source]
     for path in paths:
         if path is not None:
             _require_writable_file(path)
+            if any(other is not None and _are_same(path, other) for other in taken):
+                raise UserError(f"{path}: is named twice, and one would replace the other")
+            taken.append(path)
+
+
+def _are_same(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve() or (
+        path.exists() and other.exists() and path.samefile(other)
+    )
 
 
 def _require_writable_file(path: Path) -> None:

@@ -6,7 +6,9 @@ input is still the same file and no later run overwrote its results.
 """
 
 import errno
+import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -211,7 +213,7 @@ def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> 
                     source = file.read()
                 results = picture_results(own, overlay=overlay)
                 yield WorkItem(f"{path}:{member.name}", own, source, origin, results)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         problem = UserError(f"{path}: damaged or no tar archive ({error})")
         yield WorkItem(str(path), stem, problem, None, {})
 

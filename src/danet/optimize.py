@@ -26,6 +26,7 @@ from danet.convolution import (
     can_rectify,
     has_hooks,
 )
+from danet.errors import UserError
 from danet.kernels.cpu import has_amx
 from danet.model import DANet
 
@@ -53,6 +54,20 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
     if compile_graph:
         model.compile_parts()
     return model
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Checks weights, of which the logits do not always tell: oneDNN's ReLU makes 0 of nan.
+
+    Raises:
+        UserError: one is infinite or nan.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # A sum is not finite if any value is not; it takes a tenth of the time of testing each.
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise UserError(
+                f"the network's weights are not finite ({name}): they are damaged; take other ones"
+            )
 
 
 def _choose_convolutions(model: DANet, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from danet.evaluation.inference import predict_probabilities, views
 from danet.evaluation.strips import most_likely_classes
 from danet.inputs import mask_name, overlay_name
 from danet.model import DANet
-from danet.optimize import optimize_for_inference
+from danet.optimize import optimize_for_inference, require_finite_weights
 from danet.palette import Color, colored
 
 OVERLAY_OPACITY = 0.55
@@ -118,7 +118,7 @@ class Predictor:
         compile_graph: compile the network, for many pictures of one size.
 
     Raises:
-        UserError: there is no such model or device.
+        UserError: there is no such model or device, or its weights are damaged.
     """
 
     def __init__(
@@ -145,6 +145,7 @@ class Predictor:
             bfloat16=uses_bfloat16(precision, self.device),
             compile_graph=compile_graph,
         )
+        require_finite_weights(self.model)
         self.test = network.metadata.test if test is None else test
 
     @torch.inference_mode()

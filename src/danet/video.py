@@ -1,5 +1,6 @@
 """Segmenting videos, a few frames at a time."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from fractions import Fraction
@@ -15,7 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from danet.atomic import replacing
+from danet.atomic import explaining, replacing
 from danet.data.images import MAX_PIXELS
 from danet.errors import UserError, first_line
 from danet.inputs import video_name
@@ -84,7 +85,17 @@ def segment_video(
                 on_frame(reader.announced)
         if frames == 0:
             raise UserError(reader.problem or f"{path}: this video has no frames")
+        if masks:
+            _remove_frames_from(frames, folder / stem)
     return SegmentedVideo(frames, reader.problem)
+
+
+def _remove_frames_from(first: int, folder: Path) -> None:
+    """Removes masks of an earlier, longer video of the same name."""
+    with explaining(folder):
+        for path in folder.glob("*.png"):
+            if re.fullmatch(r"\d{6,}", path.stem) and int(path.stem) >= first:
+                path.unlink()
 
 
 class _Timed(NamedTuple):

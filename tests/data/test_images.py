@@ -201,3 +201,14 @@ def test_pixel_limit_is_checked_before_decoding(
     path = saved(tmp_path, Image.new("RGB", (4, 3)))
     with pytest.raises(UserError, match="pixels"):
         open_image(path)
+
+
+@pytest.mark.parametrize("magic", ["P2", "P5"])
+def test_labels_that_pillow_would_scale_are_refused(magic: str, tmp_path: Path) -> None:
+    path = tmp_path / "label.pgm"
+    pixels = b"\x00\x01\x02\x0a" if magic == "P5" else b"0 1 2 10"
+    path.write_bytes(f"{magic}\n2 2\n10\n".encode() + pixels)
+    with pytest.raises(UserError, match=r"label.pgm: its levels .* save labels as PNG"):
+        open_label(path)
+    path.write_bytes(f"{magic}\n2 2\n255\n".encode() + pixels)
+    assert open_label(path).tolist() == [[0, 1], [2, 10]]

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import danet
+from danet.cli import app
 from danet.config import load_recipe
 from danet.data import dataset_spec
 from danet.errors import UserError
@@ -263,3 +265,14 @@ class ForeignLog:
     def __init__(self, values: list[float]) -> None:
         type(self).built += 1
         self.values = values
+
+
+def test_a_run_is_not_written_into(tmp_path: Path) -> None:
+    path = saved(tmp_path, authors_state(build()))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").touch()
+    command = ["convert", str(path), "--data", "camvid", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, UserError)
+    assert "holds a run" in str(done.exception)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["recipe.yaml"]

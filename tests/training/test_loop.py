@@ -514,6 +514,18 @@ def test_an_unfinished_line_of_metrics_is_skipped(tmp_path: Path) -> None:
     assert folder.metrics.read_text() == ""
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"loss": 1.0}', '{"step": 1, "loss": "bad"}', "[" * 100_000, f'{{"step": {"9" * 5000}}}'],
+)
+def test_a_line_of_metrics_that_is_none_is_skipped(line: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text(f'{line}\n{{"step": 2, "loss": 0.5}}\n')
+    assert folder.read_metrics() == [{"step": 2, "loss": 0.5}]
+    folder.forget_metrics_after(1)
+    assert folder.read_metrics() == []
+
+
 def saved_step(folder: RunFolder) -> int:
     return load_checkpoint(folder.last)["step"]
 

@@ -32,7 +32,7 @@ def explain(
     pixel = _parse_point(point)
     check_figure_path(out)
     picture = open_image(image)
-    require_writable_files(out, arrays)
+    require_writable_files(out, arrays, source=image)
     predictor = Predictor(model, device, precision)
     note_protocol(predictor.test)
     explanation = explain_image(predictor, picture, pixel)

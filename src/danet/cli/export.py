@@ -54,8 +54,12 @@ def convert(
     from danet.atomic import require_writable
     from danet.data import dataset_spec
     from danet.interop.convert import convert as convert_checkpoint
-    from danet.model_folder import Metadata
+    from danet.model_folder import RECIPE_FILE, Metadata
 
+    if (out / RECIPE_FILE).exists():
+        raise UserError(
+            f"--out {out}: holds a run, whose model would be hidden; choose another folder"
+        )
     model = convert_checkpoint(checkpoint, None if data is None else dataset_spec(data))
     require_writable(out)
     model.save_pretrained(out)

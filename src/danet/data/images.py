@@ -32,6 +32,9 @@ _LOSSY = {"JPEG": "are lossy", "MPO": "are lossy", "WEBP": "may be lossy"}
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 """Pillow's names of 2- and 4-bit grey, and the factor by which it scales their levels to 0..255."""
 
+_SCALED = "scaled"
+"""Stands for the raw mode of a PGM or PPM whose largest level Pillow scales to 255 or 65535."""
+
 
 def open_image(source: Location | str | bytes, max_pixels: int | None = None) -> Image.Image:
     """Opens a picture as 8-bit RGB, turned upright by its EXIF orientation.
@@ -87,6 +90,11 @@ def open_label(path: Location) -> npt.NDArray[np.uint8]:
     if image.format in _LOSSY:
         raise UserError(
             f"{where}: labels in {image.format} {_LOSSY[image.format]}; save them as PNG"
+        )
+    if stored_as == _SCALED:
+        raise UserError(
+            f"{where}: its levels are not in 0..255 or 0..65535 (maxval), so ids would be scaled; "
+            "save labels as PNG"
         )
     ids = np.asarray(image)
     if stored_as in _GREY_STEPS:
@@ -165,4 +173,6 @@ def _decode(source: Location | str | bytes, max_pixels: int | None = None) -> _D
 def _raw_mode(image: ImageFile.ImageFile) -> str:
     """Pillow's raw mode of a picture that is not yet decoded; empty where there is none."""
     details = image.tile[0][3] if image.tile else ""
+    if image.format == "PPM" and isinstance(details, tuple) and details[1] not in (255, 65535):
+        return _SCALED
     return str(details[0] if isinstance(details, tuple) and details else details)

@@ -90,8 +90,12 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """All whole rows; a killed process may have left the last one unfinished."""
-        return list(read_whole_lines(self.metrics))
+        """All rows of numbers; a killed process may have left the last one unfinished."""
+        return [
+            row
+            for row in read_whole_lines(self.metrics)
+            if "step" in row and all(isinstance(value, int | float) for value in row.values())
+        ]
 
     def forget_metrics_after(self, step: int) -> None:
         """Drops what was logged after the checkpoint that the run goes on from."""

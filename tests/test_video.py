@@ -225,14 +225,20 @@ def test_a_video_that_cannot_be_encoded(model_folder: Path, tmp_path: Path) -> N
     assert names == ["manifest.jsonl", "small_overlay.mp4"]
 
 
-def test_frames_of_an_earlier_longer_video_are_removed(
-    predictor: danet.Predictor, tmp_path: Path
-) -> None:
+def test_frames_of_an_earlier_longer_video_are_removed(model_folder: Path, tmp_path: Path) -> None:
     for frames in (6, 3):
         make_video(tmp_path / "a.mp4", frames=frames)
-        segment_video(
-            predictor, tmp_path / "a.mp4", tmp_path / "out", "a", overlay=False, masks=True
-        )
+        done = predict(model_folder, tmp_path / "a.mp4", "--out", tmp_path / "out")
+        assert done.exit_code == 0, done.output
         (tmp_path / "out/a/notes.png").touch()
     names = sorted(path.name for path in (tmp_path / "out/a").iterdir())
     assert names == ["000000.png", "000001.png", "000002.png", "notes.png"]
+
+
+def test_frames_that_no_run_wrote_stay(model_folder: Path, tmp_path: Path) -> None:
+    make_video(tmp_path / "a.mp4", frames=3)
+    (tmp_path / "out/a").mkdir(parents=True)
+    (tmp_path / "out/a/000007.png").touch()
+    done = predict(model_folder, tmp_path / "a.mp4", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out/a/000007.png").exists()

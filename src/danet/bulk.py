@@ -24,7 +24,7 @@ from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
 from danet.inputs import Input, member_stem, picture_results, video_results
-from danet.manifest import Manifest, Origin, finished_results
+from danet.manifest import Manifest, Origin, earlier_results, finished_results
 from danet.predict import Segmenter, write_segmentation
 from danet.processes import Share
 from danet.threads import map_ahead
@@ -164,6 +164,7 @@ def _write_video(
         from danet.video import segment_video  # noqa: PLC0415 - few have what it needs
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: videos need {error.name}: pip install 'danet[video]'") from error
+    frames = folder.resolve() / video.stem
     return segment_video(
         predictor,
         path,
@@ -171,6 +172,7 @@ def _write_video(
         video.stem,
         overlay="overlay" in video.results,
         masks="frames" in video.results,
+        renew=frames.is_dir() and frames in earlier_results(folder),
         on_frame=lambda announced: on_frame(path, announced),
     ).problem
 

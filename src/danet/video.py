@@ -48,6 +48,7 @@ def segment_video(
     *,
     overlay: bool,
     masks: bool,
+    renew: bool = False,
     on_frame: Callable[[int], None] = lambda _: None,
 ) -> SegmentedVideo:
     """Writes `STEM_overlay.mp4`, and `STEM/000000.png` and on, as palette PNGs of class ids.
@@ -58,6 +59,7 @@ def segment_video(
     Args:
         overlay: write the video.
         masks: write the class ids.
+        renew: the folder of masks is an earlier run's, whose further frames are removed.
         on_frame: called after each frame with the number of frames that the video announces.
 
     Raises:
@@ -85,7 +87,7 @@ def segment_video(
                 on_frame(reader.announced)
         if frames == 0:
             raise UserError(reader.problem or f"{path}: this video has no frames")
-        if masks:
+        if masks and renew:
             _remove_frames_from(frames, folder / stem)
     return SegmentedVideo(frames, reader.problem)
 

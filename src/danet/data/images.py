@@ -173,6 +173,7 @@ def _decode(source: Location | str | bytes, max_pixels: int | None = None) -> _D
 def _raw_mode(image: ImageFile.ImageFile) -> str:
     """Pillow's raw mode of a picture that is not yet decoded; empty where there is none."""
     details = image.tile[0][3] if image.tile else ""
-    if image.format == "PPM" and isinstance(details, tuple) and details[1] not in (255, 65535):
+    whole = image.format == "PPM" and image.mode != "F"
+    if whole and isinstance(details, tuple) and details[1] not in (255, 65535):
         return _SCALED
     return str(details[0] if isinstance(details, tuple) and details else details)

@@ -2,12 +2,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from danet import winograd
 from danet.winograd import WinogradConv2d
+from danet.winograd_transforms import FourByFour, TwoByTwo
 
 
 def convolution(dilation: int = 1, bias: bool = True, **options: object) -> nn.Conv2d:
@@ -15,7 +16,18 @@ def convolution(dilation: int = 1, bias: bool = True, **options: object) -> nn.C
     return nn.Conv2d(5, 7, 3, padding=dilation, dilation=dilation, bias=bias, **options).double()
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.fixture(params=[FourByFour, TwoByTwo])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64 takes the one, and then the other."""
+    monkeypatch.setattr(winograd, "FourByFour", request.param)
+
+
+@pytest.mark.usefixtures("either")
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.integers(1, 2), st.integers(1, 13), st.integers(1, 13), st.integers(1, 4), st.booleans())
 @torch.no_grad()
 def test_it_is_the_convolution(
@@ -26,9 +38,16 @@ def test_it_is_the_convolution(
     torch.testing.assert_close(WinogradConv2d(direct)(features), direct(features))
 
 
+@pytest.fixture
+def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one row of tiles."""
+    monkeypatch.setattr(winograd, "_STRIP_ELEMENTS", 1)
+    monkeypatch.setattr(winograd, "_LEAST_TILES", 1)
+
+
+@pytest.mark.usefixtures("either", "small_strips")
 @torch.no_grad()
-def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "_STRIP_ELEMENTS", 16 * 5 * 8 * 3)  # three rows of tiles
+def test_strips_change_nothing() -> None:
     direct = convolution()
     features = torch.randn(1, 5, 21, 16, dtype=torch.float64)
     torch.testing.assert_close(WinogradConv2d(direct)(features), direct(features))
@@ -85,9 +104,9 @@ def test_other_convolutions_are_left_alone(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.usefixtures("small_strips")
 @torch.no_grad()
-def test_winograd_rectifies_every_strip(monkeypatch: pytest.MonkeyPatch, dilation: int) -> None:
-    monkeypatch.setattr("danet.winograd._STRIP_ELEMENTS", 1)
+def test_winograd_rectifies_every_strip(dilation: int) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 8, 3, padding=dilation, dilation=dilation)
     features = torch.randn(2, 8, 13, 10)

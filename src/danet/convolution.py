@@ -6,7 +6,7 @@ before it. oneDNN adds a shortcut and rectifies while it writes a convolution's 
 Shapes: B batch, C and O input and output channels, H W and h w input and output size.
 """
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,10 @@ class ConvReLU2d(Conv2dStandIn):
         super().__init__(convolution)
         self.convolution = convolution
 
-    def forward(self, features: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """B C H W, and a shortcut B O h w -> B O h w."""
+    def forward(
+        self, features: Tensor, shortcut: Tensor | None = None, *, in_place: bool = False
+    ) -> Tensor:
+        """B C H W, and a shortcut B O h w -> B O h w, in the shortcut's memory if so wanted."""
         layer = self.convolution
         features = features.to(layer.weight.dtype)
         one_pass = torch.ops.mkldnn._convolution_pointwise
@@ -75,11 +77,19 @@ class ConvReLU2d(Conv2dStandIn):
         if shortcut is None:
             return one_pass(features, *weights, *shape, "relu", [], "")  # type: ignore[no-any-return]
         shortcut = shortcut.to(layer.weight.dtype)
+        if in_place and isinstance(features, FakeTensor):
+            return shortcut  # no further memory is needed
         if layer.groups > 1 or not _onednn_adds(features, shortcut):
             output: Tensor = layer(features)
             return output.add_(shortcut).relu_()
+        then: tuple[Any, ...] = ("add", 1.0, "relu", [], "")
+        if in_place and shortcut.is_contiguous(memory_format=torch.channels_last):
+            onto_shortcut = torch.ops.mkldnn._convolution_pointwise_.binary
+            return onto_shortcut(  # type: ignore[no-any-return]
+                shortcut, features, *weights, *shape, *then
+            )
         return one_pass.binary(  # type: ignore[no-any-return]
-            features, shortcut, *weights, *shape, "add", 1.0, "relu", [], ""
+            features, shortcut, *weights, *shape, *then
         )
 
 
@@ -97,13 +107,21 @@ def _onednn_adds(features: Tensor, shortcut: Tensor) -> bool:
 
 
 class ResidualBlock(nn.Module):
-    """A ResNet's block whose last convolution adds the shortcut and rectifies."""
+    """A ResNet's block whose last convolution adds the shortcut and rectifies.
+
+    It does so in the shortcut's memory where nobody else reads that: fresh memory takes longer to
+    get than to write to.
+
+    Attributes:
+        owns_features: nobody but this block reads its input.
+    """
 
     def __init__(self, body: nn.Module, last: ConvReLU2d, downsample: nn.Module) -> None:
         super().__init__()
         self.body = body
         self.last = last
         self.downsample = downsample
+        self.owns_features = False
 
     @classmethod
     def of(cls, block: nn.Module, dtype: torch.dtype) -> Self | None:
@@ -129,7 +147,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """B C H W -> B O h w."""
-        output: Tensor = self.last(self.body(features), self.downsample(features))
+        shortcut = self.downsample(features)
+        in_place = self.owns_features or shortcut is not features
+        output: Tensor = self.last(self.body(features), shortcut, in_place=in_place)
         return output
 
 

@@ -80,6 +80,8 @@ class DualAttentionHead(nn.Module):
         self.position_branch: AttentionBranch | None = None
         self.channel_branch: AttentionBranch | None = None
         self.plain_branch: nn.Sequential | None = None
+        self.joint_reduction: nn.Module | None = None
+        """Both branches' `reduce` in one layer, where `danet.optimize` joined them."""
         self.position_classifier: nn.Sequential | None = None
         self.channel_classifier: nn.Sequential | None = None
         if position:
@@ -108,8 +110,11 @@ class DualAttentionHead(nn.Module):
         return logits
 
     def _branches(self, features: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        position = self.position_branch(features) if self.position_branch else None
-        channel = self.channel_branch(features) if self.channel_branch else None
+        of_position = of_channel = features
+        if self.joint_reduction is not None:
+            of_position, of_channel = self.joint_reduction(features)
+        position = self.position_branch(of_position) if self.position_branch else None
+        channel = self.channel_branch(of_channel) if self.channel_branch else None
         if position is not None and channel is not None:
             return position, channel, position + channel
         if position is not None:

@@ -5,6 +5,7 @@ wide 3x3 convolutions take Winograd's way, others rectify and add shortcuts in t
 float32 all of it is the same up to its rounding. Only bfloat16, where it is asked for, rounds more.
 """
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
@@ -27,7 +28,9 @@ from danet.convolution import (
     has_hooks,
 )
 from danet.errors import UserError
+from danet.heads import DualAttentionHead
 from danet.kernels.cpu import has_amx
+from danet.kernels.memory import MemoryPool
 from danet.model import DANet
 
 _PROBE_SIDE = 64
@@ -47,6 +50,7 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
     """
     model.eval().requires_grad_(False)
     model.optimized = True
+    model.auxiliary_head = None  # of use in training alone
     fold_batch_norms(model)
     if not compile_graph and next(model.parameters()).device.type == "cpu":
         _choose_convolutions(model, torch.bfloat16 if bfloat16 else torch.float32)
@@ -72,13 +76,15 @@ def require_finite_weights(model: nn.Module) -> None:
 
 def _choose_convolutions(model: DANet, dtype: torch.dtype) -> None:
     """Replaces convolutions, their ReLUs and residual blocks by what is fastest on this CPU."""
+    _join_reductions(model.head, dtype)
     relus = {layer: relu for layer, relu in _pairs(model, nn.ReLU) if type(relu) is nn.ReLU}
     layers: dict[nn.Module, nn.Module] = {}
+    pool = MemoryPool()
     for convolution in [module for module in model.modules() if type(module) is nn.Conv2d]:
         relu = relus.get(convolution)
         layer: nn.Conv2d | Conv2dStandIn = convolution
         if winograd.pays(convolution, dtype):
-            layer = winograd.WinogradConv2d(convolution, dtype, rectify=relu is not None)
+            layer = winograd.WinogradConv2d(convolution, dtype, rectify=relu is not None, pool=pool)
         elif relu is not None and can_rectify(convolution, dtype):
             layer = ConvReLU2d(convolution)
         if relu is not None and layer is not convolution:
@@ -89,6 +95,50 @@ def _choose_convolutions(model: DANet, dtype: torch.dtype) -> None:
     _replace(model, layers)
     blocks = {module: ResidualBlock.of(module, dtype) for module in model.modules()}
     _replace(model, {block: fused for block, fused in blocks.items() if fused is not None})
+    for stage in [module for module in model.modules() if type(module) is nn.Sequential]:
+        for before, block in itertools.pairwise(stage):
+            if isinstance(before, ResidualBlock) and isinstance(block, ResidualBlock):
+                block.owns_features = True
+
+
+class _JointReduction(nn.Module):
+    """B C h w -> what each of two branches goes on with, B O h w."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        halves = self.layers(features).chunk(2, dim=1)
+        return tuple(half.contiguous(memory_format=torch.channels_last) for half in halves)
+
+
+def _join_reductions(head: DualAttentionHead, dtype: torch.dtype) -> None:
+    """Has both branches' first convolutions done as one where they take Winograd's way.
+
+    They read the same features, the widest of the network, which are so transformed once.
+    """
+    if head.position_branch is None or head.channel_branch is None:
+        return
+    reductions = (head.position_branch.reduce, head.channel_branch.reduce)
+    convolutions: list[nn.Conv2d] = []
+    for reduce in reductions:
+        convolution, norm, activation = reduce
+        if (
+            not (isinstance(convolution, nn.Conv2d) and winograd.pays(convolution, dtype))
+            or type(norm) is not nn.Identity
+            or type(activation) is not nn.ReLU
+            or has_hooks(reduce)
+        ):
+            return
+        convolutions.append(convolution)
+    joint = convolutions[0]
+    for name in ("weight", "bias"):
+        both = torch.cat([getattr(convolution, name) for convolution in convolutions])
+        setattr(joint, name, nn.Parameter(both, requires_grad=False))
+    joint.out_channels = len(joint.weight)
+    head.joint_reduction = _JointReduction(reductions[0])
+    head.position_branch.reduce = head.channel_branch.reduce = nn.Sequential()
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

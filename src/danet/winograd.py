@@ -1,23 +1,21 @@
-"""3x3 convolutions with 2.25 times fewer multiplications, for inference on a CPU.
+"""3x3 convolutions with fewer multiplications, for inference on a CPU: Winograd's.
 
-Winograd's F(2x2, 3x3) (Lavin and Gray, arXiv 1509.09308, section 4.1): for each tile d of 4 x 4
-inputs and each 3 x 3 filter g, the 2 x 2 outputs are
-
-    Y = A^T [ (G g G^T) * (B^T d B) ] A
-
-and * is, over all tiles and channels, 16 matrix products. In exact arithmetic this is the
-convolution; in float32 it differs from the direct one by rounding alone (about 1e-6). In bfloat16
-what is rounded between the steps doubles the error of a layer, 3e-3 of its output to 6e-3.
+Over all tiles and channels, what `danet.winograd_transforms` does element by element is 16 or 36
+matrix products. In exact arithmetic this is the convolution. float32 takes F(4x4, 3x3) and differs
+from the direct one by rounding alone (2e-6 of the output). bfloat16 takes F(2x2, 3x3): what is
+rounded between the steps doubles the error of a layer, 3e-3 of its output to 6e-3, and would make
+it 17e-3 with F(4x4, 3x3).
 
 A convolution of dilation d is an ordinary one on each of its d x d phases, the pictures of every
 d-th row and column. Strips of tile rows, of one phase or several, are transformed at a time: small
 enough for the cache, in memory that is used again.
 
-Shapes: B batch, H W C the channels-last input, O output channels; of a strip P phases, R rows and
-S columns of tiles, T = P B R S tiles.
+Shapes: B batch, H W C the channels-last input, O output channels; m outputs and n = m + 2 inputs
+of a tile each way; of a strip P phases, R rows and S columns of tiles, T = P B R S tiles.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +23,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from danet.convolution import Conv2dStandIn, has_hooks
 from danet.kernels.cpu import has_amx
-from danet.kernels.memory import ReusedMemory
+from danet.kernels.memory import MemoryPool, ReusedMemory
 from danet.kernels.precision import fast_exact_float32
+from danet.winograd_transforms import FourByFour, Transforms, TwoByTwo
 
-_FILTER_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-"""G, 4 x 3."""
 _STRIP_ELEMENTS = 12 << 20
-"""Transformed inputs and outputs held at a time: 48 MB in float32."""
-_MIDDLE = 5
-"""The product that is a term of all four outputs of its tile: second of 4, both ways."""
+"""Transformed inputs and outputs held at a time,"""
+_LEAST_TILES = 128
+"""but these at least: the weights of fewer take longer to fetch than to multiply with."""
 _MIN_CHANNELS = {torch.float32: 256, torch.bfloat16: 512}
 """Below, what is saved does not pay for the transforms."""
 
@@ -54,6 +51,28 @@ def pays(convolution: nn.Conv2d, dtype: torch.dtype = torch.float32) -> bool:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Strip:
+    """Some rows of tiles of one phase or several.
+
+    Attributes:
+        inputs: P phases B h w C.
+        outputs: P phases B h w O.
+        rows: R tile rows.
+        columns: S.
+    """
+
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    rows: range
+    columns: int
+
+    @property
+    def tiles(self) -> tuple[int, int, int, int]:
+        """P, B, R, S."""
+        return len(self.inputs), self.inputs[0].shape[0], len(self.rows), self.columns
+
+
 class WinogradConv2d(Conv2dStandIn):
     """Computes what a 3x3 convolution of stride 1 that keeps the size does: B C H W -> B O H W.
 
@@ -61,50 +80,56 @@ class WinogradConv2d(Conv2dStandIn):
         convolution: in float32 or wider.
         dtype: to compute in; the convolution's own where None.
         rectify: whether a ReLU follows.
+        pool: memory for what is transformed, its own where None.
     """
 
     def __init__(
-        self, convolution: nn.Conv2d, dtype: torch.dtype | None = None, *, rectify: bool = False
+        self,
+        convolution: nn.Conv2d,
+        dtype: torch.dtype | None = None,
+        *,
+        rectify: bool = False,
+        pool: MemoryPool | None = None,
     ) -> None:
         super().__init__(convolution)
-        weight_yxCO = convolution.weight.detach().permute(2, 3, 1, 0)
-        transform = weight_yxCO.new_tensor(_FILTER_TRANSFORM)
-        weight_ijCO = weight_yxCO.new_empty(4, 4, *weight_yxCO.shape[2:], dtype=dtype)
-        for row_y, target_jCO in zip(transform, weight_ijCO, strict=True):
-            target_jCO.copy_(torch.einsum("y,yxco,jx->jco", row_y, weight_yxCO, transform))
-        self.weight = nn.Parameter(weight_ijCO.flatten(0, 1), requires_grad=False)
-        self.bias = convolution.bias
+        self.transforms: Transforms = TwoByTwo() if dtype == torch.bfloat16 else FourByFour()
+        filters = convolution.weight.new_tensor(self.transforms.filters())
+        weight = convolution.weight.detach().permute(2, 3, 1, 0)
+        # G g G^T of all filters at once.
+        transformed = (torch.kron(filters, filters) @ weight.flatten(0, 1).flatten(1)).to(dtype)
+        self.weight = nn.Parameter(transformed.view(-1, *weight.shape[2:]), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if convolution.bias is not None:
+            self.bias = nn.Parameter(convolution.bias.detach().to(dtype), requires_grad=False)
         self.rectify = rectify
+        self.pool = pool or MemoryPool()
 
     def forward(self, features: Tensor) -> Tensor:
         input_BHWC = features.to(self.weight.dtype).permute(0, 2, 3, 1)
-        batch, height, width, channels = input_BHWC.shape
-        out_channels = self.weight.shape[2]
-        output_BHWO = input_BHWC.new_empty(batch, height, width, out_channels)
-        rows, columns = (-(-side // (2 * self.dilation[0])) for side in (height, width))
-        most = max(1, _STRIP_ELEMENTS // (16 * batch * columns * (channels + out_channels)))
-        together, strip_rows = max(1, most // rows), min(most, rows)
-        pairs = list(zip(self._phases(input_BHWC), self._phases(output_BHWO), strict=True))
-        strips = [
-            (pairs[start : start + together], range(first, min(first + strip_rows, rows)))
-            for start in range(0, len(pairs), together)
-            for first in range(0, rows, strip_rows)
-        ]
-        memory = ReusedMemory(input_BHWC)
-        # Without data only memory is asked for, of which later strips need no more than the first.
-        for phases, strip in strips[:1] if isinstance(features, FakeTensor) else strips:
-            inputs, outputs = zip(*phases, strict=True)
-            transformed = _transform_inputs(inputs, strip, columns, memory)
-            products = memory.take("products", 16, transformed.shape[1], out_channels)
-            with fast_exact_float32(features.device):
-                torch.bmm(transformed, self.weight, out=products)
-            if self.bias is not None:
-                products[_MIDDLE] += self.bias
-            _transform_outputs(products, outputs, strip, columns, memory)
-            if self.rectify:
-                for phase_BhwO in outputs:
-                    phase_BhwO[:, 2 * strip.start : 2 * strip.stop].relu_()
+        output_BHWO = input_BHWC.new_empty(*input_BHWC.shape[:3], self.weight.shape[2])
+        strips = self._strips(input_BHWC, output_BHWO)
+        with self.pool.borrow(input_BHWC) as memory:
+            # Without data only memory is asked for; later strips need no more than the first.
+            for strip in strips[:1] if isinstance(features, FakeTensor) else strips:
+                self._convolve(strip, memory)
         return output_BHWO.permute(0, 3, 1, 2)
+
+    def _strips(self, input_BHWC: Tensor, output_BHWO: Tensor) -> list[_Strip]:
+        batch, *size, channels = input_BHWC.shape
+        step = self.transforms.outputs * self.dilation[0]
+        rows, columns = (-(-side // step) for side in size)
+        products, _, out_channels = self.weight.shape
+        elements = products * (channels + out_channels)
+        most = max(_STRIP_ELEMENTS // elements, _LEAST_TILES) // (batch * columns)
+        together, rows_of_strip = max(1, most // rows), _even_share(rows, max(1, most))
+        phases = list(zip(self._phases(input_BHWC), self._phases(output_BHWO), strict=True))
+        strips = []
+        for start in range(0, len(phases), together):
+            inputs, outputs = zip(*phases[start : start + together], strict=True)
+            for first in range(0, rows, rows_of_strip):
+                last = min(first + rows_of_strip, rows)
+                strips.append(_Strip(inputs, outputs, range(first, last), columns))
+        return strips
 
     def _phases(self, pixels_BHWX: Tensor) -> Iterator[Tensor]:
         step = self.dilation[0]
@@ -112,22 +137,59 @@ class WinogradConv2d(Conv2dStandIn):
             for left in range(min(step, pixels_BHWX.shape[2])):
                 yield pixels_BHWX[:, top::step, left::step]
 
+    def _convolve(self, strip: _Strip, memory: ReusedMemory) -> None:
+        transformed = self._transform(strip, memory)
+        products = memory.take("products", *transformed.shape[:2], self.weight.shape[2])
+        with fast_exact_float32(self.weight.device):
+            torch.bmm(transformed, self.weight, out=products)
+        self._combine(products, strip, memory)
 
-def _transform_inputs(
-    phases: Sequence[Tensor], strip: range, columns: int, memory: ReusedMemory
-) -> Tensor:
-    """B^T d B of every 4 x 4 tile, two apart: P phases B h w C -> 16 T C."""
-    rows, (batch, *_, channels) = len(strip), phases[0].shape
-    shape = (len(phases), batch, rows, columns, channels)
-    padded = memory.take("padded", len(phases), batch, 2 * rows + 2, 2 * columns + 2, channels)
-    for phase, target in zip(phases, padded, strict=True):
-        _copy_padded(phase, 2 * strip.start - 1, target)
-    half_way = memory.take("half way", 4, *shape[:3], 2 * columns + 2, channels)
-    output = memory.take("inputs", 4, 4, *shape)
-    _transform_four([padded[:, :, i : i + 2 * rows - 1 : 2] for i in range(4)], half_way)
-    for part, target in zip(half_way, output, strict=True):
-        _transform_four([part[:, :, :, i : i + 2 * columns - 1 : 2] for i in range(4)], target)
-    return output.view(16, -1, channels)
+    def _transform(self, strip: _Strip, memory: ReusedMemory) -> Tensor:
+        """B^T d B of every tile: P phases B h w C -> n^2 T C."""
+        outputs, side = self.transforms.outputs, self.transforms.outputs + 2
+        channels = strip.inputs[0].shape[3]
+        phases, batch, rows, columns = strip.tiles
+        height, width = outputs * rows + 2, outputs * columns + 2
+        padded = memory.take("padded", phases, batch, height, width, channels)
+        for phase, target in zip(strip.inputs, padded, strict=True):
+            _copy_padded(phase, outputs * strip.rows.start - 1, target)
+        half_way = memory.take("half way", side, phases, batch, rows, width, channels)
+        slices = [padded[:, :, i : i + height - side + 1 : outputs] for i in range(side)]
+        self.transforms.inputs(slices, half_way)
+        transformed = memory.take("inputs", side, side, *strip.tiles, channels)
+        for part, target in zip(half_way, transformed, strict=True):
+            slices = [part[..., i : i + width - side + 1 : outputs, :] for i in range(side)]
+            self.transforms.inputs(slices, target)
+        return transformed.view(side**2, -1, channels)
+
+    def _combine(self, products: Tensor, strip: _Strip, memory: ReusedMemory) -> None:
+        """A^T m A of every tile: n^2 T O -> P phases B h w O, with bias and ReLU."""
+        side, shape = self.transforms.outputs + 2, (*strip.tiles, products.shape[2])
+        products = products.view(side, side, *shape)
+        spare = memory.take("spare", side + 1, *shape)
+        for down, row in enumerate(self.transforms.combine(products, spare[:-1])):
+            for right, pixels in enumerate(self.transforms.combine(row, spare[-1])):
+                self._write(pixels, strip, (down, right))
+
+    def _write(self, pixels: Tensor, strip: _Strip, offset: tuple[int, int]) -> None:
+        """One pixel of every tile, P B R S O; not beyond the picture."""
+        (down, right), outputs = offset, self.transforms.outputs
+        rows = slice(outputs * strip.rows.start + down, outputs * strip.rows.stop, outputs)
+        for of_phase, phase in zip(pixels, strip.outputs, strict=True):
+            target = phase[:, rows, right::outputs]
+            inside = of_phase[:, : target.shape[1], : target.shape[2]]
+            if self.bias is None:
+                target.copy_(inside)
+            else:
+                torch.add(inside, self.bias, out=target)
+            if self.rectify:
+                target.relu_()
+
+
+def _even_share(rows: int, most: int) -> int:
+    """Of as few shares as have at most so many rows each."""
+    shares = -(-rows // most)
+    return -(-rows // shares)
 
 
 def _copy_padded(picture: Tensor, top: int, target: Tensor) -> None:
@@ -144,43 +206,3 @@ def _copy_padded(picture: Tensor, top: int, target: Tensor) -> None:
     target[:, above:below, 0] = 0
     target[:, above:below, 1 + width :] = 0
     target[:, above:below, 1 : 1 + width] = picture[:, top + above : top + below]
-
-
-def _transform_four(four: Sequence[Tensor], out: Tensor) -> None:
-    """B^T: four slices -> 4 ..."""
-    torch.sub(four[0], four[2], out=out[0])
-    torch.add(four[1], four[2], out=out[1])
-    torch.sub(four[2], four[1], out=out[2])
-    torch.sub(four[1], four[3], out=out[3])
-
-
-def _transform_outputs(
-    products: Tensor, phases: Sequence[Tensor], strip: range, columns: int, memory: ReusedMemory
-) -> None:
-    """A^T m A: 16 T O -> the strip's rows of P phases B h w O."""
-    batch, channels = phases[0].shape[0], phases[0].shape[3]
-    shape = (len(phases), batch, len(strip), columns, channels)
-    ij = products.view(4, 4, *shape)
-    half_way = memory.take("outputs", 2, 4, *shape)
-    torch.add(ij[0], ij[1], out=half_way[0]).add_(ij[2])
-    torch.sub(ij[1], ij[2], out=half_way[1]).sub_(ij[3])
-    for down, four in enumerate(half_way):
-        _write(torch.add, four[0].add_(four[1]), four[2], phases, strip, (down, 0))
-        _write(torch.sub, four[1].sub_(four[2]), four[3], phases, strip, (down, 1))
-
-
-def _write(
-    operation: Callable[..., Tensor],
-    first: Tensor,
-    second: Tensor,
-    phases: Sequence[Tensor],
-    strip: range,
-    corner: tuple[int, int],
-) -> None:
-    """Puts first + second or first - second into one corner of every tile, but not beyond the
-    picture: P B R S O each -> P phases B h w O."""
-    down, right = corner
-    for one, other, phase in zip(first, second, phases, strict=True):
-        target = phase[:, 2 * strip.start + down : 2 * strip.stop : 2, right::2]
-        rows, columns = target.shape[1:3]
-        operation(one[:, :rows, :columns], other[:, :rows, :columns], out=target)

@@ -45,6 +45,24 @@ def test_one_pass_is_convolution_sum_and_relu(
     assert shortcut is None or torch.equal(shortcut, kept), "another layer may read it too"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", LAYERS)
+@torch.no_grad()
+def test_in_the_shortcuts_memory_it_is_the_same(options: dict, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 48, **options).to(dtype)
+    features = torch.randn(2, 32, 9, 15).to(dtype, memory_format=torch.channels_last)
+    shortcut = torch.randn_like(layer(features), memory_format=torch.channels_last)
+    of_both_orders = (shortcut, shortcut.contiguous())
+    expected = ConvReLU2d(layer)(features, shortcut)
+    for given in of_both_orders:
+        result = ConvReLU2d(layer)(features, given.clone(), in_place=True)
+        torch.testing.assert_close(result, expected)
+    if layer.groups == 1:
+        result = ConvReLU2d(layer)(features, shortcut, in_place=True)
+        assert result.data_ptr() == shortcut.data_ptr()
+
+
 @torch.no_grad()
 def test_inputs_are_brought_to_the_weights_dtype() -> None:
     layer = nn.Conv2d(16, 16, 1).bfloat16()

@@ -39,10 +39,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-# One has activations inside its norms; one has norms before convolutions, which stay.
+# One takes no small pictures, one has activations inside its norms, and one has norms before
+# convolutions, which stay.
 @pytest.mark.parametrize(
     ("backbone", "left"),
-    [("test_resnet", 0), ("mobilenetv3_small_100", 0), ("densenet121", 62), ("convnext_atto", 0)],
+    [
+        ("test_resnet", 0),
+        ("inception_v3", 0),
+        ("mobilenetv3_small_100", 0),
+        ("densenet121", 62),
+        ("convnext_atto", 0),
+    ],
 )
 def test_folding_changes_no_logits(backbone: str, left: int) -> None:
     model = network(backbone)
@@ -179,6 +186,64 @@ def test_layers_with_hooks_stay(path: str) -> None:
     torch.testing.assert_close(fast(images).fused, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(read[-1], read[0], rtol=1e-5, atol=1e-5)
     assert len(read) > 1
+
+
+# In the last one a stage's first block has no downsample: its shortcut is what the stage reads.
+@pytest.mark.parametrize("backbone", ["test_resnet", "resnet10t", "resnet18"])
+@torch.no_grad()
+def test_blocks_write_over_nothing_that_is_read_later(backbone: str) -> None:
+    model = network(backbone)
+    images = torch.randn(1, 3, 75, 91).to(memory_format=torch.channels_last)
+    kept = images.clone()
+    expected = model.backbone.body(images)
+    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    stages = fast.backbone.body(images)
+    assert torch.equal(images, kept)
+    for features, reference in zip(stages, expected, strict=True):
+        torch.testing.assert_close(features, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["0", "0.last", "1"])
+@torch.no_grad()
+def test_later_hooks_keep_what_they_read(path: str) -> None:
+    """What a block's hook is given does not change when the next block has run."""
+    model = optimize_for_inference(network("resnet18"), bfloat16=False, compile_graph=False)
+    stage = model.backbone.body.layer2
+    read: list[Tensor] = []
+    at_once: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        read.append(inputs[0] if path == "1" else output)
+        at_once.append(read[-1].clone())
+
+    stage.get_submodule(path).register_forward_hook(keep)
+    model.backbone(torch.randn(1, 3, 64, 64).to(memory_format=torch.channels_last))
+    assert torch.equal(read[0], at_once[0])
+
+
+@torch.no_grad()
+def test_later_blocks_write_into_their_inputs() -> None:
+    model = optimize_for_inference(network("resnet18"), bfloat16=False, compile_graph=False)
+    first, second = model.backbone.body.layer2
+    features = torch.randn(1, 64, 8, 9).to(memory_format=torch.channels_last)
+    between = first(features)
+    assert second(between).data_ptr() == between.data_ptr()
+
+
+@torch.no_grad()
+def test_wide_branches_reduce_the_features_in_one_layer() -> None:
+    torch.manual_seed(0)
+    model = danet.DANet(3, "resnet18", pretrained_backbone=False, head_channels=256).eval()
+    hooked = copy.deepcopy(model)
+    hooked.head.channel_branch.reduce.register_forward_hook(lambda *_: None)
+    images = torch.randn(1, 3, 40, 56)
+    expected = model(images)
+    for network, joined in ((model, True), (hooked, False)):
+        fast = optimize_for_inference(network, bfloat16=False, compile_graph=False)
+        assert (fast.head.joint_reduction is not None) == joined
+        for branch in ("fused", "position", "channel"):
+            actual = getattr(fast(images), branch)
+            torch.testing.assert_close(actual, getattr(expected, branch), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ class ResidualBlock(nn.Module):
     get than to write to.
 
     Attributes:
-        owns_features: nobody but this block reads its input.
+        before: the block whose output this one alone reads, if there is one.
     """
 
     def __init__(self, body: nn.Module, last: ConvReLU2d, downsample: nn.Module) -> None:
@@ -121,7 +121,7 @@ class ResidualBlock(nn.Module):
         self.body = body
         self.last = last
         self.downsample = downsample
-        self.owns_features = False
+        self.before: tuple[ResidualBlock, ...] = ()  # not a submodule
 
     @classmethod
     def of(cls, block: nn.Module, dtype: torch.dtype) -> Self | None:
@@ -148,9 +148,16 @@ class ResidualBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """B C H W -> B O h w."""
         shortcut = self.downsample(features)
-        in_place = self.owns_features or shortcut is not features
+        in_place = shortcut is not features or self._owns_features()
         output: Tensor = self.last(self.body(features), shortcut, in_place=in_place)
         return output
+
+    def _owns_features(self) -> bool:
+        """Whether nobody else reads them, not even a hook."""
+        return any(
+            not (has_hooks(self) or has_hooks(block) or has_hooks(block.last))
+            for block in self.before
+        )
 
 
 class WideStridedConv2d(Conv2dStandIn):

@@ -177,10 +177,14 @@ def hardware(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     processors = Path("/proc/cpuinfo")
-    name = platform.machine()
+    facts: dict[str, str] = {}
     for line in processors.read_text().splitlines() if processors.exists() else ():
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
+        fact, _, value = line.partition(":")
+        facts[fact.strip()] = value.strip()
+    name = facts.get("model name", platform.machine())
+    # A virtual machine hides AMD's model names, and the family tells the generation.
+    if facts.get("vendor_id") == "AuthenticAMD":
+        name += f" (family {facts['cpu family']})"
     units = " with AMX" if has_amx() else ""
     # Not everywhere can a process be kept to some of the cores.
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))

@@ -361,6 +361,24 @@ def test_lists_of_files(photos: Path, tmp_path: Path) -> None:
     assert len(problems) == 2
 
 
+def test_subfolders_that_may_not_be_read_are_told(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = photos / "locked"
+    locked.mkdir()
+    scan = os.scandir
+
+    def refuse(folder: Path | str) -> Any:
+        if Path(folder) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found, problems = find_inputs([str(photos)])
+    assert problems == [f"{locked}: cannot be searched (Permission denied)"]
+    assert found
+
+
 def test_names_that_cannot_be_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a line of its own, and the other inputs are found."""
     Image.new("RGB", (4, 4)).save(tmp_path / "good.png")

@@ -1,6 +1,8 @@
 """The command as a user calls it: what it prints, what it writes, and how it ends."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,6 +70,50 @@ def test_a_mistake_ends_the_process_with_one_line_and_status_2() -> None:
     )
     assert result.returncode == 2
     assert result.stderr == "error: recipe nowhere: no such recipe or file; see danet recipes\n"
+
+
+def test_output_that_cannot_be_written_is_told() -> None:
+    """Found when the last of it is flushed: a disk that is full."""
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "danet", "recipes"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: standard output: No space left")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_characters_that_a_terminal_lacks_are_spelt_out(dataset: Path, tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / kind).symlink_to(dataset / kind)
+    classes = (dataset / "classes.txt").read_text().splitlines()
+    (tmp_path / "classes.txt").write_text("\n".join(["Straße", *classes[1:]]), encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-m", "danet", "data", "check", "folder", tmp_path],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert r"Stra\xdfe" in result.stdout
+
+
+def test_what_may_not_be_read_is_one_line(
+    dataset: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    said = fails("data", "check", "folder", dataset)
+    assert said.endswith(
+        "Permission denied; check that this user may read it, and its folder, or write there"
+    )
+    assert str(dataset) in said
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +255,18 @@ LONG = "x" * 300
         (("bench", "demo", "--device", "cpu:foo"), "use cpu or cpu:0"),
         (("convert", LONG, "--out", "/nowhere"), LONG),
         (("convert", "/nowhere.pth", "--out", "/nowhere"), "no such file"),
-        (("convert", __file__, "--out", "/nowhere"), "damaged or no checkpoint"),
+        (
+            ("convert", __file__, "--out", "/nowhere"),
+            "damaged or no checkpoint of tensors (not a torch file of plain values)",
+        ),
+        (
+            ("bench", "demo", "--train", "--set", "train.class_weights=[1, 2]"),
+            "2 weights, but scenes has 11 classes",
+        ),
+        (
+            ("bench", "demo", "--train", "--compile", "--set", "train.activation_checkpointing=1"),
+            "exclude each other",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
@@ -253,13 +310,13 @@ def test_a_dataset_of_as_many_other_classes(
     assert "note" not in run(*arguments, dataset).stderr
     for kind in ("images", "labels"):
         (tmp_path / kind).symlink_to(dataset / kind)
-    (tmp_path / "classes.txt").write_text("\n".join(["[/b]", "[red]", *"cdefghijk"]))
+    (tmp_path / "classes.txt").write_text("\n".join(["[/b]", "[red]", "\x1b[2J", *"defghijk"]))
     evaluated = run(*arguments, tmp_path)
     notes = [line for line in evaluated.stderr.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
     assert "11 of 11 class names are not those of dataset folder" in notes[0]
     assert "mIoU" in evaluated.stdout
-    for name in ("[/b]", "[red]"):  # plain text, not markup
+    for name in ("[/b]", "[red]", r"\x1b[2J"):  # neither markup nor orders to the terminal
         assert name in evaluated.stdout
 
 

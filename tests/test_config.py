@@ -128,6 +128,12 @@ def test_paths_are_taken_as_they_stand(path: str) -> None:
     assert load_recipe("demo", [f"data.root={path}"]).data.root == Path(path)
 
 
+@pytest.mark.parametrize("setting", ["train.steps", "train.lr"])
+def test_yes_is_no_number(setting: str) -> None:
+    with pytest.raises(UserError, match=rf"{setting}: yes or no is no value for it"):
+        load_recipe("demo", [f"{setting}=true"])
+
+
 def test_a_path_can_be_taken_back() -> None:
     for nothing in ("", "null"):
         assert load_recipe("demo", ["data.root=a", f"data.root={nothing}"]).data.root is None

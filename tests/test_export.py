@@ -28,6 +28,7 @@ from danet.data.scenes import render
 from danet.data.transforms import fitted_size
 from danet.errors import ExportDiffers, UserError
 from danet.export import SUFFIXES, export, load
+from danet.export.files import Engine
 from danet.export.graph import WholePicture, _fitted, attend_by_equal_widths
 from danet.model_folder import Metadata
 from danet.palette import default_palette
@@ -198,6 +199,20 @@ def test_a_file_that_computes_something_else_is_not_kept(
     monkeypatch.setattr(WholePicture, "forward", off_while_traced)
     with pytest.raises(ExportDiffers, match="nothing was written"):
         export(network(), tmp_path / f"m{SUFFIXES[file_format]}", file_format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_its_engine_cannot_run_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As happens with ONNX Runtime and operators of some backbones."""
+
+    def fail(_images: object) -> None:
+        raise RuntimeError("Non-zero status code")
+
+    monkeypatch.setattr("danet.export.load", lambda *_: Engine(fail, None))
+    with pytest.raises(ExportDiffers, match=r"does not run \(Non-zero status code\)"):
+        export(network(), tmp_path / "model.onnx", "onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -90,8 +90,13 @@ class Backbone(nn.Module):
         expected = tuple(-(-side // output_stride) for side in _PROBE_SIZE)
         if not (dilated and self._c4_size(*_PROBE_SIZE) == expected):
             self.size_multiple = math.lcm(output_stride, *info.reduction())
-            if self._c4_size(3 * self.size_multiple, 4 * self.size_multiple) is None:
-                self.fixed_size = _fixed_size(self.body, name)
+            if not self._takes_any_size():
+                self.fixed_size = _fixed_size(self.body)
+                if self.fixed_size is None:
+                    raise UserError(
+                        f"model.backbone: {name} takes pictures of one size only, and says not "
+                        "which"
+                    )
         if multi_grid is not None:
             _set_multi_grid(self.body, name, multi_grid)
 
@@ -109,6 +114,14 @@ class Backbone(nn.Module):
             c4=self._resample(self._channels_first(c4), height, width),
         )
 
+    def _takes_any_size(self) -> bool:
+        """Tries a small picture, and one that is higher than those that it was made for."""
+        multiple = self.size_multiple
+        made_for = _fixed_size(self.body) or (0, 0)
+        higher = (made_for[0] // multiple + 1) * multiple
+        sizes = ((3 * multiple, 4 * multiple), (max(higher, 3 * multiple), 3 * multiple))
+        return all(self._c4_size(*size) is not None for size in sizes)
+
     @torch.no_grad()
     def _c4_size(self, height: int, width: int) -> tuple[int, int] | None:
         """Height and width of c4 for pictures of this size; None where the network refuses it."""
@@ -117,7 +130,7 @@ class Backbone(nn.Module):
         try:
             c4 = self.body.eval()(torch.zeros(1, 3, height, width, device=device))[-1]
         # How networks refuse a size: each family in its own way.
-        except (RuntimeError, AssertionError, ValueError, TypeError):
+        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError):
             return None
         finally:
             self.body.train(training)
@@ -189,13 +202,12 @@ def _subsample(
     return (inputs[0][..., ::rows, ::columns],)
 
 
-def _fixed_size(body: nn.Module, name: str) -> tuple[int, int]:
-    """Height and width of the pictures that a network was made for."""
-    settings = getattr(body, "pretrained_cfg", None) or getattr(body.model, "pretrained_cfg", None)
+def _fixed_size(body: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the pictures that a network was made for, if it says so."""
+    wrapped = getattr(body, "model", None)
+    settings = getattr(body, "pretrained_cfg", None) or getattr(wrapped, "pretrained_cfg", None)
     if settings is None:
-        raise UserError(
-            f"model.backbone: {name} takes pictures of one size only, and says not which"
-        )
+        return None
     height, width = settings["input_size"][-2:]
     return height, width
 

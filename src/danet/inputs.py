@@ -1,5 +1,6 @@
 """Finding the inputs of a command, and naming their results."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,7 @@ def find_inputs(
     earlier = set() if results is None else earlier_results(results)
     for text in _unlisted(inputs, problems):
         try:
-            matches = _matches(text)
+            matches = _matches(text, problems)
         except UserError as error:
             problems.append(str(error))
             continue
@@ -176,12 +177,16 @@ def _without_results(
     ]
 
 
-def _matches(text: str) -> list[Path]:
-    """The files that a path, folder or glob names; raises a UserError if there are none."""
+def _matches(text: str, problems: list[str]) -> list[Path]:
+    """The files that a path, folder or glob names; raises a UserError if there are none.
+
+    Args:
+        problems: gets the subfolders that cannot be searched.
+    """
     path = Path(text)
     with explaining_lookup(text):
         if path.is_dir():
-            matches = [p for p in sorted(path.rglob("*")) if _may_be_picture(p)]
+            matches = [p for p in sorted(_files_below(path, problems)) if _may_be_picture(p)]
             problem = "no pictures in this folder"
         elif path.exists() or not _GLOB_CHARACTERS & set(text):
             matches = [path] if path.exists() else []
@@ -197,6 +202,14 @@ def _matches(text: str) -> list[Path]:
     if not files:
         raise UserError(f"{text}: {problem}")
     return files
+
+
+def _files_below(folder: Path, problems: list[str]) -> Iterator[Path]:
+    def note(error: OSError) -> None:
+        problems.append(f"{error.filename}: cannot be searched ({error.strerror})")
+
+    for where, _, names in os.walk(folder, onerror=note):
+        yield from (Path(where, name) for name in names)
 
 
 def _may_be_picture(path: Path) -> bool:

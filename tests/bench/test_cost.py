@@ -79,6 +79,16 @@ def test_the_largest_batch_fits_and_one_more_does_not(
     assert found.further_bytes == too_much - needs
 
 
+def test_backbones_that_need_two_pictures_have_an_estimate() -> None:
+    """Their batch norms follow global pooling, so one picture leaves them a single value."""
+    config = load_recipe("demo", ["model.backbone=skresnet18", "model.head_channels=16"])
+    job = Workload(config, (64, 64), 1, "training")
+    needed = estimate_peak_bytes(job._replace(batch=2), "cpu", bfloat16=False)
+    limit = process_bytes("cpu") + needed
+    assert largest_batch(job, "cpu", bfloat16=False, limit=limit).batch == 2
+    assert largest_batch(job, "cpu", bfloat16=False, limit=limit - 1).batch == 0
+
+
 @pytest.mark.parametrize("room", [2, 700, 1_020, 1_100, 5_000, 60_000])
 @pytest.mark.parametrize(
     "need",

@@ -167,9 +167,11 @@ def test_logits_that_are_not_finite_stop_a_validation(
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
 
 
-def test_a_single_value_for_batch_norm_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="larger crops"):
-        run(tmp_path / "run", "data.crop_size=[8, 6]", "train.batch_size=1")
+@pytest.mark.parametrize("setting", ["data.crop_size=[8, 6]", "model.backbone=skresnet18"])
+def test_a_single_value_for_batch_norm_is_refused_at_once(setting: str, tmp_path: Path) -> None:
+    """Of a feature map of one pixel, or after global pooling."""
+    with pytest.raises(UserError, match="more crops a pass"):
+        run(tmp_path / "run", setting, "train.batch_size=1")
     assert not (tmp_path / "run").exists()
 
 

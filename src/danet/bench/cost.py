@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from danet.bench.workload import Workload
 from danet.config import RunConfig
 from danet.devices import choose_device, memory_limit, uses_bfloat16
+from danet.training.build import TooFewValues
 
 _MIB = 2**20
 _CPU_HEAP_FACTOR = {"prediction": 1.1, "training": 1.2}
@@ -132,7 +133,12 @@ def largest_batch(workload: Workload, device: str, *, bfloat16: bool, limit: int
     room = limit - process_bytes(device)
 
     def need(batch: int) -> int:
-        return estimate_peak_bytes(workload._replace(batch=batch), device, bfloat16=bfloat16)
+        try:
+            return estimate_peak_bytes(workload._replace(batch=batch), device, bfloat16=bfloat16)
+        except TooFewValues:
+            if batch > 1:
+                raise
+            return need(2)  # One picture cannot be trained on by itself.
 
     needs = {batch: need(batch) for batch in (1, 2)}
     steps_between = 0

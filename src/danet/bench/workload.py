@@ -15,7 +15,12 @@ from danet.data import dataset_spec
 from danet.evaluation.strips import Resized, Stored, most_likely_classes
 from danet.model import DANet
 from danet.optimize import convert_parameters, optimize_for_inference
-from danet.training.build import build_optimizer, prepare_for_training
+from danet.training.build import (
+    build_optimizer,
+    explaining_batch_norms,
+    prepare_for_training,
+    require_class_weights,
+)
 from danet.training.loss import loss_divisor, segmentation_losses
 
 
@@ -50,6 +55,7 @@ class Workload(NamedTuple):
     def build_model(self) -> DANet:
         """The network with random weights."""
         spec = dataset_spec(self.config.data.name, self.config.data.root)
+        require_class_weights(self.config, spec)
         settings = self.config.model.model_dump(
             exclude={"init_from", "pretrained_backbone", "backbone_weights"}
         )
@@ -106,7 +112,7 @@ class Workload(NamedTuple):
         model.train()
 
         def compute() -> None:
-            with precision:
+            with precision, explaining_batch_norms():
                 output = model(images)
             divisor = loss_divisor(labels, settings)
             losses = segmentation_losses(output, labels, divisor, model.upsample, settings)

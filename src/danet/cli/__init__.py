@@ -1,6 +1,7 @@
 """The command `danet`: parses, calls one function, prints. A module for each of its commands."""
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -24,6 +25,12 @@ _CommandLineError: Any = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 
+_REMEDIES: dict[int | None, str] = {
+    errno.EACCES: "check that this user may read it, and its folder, or write there",
+    errno.ENOSPC: "free some space",
+}
+"""What to do about what the system refuses."""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -41,8 +48,12 @@ app.add_typer(data.app, name="data")
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal has fewer characters
     try:
-        sys.exit(app(prog_name="danet", standalone_mode=False))
+        status = app(prog_name="danet", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(status)
     except _CommandLineError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
@@ -62,11 +73,16 @@ def main() -> None:
         advice = "let this process have more, or use smaller pictures or --precision bf16"
         _fail(OutOfMemory(f"out of memory ({first_line(error)}); {advice}"), 1)
     except OSError as error:
-        if error.errno != errno.EPIPE:
+        if error.filename is not None:
+            remedy = _REMEDIES.get(error.errno, "check this path")
+            _fail(UserError(f"{error.filename}: {error.strerror}; {remedy}"), 2)
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        # Who read the output, such as head, has seen enough. Nothing is left to be flushed to it.
+        # Nothing is left to be flushed to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if error.errno == errno.ENOSPC:
+            _fail(UserError(f"standard output: {error.strerror}; {_REMEDIES[errno.ENOSPC]}"), 2)
+        sys.exit(1)  # who read the output, such as head, has seen enough
 
 
 def _fail(error: Exception, status: int) -> None:

@@ -69,6 +69,8 @@ def bench(
     chosen = choose_device(device)
     bfloat16 = uses_bfloat16(precision, chosen)
     config = load_recipe(recipe, overrides or ())
+    if train and compile_graph and config.train.activation_checkpointing:
+        raise UserError("--compile and train.activation_checkpointing exclude each other")
     sizes = [_parse_size(text) for text in size or ()] or [config.data.crop_size]
     workloads = [
         Workload(config, pixels, batch or 1, "training" if train else "prediction")

@@ -76,5 +76,5 @@ def _print_frequencies(classes: tuple[str, ...], checks: "dict[str, SplitCheck]"
     table = Table("share of pixels", *checks, box=None)
     for index, label in enumerate((*classes, "ignored")):
         shares = (check.pixels[index] / max(check.pixels.sum(), 1) for check in checks.values())
-        table.add_row(Text(label), *(f"{share:.4f}" for share in shares))
+        table.add_row(Text(printable(label)), *(f"{share:.4f}" for share in shares))
     Console().print(table)

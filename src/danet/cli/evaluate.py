@@ -16,6 +16,7 @@ from danet.cli.options import (
     own_device,
     say_on_stderr,
 )
+from danet.errors import printable
 
 if TYPE_CHECKING:
     from danet.evaluation.evaluate import Evaluation
@@ -102,7 +103,7 @@ def _print_scores(result: "Evaluation") -> None:
     fused = result.scores()
     table = Table("class", "IoU", "accuracy", box=None)
     for name, score in zip(result.spec.classes, fused.per_class, strict=True):
-        table.add_row(Text(name), f"{score.iou:.4f}", f"{score.accuracy:.4f}")
+        table.add_row(Text(printable(name)), f"{score.iou:.4f}", f"{score.accuracy:.4f}")
     console = Console()
     console.print(table)
     for branch in result.confusion:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from danet.cli.options import Device, Model, Precision, note_protocol
-from danet.errors import UserError
+from danet.errors import UserError, printable
 
 
 def explain(
@@ -39,7 +39,7 @@ def explain(
     explanation.save(out)
     if arrays is not None:
         explanation.save_arrays(arrays)
-    name = explanation.class_names[explanation.score.class_id]
+    name = printable(explanation.class_names[explanation.score.class_id])
     print(f"pixel {point}: {name} ({100 * explanation.score.probability:.0f} %); figure: {out}")
 
 

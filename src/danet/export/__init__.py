@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 from danet.atomic import staging
 from danet.choices import ExportFormat
 from danet.data.images import open_image
+from danet.devices import is_out_of_memory
 from danet.errors import ExportDiffers, UserError, first_line
 from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, load, write
 from danet.export.graph import WholePicture
@@ -150,7 +151,16 @@ def compare(network: nn.Module, engine: Engine, pictures: Sequence[Tensor]) -> A
     same = pixels = 0
     for images in pictures:
         expected = network(images)
-        found = torch.from_numpy(engine.run(images.numpy()))
+        try:
+            found = torch.from_numpy(engine.run(images.numpy()))
+        # Each engine has its own types.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ExportDiffers(
+                f"the exported graph does not run ({first_line(error)}); nothing was written; try "
+                "another format or backbone"
+            ) from error
         if found.shape != expected.shape:
             raise ExportDiffers(
                 f"the exported graph gives logits {tuple(found.shape)} for {tuple(images.shape)}; "

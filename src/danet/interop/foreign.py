@@ -1,6 +1,7 @@
 """Reading checkpoints of strangers: tensors and plain values, nothing executed."""
 
 import ast
+import pickle
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -57,7 +58,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     # torch's reader, its unpickler and safetensors raise many types on damaged or foreign files.
     except Exception as error:
-        reason = first_line(error)
+        # torch would advise to run whatever code the file holds.
+        unpickled = isinstance(error, pickle.UnpicklingError)
+        reason = "not a torch file of plain values" if unpickled else first_line(error)
         raise UserError(f"{path}: damaged or no checkpoint of tensors ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dictionary")

@@ -1,6 +1,7 @@
 """Builds the network with its initial weights, and its optimizer."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -8,10 +9,12 @@ from typing import cast
 import torch
 from timm.optim.muon import Muon
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from danet.config import RunConfig, TrainConfig
+from danet.config import RunConfig, Size, TrainConfig
 from danet.data.spec import DatasetSpec
 from danet.errors import UserError
 from danet.model import DANet
@@ -41,12 +44,7 @@ def build_model(
         dataset=spec.name,
         test=config.test,
     )
-    weights = config.train.class_weights
-    if weights is not None and len(weights) != spec.num_classes:
-        raise UserError(
-            f"train.class_weights: {len(weights)} weights, but {spec.name} has "
-            f"{spec.num_classes} classes; give one each"
-        )
+    require_class_weights(config, spec)
     architecture = config.model
     if resumed is not None or architecture.init_from is not None:
         architecture = architecture.model_copy(
@@ -93,6 +91,56 @@ def _initialize_from(model: DANet, source: Path, say: Callable[[str], None]) -> 
             "settings as its config.json"
         )
     model.load_state_dict(state, strict=False)
+
+
+def require_class_weights(config: RunConfig, spec: DatasetSpec) -> None:
+    """Checks their number.
+
+    Raises:
+        UserError: it is not the dataset's number of classes.
+    """
+    weights = config.train.class_weights
+    if weights is not None and len(weights) != spec.num_classes:
+        raise UserError(
+            f"train.class_weights: {len(weights)} weights, but {spec.name} has "
+            f"{spec.num_classes} classes; give one each"
+        )
+
+
+class TooFewValues(UserError):
+    """A batch norm has one value per channel, whose variance is none."""
+
+
+@contextlib.contextmanager
+def explaining_batch_norms() -> Iterator[None]:
+    """Around a training pass of the network.
+
+    Raises:
+        TooFewValues: in place of torch's ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TooFewValues(
+            "batch norm needs more than one value per channel, but this backbone or crop size "
+            "leaves it one pixel of a single crop; choose more crops a pass (train.batch_size over "
+            "train.accumulate), or larger crops"
+        ) from error
+
+
+def require_enough_values(model: DANet, crop_size: Size) -> None:
+    """Checks that one crop can be trained on by itself; computes nothing.
+
+    Raises:
+        TooFewValues: it cannot.
+    """
+    width, height = crop_size
+    with FakeTensorMode() as fake, explaining_batch_norms():
+        tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+        without_data: dict[str, Tensor] = {name: fake.from_tensor(each) for name, each in tensors}
+        functional_call(model.train(), without_data, (torch.empty(1, 3, height, width),))
 
 
 def prepare_for_training(model: DANet, config: TrainConfig) -> None:

@@ -28,7 +28,7 @@ from danet.errors import (
 from danet.evaluation.evaluate import evaluate, segment_with
 from danet.evaluation.metrics import Scores, scores
 from danet.progress import ProgressReport
-from danet.training.build import build_model
+from danet.training.build import build_model, require_enough_values
 from danet.training.checkpoint import RunFolder, load_checkpoint, model_weights, save_checkpoint
 from danet.training.events import Events
 from danet.training.launch import (
@@ -126,6 +126,8 @@ class _Trainer:
         self.validation_data = open_dataset(data.name, data.root, data.val_split)
         resumed = None if checkpoint is None else checkpoint["model"]
         model = build_model(config, spec, resumed, self.progress.say)
+        if config.train.batch_size == config.train.accumulate:
+            require_enough_values(model, data.crop_size)
         self.state = TrainingState(self.fabric, model, config.train)
         if not begun:
             self._lock(at_end)
@@ -157,13 +159,6 @@ class _Trainer:
             raise UserError(
                 f"train.batch_size={settings.batch_size} does not divide by {passes} "
                 "(processes times train.accumulate); choose a multiple"
-            )
-        width, height = self.config.data.crop_size
-        one_cell = max(width, height) <= self.config.model.output_stride
-        if one_cell and settings.batch_size == settings.accumulate:
-            raise UserError(
-                f"data.crop_size={width}x{height} is one pixel of the feature map, and batch norm "
-                "needs more than one value; choose larger crops, or more of them at a time"
             )
 
     def _start_folder(self) -> None:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import danet
 from danet import winograd
@@ -61,6 +62,14 @@ def test_folding_changes_no_logits(backbone: str, left: int) -> None:
     assert batch_norms(model) == left
     for branch, reference in zip(actual, expected, strict=True):
         assert relative_error(branch, reference) < 1e-5
+
+
+def test_tensors_without_data_are_folded_as_well() -> None:
+    """By which memory is estimated."""
+    with FakeTensorMode():
+        model = danet.DANet(5, "test_resnet", pretrained_backbone=False).eval()
+        fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    assert batch_norms(fast) == kinds(fast, nn.ReLU) == 0
 
 
 def test_a_convolution_that_is_read_twice_keeps_its_norm() -> None:

@@ -236,7 +236,8 @@ class _Run(TorchDispatchMode, Generic[Follower]):  # type: ignore[no-untyped-cal
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs)):
+        # Tensors without data are asked for their device, which reads nothing.
+        for leaf in tree_leaves((args, kwargs)) if func.namespace != "prim" else ():
             if isinstance(leaf, Tensor):
                 self.reads[id(leaf)] += 1
         self.alive += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

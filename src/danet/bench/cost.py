@@ -17,7 +17,7 @@ from danet.training.build import TooFewValues
 
 _MIB = 2**20
 _CPU_HEAP_FACTOR = {"prediction": 1.1, "training": 1.2}
-_CPU_RUNTIME_BYTES = 48 * _MIB
+_CPU_RUNTIME_BYTES = {"prediction": 96 * _MIB, "training": 48 * _MIB}
 _CPU_WEIGHT_COPIES = {"prediction": 1, "training": 4}
 """Memory that libraries take on a CPU besides the tensors: gaps between blocks of the heap, their
 own code and, at the largest convolution, its weight in other layouts and a gradient per thread.
@@ -95,10 +95,10 @@ def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> i
     peak: int = live.peak
     if torch.device(device).type != "cpu":
         return peak
-    largest = max(parameter.nbytes for parameter in parameters)
+    largest = max(parameter.nbytes for parameter in parameters if parameter.ndim == 4)
     return (
         int(_CPU_HEAP_FACTOR[workload.mode] * peak)
-        + _CPU_RUNTIME_BYTES
+        + _CPU_RUNTIME_BYTES[workload.mode]
         + _CPU_WEIGHT_COPIES[workload.mode] * largest
     )
 

@@ -50,6 +50,15 @@ def test_a_network_of_one_size_sees_the_picture_resized() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_network_that_takes_no_larger_pictures_than_its_own_sees_them_resized() -> None:
+    """Its positions are tables, which smaller pictures look up as well."""
+    backbone = Backbone("mvitv2_tiny", pretrained=False).eval()
+    assert backbone.fixed_size == (224, 224)
+    with torch.no_grad():
+        c4 = backbone(torch.randn(1, 3, 250, 64)).c4
+    assert c4.shape == (1, backbone.c4_channels, 32, 8)
+
+
 def test_looking_for_the_size_rule_changes_nothing() -> None:
     torch.manual_seed(0)
     before = Backbone("test_convnext", pretrained=False)

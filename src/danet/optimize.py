@@ -121,15 +121,16 @@ def _join_reductions(head: DualAttentionHead, dtype: torch.dtype) -> None:
     """
     if head.position_branch is None or head.channel_branch is None:
         return
-    reductions = (head.position_branch.reduce, head.channel_branch.reduce)
+    branches = (head.position_branch, head.channel_branch)
     convolutions: list[nn.Conv2d] = []
-    for reduce in reductions:
-        convolution, norm, activation = reduce
+    for branch in branches:
+        convolution, norm, activation = branch.reduce
         if (
             not (isinstance(convolution, nn.Conv2d) and winograd.pays(convolution, dtype))
             or type(norm) is not nn.Identity
             or type(activation) is not nn.ReLU
-            or has_hooks(reduce)
+            or has_hooks(branch)
+            or has_hooks(branch.reduce)
         ):
             return
         convolutions.append(convolution)
@@ -138,8 +139,9 @@ def _join_reductions(head: DualAttentionHead, dtype: torch.dtype) -> None:
         both = torch.cat([getattr(convolution, name) for convolution in convolutions])
         setattr(joint, name, nn.Parameter(both, requires_grad=False))
     joint.out_channels = len(joint.weight)
-    head.joint_reduction = _JointReduction(reductions[0])
-    head.position_branch.reduce = head.channel_branch.reduce = nn.Sequential()
+    head.joint_reduction = _JointReduction(branches[0].reduce)
+    for branch in branches:
+        branch.reduce = nn.Sequential()
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

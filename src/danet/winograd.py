@@ -120,15 +120,19 @@ class WinogradConv2d(Conv2dStandIn):
         rows, columns = (-(-side // step) for side in size)
         products, _, out_channels = self.weight.shape
         elements = products * (channels + out_channels)
-        most = max(_STRIP_ELEMENTS // elements, _LEAST_TILES) // (batch * columns)
-        together, rows_of_strip = max(1, most // rows), _even_share(rows, max(1, most))
-        phases = list(zip(self._phases(input_BHWC), self._phases(output_BHWO), strict=True))
+        tiles = max(_STRIP_ELEMENTS // elements, _LEAST_TILES)
+        pictures = _even_share(batch, tiles // columns)
+        most = tiles // (pictures * columns)
+        together, rows_of_strip = max(1, most // rows), _even_share(rows, most)
         strips = []
-        for start in range(0, len(phases), together):
-            inputs, outputs = zip(*phases[start : start + together], strict=True)
-            for first in range(0, rows, rows_of_strip):
-                last = min(first + rows_of_strip, rows)
-                strips.append(_Strip(inputs, outputs, range(first, last), columns))
+        shares = -(-batch // pictures)
+        for some in zip(input_BHWC.chunk(shares), output_BHWO.chunk(shares), strict=True):
+            phases = list(zip(*map(self._phases, some), strict=True))
+            for start in range(0, len(phases), together):
+                inputs, outputs = zip(*phases[start : start + together], strict=True)
+                for first in range(0, rows, rows_of_strip):
+                    last = min(first + rows_of_strip, rows)
+                    strips.append(_Strip(inputs, outputs, range(first, last), columns))
         return strips
 
     def _phases(self, pixels_BHWX: Tensor) -> Iterator[Tensor]:
@@ -186,10 +190,10 @@ class WinogradConv2d(Conv2dStandIn):
                 target.relu_()
 
 
-def _even_share(rows: int, most: int) -> int:
-    """Of as few shares as have at most so many rows each."""
-    shares = -(-rows // most)
-    return -(-rows // shares)
+def _even_share(number: int, most: int) -> int:
+    """The size of as few shares as hold at most so many each, and at least one."""
+    shares = -(-number // max(most, 1))
+    return -(-number // shares)
 
 
 def _copy_padded(picture: Tensor, top: int, target: Tensor) -> None:

@@ -16,6 +16,7 @@ of a tile each way; of a strip P phases, R rows and S columns of tiles, T = P B 
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,24 @@ class _Strip:
         return len(self.inputs), self.inputs[0].shape[0], len(self.rows), self.columns
 
 
+class _Workspace(NamedTuple):
+    """Memory for one strip.
+
+    Attributes:
+        padded: the strip's inputs with what is around them, P B mR+2 mS+2 C.
+        half_way: transformed one way, n P B R mS+2 C.
+        transformed: n n P B R S C.
+        products: n n P B R S O.
+        spare: n+1 P B R S O.
+    """
+
+    padded: Tensor
+    half_way: Tensor
+    transformed: Tensor
+    products: Tensor
+    spare: Tensor
+
+
 class WinogradConv2d(Conv2dStandIn):
     """Computes what a 3x3 convolution of stride 1 that keeps the size does: B C H W -> B O H W.
 
@@ -109,9 +128,15 @@ class WinogradConv2d(Conv2dStandIn):
         output_BHWO = input_BHWC.new_empty(*input_BHWC.shape[:3], self.weight.shape[2])
         strips = self._strips(input_BHWC, output_BHWO)
         with self.pool.borrow(input_BHWC) as memory:
-            # Without data only memory is asked for; later strips need no more than the first.
-            for strip in strips[:1] if isinstance(features, FakeTensor) else strips:
-                self._convolve(strip, memory)
+            for strip in strips:
+                workspace = self._workspace(strip, memory)
+                if isinstance(features, FakeTensor):
+                    break  # Only memory is asked for, and later strips need no more.
+                self._transform(strip, workspace)
+                factors = (workspace.transformed.flatten(2, -2).flatten(0, 1), self.weight)
+                with fast_exact_float32(features.device):
+                    torch.bmm(*factors, out=workspace.products.flatten(2, -2).flatten(0, 1))
+                self._combine(strip, workspace)
         return output_BHWO.permute(0, 3, 1, 2)
 
     def _strips(self, input_BHWC: Tensor, output_BHWO: Tensor) -> list[_Strip]:
@@ -141,37 +166,36 @@ class WinogradConv2d(Conv2dStandIn):
             for left in range(min(step, pixels_BHWX.shape[2])):
                 yield pixels_BHWX[:, top::step, left::step]
 
-    def _convolve(self, strip: _Strip, memory: ReusedMemory) -> None:
-        transformed = self._transform(strip, memory)
-        products = memory.take("products", *transformed.shape[:2], self.weight.shape[2])
-        with fast_exact_float32(self.weight.device):
-            torch.bmm(transformed, self.weight, out=products)
-        self._combine(products, strip, memory)
-
-    def _transform(self, strip: _Strip, memory: ReusedMemory) -> Tensor:
-        """B^T d B of every tile: P phases B h w C -> n^2 T C."""
+    def _workspace(self, strip: _Strip, memory: ReusedMemory) -> _Workspace:
         outputs, side = self.transforms.outputs, self.transforms.outputs + 2
-        channels = strip.inputs[0].shape[3]
-        phases, batch, rows, columns = strip.tiles
+        _, channels, out_channels = self.weight.shape
+        phases, batch, rows, columns = tiles = strip.tiles
         height, width = outputs * rows + 2, outputs * columns + 2
-        padded = memory.take("padded", phases, batch, height, width, channels)
+        return _Workspace(
+            padded=memory.take("padded", phases, batch, height, width, channels),
+            half_way=memory.take("half way", side, phases, batch, rows, width, channels),
+            transformed=memory.take("inputs", side, side, *tiles, channels),
+            products=memory.take("products", side, side, *tiles, out_channels),
+            spare=memory.take("spare", side + 1, *tiles, out_channels),
+        )
+
+    def _transform(self, strip: _Strip, workspace: _Workspace) -> None:
+        """B^T d B of every tile."""
+        outputs, side = self.transforms.outputs, self.transforms.outputs + 2
+        padded, half_way = workspace.padded, workspace.half_way
         for phase, target in zip(strip.inputs, padded, strict=True):
             _copy_padded(phase, outputs * strip.rows.start - 1, target)
-        half_way = memory.take("half way", side, phases, batch, rows, width, channels)
-        slices = [padded[:, :, i : i + height - side + 1 : outputs] for i in range(side)]
+        last_row, last_column = (length - side for length in padded.shape[2:4])
+        slices = [padded[:, :, i : i + last_row + 1 : outputs] for i in range(side)]
         self.transforms.inputs(slices, half_way)
-        transformed = memory.take("inputs", side, side, *strip.tiles, channels)
-        for part, target in zip(half_way, transformed, strict=True):
-            slices = [part[..., i : i + width - side + 1 : outputs, :] for i in range(side)]
+        for part, target in zip(half_way, workspace.transformed, strict=True):
+            slices = [part[..., i : i + last_column + 1 : outputs, :] for i in range(side)]
             self.transforms.inputs(slices, target)
-        return transformed.view(side**2, -1, channels)
 
-    def _combine(self, products: Tensor, strip: _Strip, memory: ReusedMemory) -> None:
-        """A^T m A of every tile: n^2 T O -> P phases B h w O, with bias and ReLU."""
-        side, shape = self.transforms.outputs + 2, (*strip.tiles, products.shape[2])
-        products = products.view(side, side, *shape)
-        spare = memory.take("spare", side + 1, *shape)
-        for down, row in enumerate(self.transforms.combine(products, spare[:-1])):
+    def _combine(self, strip: _Strip, workspace: _Workspace) -> None:
+        """A^T m A of every tile, with bias and ReLU."""
+        spare = workspace.spare
+        for down, row in enumerate(self.transforms.combine(workspace.products, spare[:-1])):
             for right, pixels in enumerate(self.transforms.combine(row, spare[-1])):
                 self._write(pixels, strip, (down, right))
 

@@ -243,11 +243,12 @@ def test_later_blocks_write_into_their_inputs() -> None:
 def test_wide_branches_reduce_the_features_in_one_layer() -> None:
     torch.manual_seed(0)
     model = danet.DANet(3, "resnet18", pretrained_backbone=False, head_channels=256).eval()
-    hooked = copy.deepcopy(model)
+    hooked, with_hooked_branch = copy.deepcopy(model), copy.deepcopy(model)
     hooked.head.channel_branch.reduce.register_forward_hook(lambda *_: None)
+    with_hooked_branch.head.position_branch.register_forward_pre_hook(lambda *_: None)
     images = torch.randn(1, 3, 40, 56)
     expected = model(images)
-    for network, joined in ((model, True), (hooked, False)):
+    for network, joined in ((model, True), (hooked, False), (with_hooked_branch, False)):
         fast = optimize_for_inference(network, bfloat16=False, compile_graph=False)
         assert (fast.head.joint_reduction is not None) == joined
         for branch in ("fused", "position", "channel"):

@@ -45,11 +45,16 @@ def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "_LEAST_TILES", 1)
 
 
+# Of one row of tiles, of several rows, and of two of three pictures.
+@pytest.mark.parametrize(("batch", "least_tiles"), [(1, 1), (1, 24), (3, 16)])
 @pytest.mark.usefixtures("either", "small_strips")
 @torch.no_grad()
-def test_strips_change_nothing() -> None:
+def test_strips_change_nothing(
+    batch: int, least_tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "_LEAST_TILES", least_tiles)
     direct = convolution()
-    features = torch.randn(1, 5, 21, 16, dtype=torch.float64)
+    features = torch.randn(batch, 5, 21, 16, dtype=torch.float64)
     torch.testing.assert_close(WinogradConv2d(direct)(features), direct(features))
 
 

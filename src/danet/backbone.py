@@ -90,13 +90,14 @@ class Backbone(nn.Module):
         expected = tuple(-(-side // output_stride) for side in _PROBE_SIZE)
         if not (dilated and self._c4_size(*_PROBE_SIZE) == expected):
             self.size_multiple = math.lcm(output_stride, *info.reduction())
-            if not self._takes_any_size():
-                self.fixed_size = _fixed_size(self.body)
-                if self.fixed_size is None:
+            made_for = _size_made_for(self.body)
+            if not self._takes_any_size(made_for):
+                if made_for is None:
                     raise UserError(
                         f"model.backbone: {name} takes pictures of one size only, and says not "
                         "which"
                     )
+                self.fixed_size = made_for
         if multi_grid is not None:
             _set_multi_grid(self.body, name, multi_grid)
 
@@ -114,12 +115,13 @@ class Backbone(nn.Module):
             c4=self._resample(self._channels_first(c4), height, width),
         )
 
-    def _takes_any_size(self) -> bool:
+    def _takes_any_size(self, made_for: tuple[int, int] | None) -> bool:
         """Tries a small picture, and one that is higher than those that it was made for."""
         multiple = self.size_multiple
-        made_for = _fixed_size(self.body) or (0, 0)
-        higher = (made_for[0] // multiple + 1) * multiple
-        sizes = ((3 * multiple, 4 * multiple), (max(higher, 3 * multiple), 3 * multiple))
+        sizes = [(3 * multiple, 4 * multiple)]
+        if made_for is not None:
+            higher = made_for[0] // multiple + 1
+            sizes.append((max(higher, 3) * multiple, 3 * multiple))
         return all(self._c4_size(*size) is not None for size in sizes)
 
     @torch.no_grad()
@@ -202,7 +204,7 @@ def _subsample(
     return (inputs[0][..., ::rows, ::columns],)
 
 
-def _fixed_size(body: nn.Module) -> tuple[int, int] | None:
+def _size_made_for(body: nn.Module) -> tuple[int, int] | None:
     """Height and width of the pictures that a network was made for, if it says so."""
     wrapped = getattr(body, "model", None)
     settings = getattr(body, "pretrained_cfg", None) or getattr(wrapped, "pretrained_cfg", None)

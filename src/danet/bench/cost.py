@@ -95,6 +95,7 @@ def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> i
     peak: int = live.peak
     if torch.device(device).type != "cpu":
         return peak
+    # Of what oneDNN convolves with; Winograd's weights, of three dimensions, it only multiplies.
     largest = max(parameter.nbytes for parameter in parameters if parameter.ndim == 4)
     return (
         int(_CPU_HEAP_FACTOR[workload.mode] * peak)

@@ -68,9 +68,9 @@ def bench(
     require_writable_files(json_file)
     chosen = choose_device(device)
     bfloat16 = uses_bfloat16(precision, chosen)
-    config = load_recipe(recipe, overrides or ())
-    if train and compile_graph and config.train.activation_checkpointing:
-        raise UserError("--compile and train.activation_checkpointing exclude each other")
+    # The recipe knows what compilation excludes.
+    compiled = ["train.compile=true"] if train and compile_graph else []
+    config = load_recipe(recipe, [*(overrides or ()), *compiled])
     sizes = [_parse_size(text) for text in size or ()] or [config.data.crop_size]
     workloads = [
         Workload(config, pixels, batch or 1, "training" if train else "prediction")

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from danet.convolution import ConvReLU2d, WideStridedConv2d, can_rectify
+from danet.kernels.cpu import onednn_has_bfloat16
 from danet.winograd import WinogradConv2d
 
 ATOL = {torch.float32: 1e-5}
-if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # not on processors without AVX-512
+if onednn_has_bfloat16():
     ATOL[torch.bfloat16] = 0.02
 LAYERS = [
     {"kernel_size": 1},

@@ -23,9 +23,23 @@ def test_bfloat16_is_chosen_only_where_it_is_faster(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(cpu, "is_intel", cpu.is_intel.__wrapped__)
+    monkeypatch.setattr("danet.devices.onednn_has_bfloat16", lambda: True)
     assert uses_bfloat16("auto", torch.device("cpu")) == fast
     assert uses_bfloat16("bf16", torch.device("cpu"))
     assert not uses_bfloat16("fp32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_without_onednns_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, supported: bool
+) -> None:
+    monkeypatch.setattr("danet.devices.onednn_has_bfloat16", lambda: supported)
+    for precision in ("auto", "fp32"):
+        uses_bfloat16(precision, torch.device("cpu"))
+    assert not recwarn
+    assert uses_bfloat16("bf16", torch.device("cpu"))
+    said = [str(warning.message) for warning in recwarn]
+    assert ["use precision auto" in line for line in said] == [True] * (not supported)
 
 
 def test_a_device_may_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,14 +246,6 @@ def test_class_names_of_any_letters_are_drawn(image: Image.Image, tmp_path: Path
     assert drawn == {r"$\frac$", "_road_", "мост", "class 3", "car"}
 
 
-@pytest.mark.slow
-def test_a_compiled_predictor_is_explained(predictor: danet.Predictor, image: Image.Image) -> None:
-    compiled = danet.Predictor(network(), "cpu", "fp32", compile_graph=True)
-    compiled(image)
-    found, expected = (danet.explain(one, image, (20, 30)) for one in (compiled, predictor))
-    np.testing.assert_allclose(found.attention, expected.attention, rtol=1e-4, atol=1e-7)
-
-
 def test_overlay_is_brightest_where_attention_is() -> None:
     shares = np.full((4, 6), SMALLEST_TIMES_EVEN / 1000, dtype=np.float32)
     shares[1, 4] = 1 - shares.sum()

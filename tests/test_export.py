@@ -117,10 +117,10 @@ ONLY_POSITION = (None, {"output_stride": 16, "channel": False})
     ("file_format", "scale", "options"),
     [
         ("onnx", *FITTED),
-        ("torch", *FITTED),
         *(
             pytest.param(file_format, *case, marks=pytest.mark.slow)
             for file_format, case in [
+                ("torch", FITTED),
                 ("openvino", FITTED),
                 ("openvino", (None, {"channel_affinity": "paper"})),
                 *itertools.product(["onnx", "torch"], [ONLY_CHANNEL, ONLY_POSITION]),

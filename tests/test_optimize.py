@@ -1,5 +1,7 @@
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import danet
 from danet import winograd
 from danet.convolution import ConvReLU2d, ResidualBlock
+from danet.data.scenes import render
 from danet.optimize import fold_batch_norms, optimize_for_inference
 from danet.winograd import WinogradConv2d
 
@@ -276,13 +279,18 @@ def test_what_onednn_cannot_do_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_compiled_gives_the_same(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_it_gives_the_same_and_can_be_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model = network("test_resnet")
-    exact = copy.deepcopy(model)
-    compiled = optimize_for_inference(model, bfloat16=False, compile_graph=True)
+    model, picture = network("test_resnet"), render(2, 5)[0].resize((80, 64))
+    compiled, plain = (
+        danet.Predictor(model, "cpu", "fp32", compile_graph=flag) for flag in (True, False)
+    )
     images = torch.randn(1, 3, 64, 80)
     with torch.no_grad():
-        error = relative_error(compiled.fused_logits(images), exact.fused_logits(images))
-    assert error < 1e-5
+        found, expected = (one.model.fused_logits(images) for one in (compiled, plain))
+    assert relative_error(found, expected) < 1e-5
     assert any(tmp_path.iterdir())
+    found, expected = (danet.explain(one, picture, (20, 30)) for one in (compiled, plain))
+    np.testing.assert_allclose(found.attention, expected.attention, rtol=1e-4, atol=1e-7)

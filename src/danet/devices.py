@@ -1,6 +1,7 @@
 """Which device to compute on, and in which precision."""
 
 import os
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import get_args
@@ -9,7 +10,7 @@ import torch
 
 from danet.choices import Precision
 from danet.errors import UserError
-from danet.kernels.cpu import multiplies_bfloat16_fast
+from danet.kernels.cpu import multiplies_bfloat16_fast, onednn_has_bfloat16
 
 try:
     import resource
@@ -60,6 +61,12 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     """
     if precision not in get_args(Precision):
         raise UserError(f"precision {precision}: use auto, fp32 or bf16")
+    if precision == "bf16" and device.type == "cpu" and not onednn_has_bfloat16():
+        warnings.warn(
+            "bfloat16 takes hundreds of times as long as float32 on this CPU; use precision auto",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

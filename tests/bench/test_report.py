@@ -33,10 +33,10 @@ def test_a_batch_that_was_asked_for_has_its_own_estimate(
 ) -> None:
     recipe = load_recipe("demo", ["model.backbone=test_resnet", "model.head_channels=16"])
     workloads = [Workload(recipe, (64, 64), 5, "training")]
-    limits = estimate_limits(workloads, "cpu", bfloat16=False, limit=800 * MIB)
+    limits = estimate_limits(workloads, "cpu", bfloat16=False, limit=MIB)
     expected = estimate_peak_bytes(workloads[0], "cpu", bfloat16=False)
-    assert limits_as_json(limits, 800 * MIB, "cpu")["sizes"][0]["batch_MiB"] == expected / MIB
-    print_limits(limits, 800 * MIB, "cpu")
+    assert limits_as_json(limits, MIB, "cpu")["sizes"][0]["batch_MiB"] == expected / MIB
+    print_limits(limits, MIB, "cpu")
     head, row = capsys.readouterr().out.splitlines()[-2:]
     assert head.rstrip().endswith("5 pictures MiB")
     assert row.split()[-1] == f"{expected / MIB:.0f}"

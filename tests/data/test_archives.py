@@ -102,7 +102,7 @@ def test_a_root_that_is_one_archive(folder_archive: Path) -> None:
     assert_same("folder", folder_archive.parent / "content", folder_archive)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_several_workers_read_one_archive(start: str, folder_archive: Path) -> None:
     dataset = open_dataset("folder", folder_archive, "val")
     expected = [item.label for item in dataset]  # the archive is open before the workers start

@@ -1,6 +1,7 @@
+import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,14 +36,24 @@ def normalized(image: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def peer() -> Callable[..., str]:
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """Runs a command of peer/ in the peer's own environment and gives what it prints."""
     python = Path(os.environ.get("DANET_PEER_PYTHON", ".parity-venv/bin/python"))
     if not python.exists():
         pytest.skip(f"{python} is missing; make test-slow builds it")
+    output = tmp_path_factory.mktemp("peer") / "printed"
+    command = [str(python), str(PEER_SCRIPT), "serve"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
 
-    def run(*arguments: object) -> str:
-        command = [str(python), str(PEER_SCRIPT), *map(str, arguments)]
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        def run(*arguments: object) -> str:
+            request = {"arguments": [*map(str, arguments)], "output": str(output)}
+            print(json.dumps(request), file=server.stdin)
+            assert server.stdout.readline() == "0\n", f"the peer failed: {arguments}"
+            return output.read_text()
 
-    return run
+        yield run
+        server.stdin.close()

@@ -38,33 +38,37 @@ def picture(request: pytest.FixtureRequest) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def converted(
-    picture: Tensor, peer: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[DANet, dict[str, Tensor]]:
-    """The peer's network, and what the peer makes of the picture."""
+def checkpoint(peer: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The peer's network."""
     folder = tmp_path_factory.mktemp("peer")
-    images, checkpoint, image, out = (
-        folder / name for name in ("i.safetensors", "w.pth", "p.safetensors", "o.safetensors")
-    )
+    images, checkpoint = folder / "images.safetensors", folder / "weights.pth"
     save_file({"images": torch.zeros(1, 3, 64, 64)}, images)
     peer("model", "--images", images, "--checkpoint", checkpoint, "--out", folder / "unused")
-    save_file({"image": picture.permute(1, 2, 0).contiguous()}, image)
-    peer("predict", "--checkpoint", checkpoint, "--image", image, "--out", out)
-    return convert(checkpoint), load_file(out)
+    return checkpoint
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("name", TESTS)
 def test_label_maps_are_the_peers(
-    name: str, align_corners: bool, picture: Tensor, converted: tuple[DANet, dict[str, Tensor]]
+    name: str,
+    align_corners: bool,
+    picture: Tensor,
+    checkpoint: Path,
+    peer: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
-    model, theirs = converted
+    image, out = tmp_path / "image.safetensors", tmp_path / "out.safetensors"
+    save_file({"image": picture.permute(1, 2, 0).contiguous()}, image)
+    options = ["--align-corners"] if align_corners else []
+    files = ("--checkpoint", checkpoint, "--image", image, "--out", out)
+    peer("predict", "--test", name, *options, *files)
+    theirs = load_file(out)
+    model = convert(checkpoint)
     model.config = model.config.model_copy(update={"align_corners": align_corners})
     with torch.inference_mode():
         ours = predict_probabilities(model, picture, TESTS[name])[0]
-    expected = theirs[f"{name}/{align_corners}/scores"]
+    expected, labels = theirs["scores"], theirs["labels"]
     difference = (ours - expected).abs().max().item()
-    labels = theirs[f"{name}/{align_corners}/labels"]
     disagree = ours.argmax(0) != labels
     first, second = expected.topk(2, 0).values
     print(f"{name} align_corners={align_corners}: {difference:.1e}, {disagree.sum()} pixels")

@@ -173,7 +173,7 @@ def limits_as_json(
 
 
 def hardware(device: str) -> str:
-    """The name of the GPU, or of the processor with its units for matrices and usable cores."""
+    """The name of the GPU, or of the processor with its units for products and usable cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     processors = Path("/proc/cpuinfo")
@@ -185,7 +185,9 @@ def hardware(device: str) -> str:
     # A virtual machine hides AMD's model names, and the family tells the generation.
     if facts.get("vendor_id") == "AuthenticAMD":
         name += f" (family {facts['cpu family']})"
-    units = " with AMX" if has_amx() else ""
+    # It is AVX-512 unless something else is said.
+    units = {"AVX2": " with AVX2"}.get(torch.backends.cpu.get_cpu_capability(), "")
+    units = " with AMX" if has_amx() else units
     # Not everywhere can a process be kept to some of the cores.
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = len(usable(0))

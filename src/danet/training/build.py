@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from danet.config import RunConfig, Size, TrainConfig
 from danet.data.spec import DatasetSpec
+from danet.devices import uses_bfloat16
 from danet.errors import UserError
 from danet.model import DANet
 from danet.model_folder import Metadata, locate, read_folder
+from danet.training.muon import Float32Muon
 
 
 def build_model(
@@ -204,7 +206,8 @@ def build_optimizer(model: DANet, config: TrainConfig) -> torch.optim.Optimizer:
     ]
     lr, decay = config.lr, config.weight_decay
     if config.optimizer == "muon":
-        return Muon(groups, lr=lr, weight_decay=decay, momentum=config.momentum)
+        kind = Muon if uses_bfloat16("auto", backbone[0].device) else Float32Muon
+        return kind(groups, lr=lr, weight_decay=decay, momentum=config.momentum)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
     fused = config.strategy != "fsdp"  # which torch's fused SGD does not know

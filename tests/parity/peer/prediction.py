@@ -41,30 +41,29 @@ def view_samples(
         return model.postprocess_result(model.inference(tensor, [meta]), [sample])
 
 
+TESTS = {
+    "whole": ({"mode": "whole"}, [(1.0, False)]),
+    "slide": ({"mode": "slide", "crop_size": (96, 128), "stride": (64, 80)}, [(1.0, False)]),
+    "augmented": (
+        {"mode": "whole"},
+        [(ratio, flip) for ratio in (0.5, 1.0, 1.75) for flip in (False, True)],
+    ),
+}
+"""The test configuration, and the ratio and flip of each pass."""
+
+
 def run_prediction(args: argparse.Namespace) -> None:
-    """Write label maps and averaged scores of a picture: whole, sliding, and augmented."""
+    """Write a picture's label map and averaged scores."""
     model = load_model(args.checkpoint, args.depth)
     image = load_file(args.image)["image"].numpy()
-    window, stride = (96, 128), (64, 80)
-    tests = {
-        "whole": ({"mode": "whole"}, [(1.0, False)]),
-        "slide": ({"mode": "slide", "crop_size": window, "stride": stride}, [(1.0, False)]),
-        "augmented": (
-            {"mode": "whole"},
-            [(ratio, flip) for ratio in (0.5, 1.0, 1.75) for flip in (False, True)],
-        ),
-    }
-    results = {}
-    for align_corners in (False, True):
-        model.align_corners = model.decode_head.align_corners = align_corners
-        for name, (test_cfg, views) in tests.items():
-            model.test_cfg = ConfigDict(test_cfg)
-            samples = [view_samples(model, image, *view)[0] for view in views]
-            scores = torch.stack([s.seg_logits.data.softmax(0) for s in samples]).mean(0)
-            merged = SegTTAModel.merge_preds(SimpleNamespace(module=model), [samples])[0]
-            results[f"{name}/{align_corners}/scores"] = scores
-            results[f"{name}/{align_corners}/labels"] = merged.pred_sem_seg.data[0]
-    save_file({name: tensor.contiguous() for name, tensor in results.items()}, args.out)
+    test_cfg, views = TESTS[args.test]
+    model.align_corners = model.decode_head.align_corners = args.align_corners
+    model.test_cfg = ConfigDict(test_cfg)
+    samples = [view_samples(model, image, *view)[0] for view in views]
+    scores = torch.stack([s.seg_logits.data.softmax(0) for s in samples]).mean(0)
+    merged = SegTTAModel.merge_preds(SimpleNamespace(module=model), [samples])[0]
+    labels = merged.pred_sem_seg.data[0]
+    save_file({"scores": scores.contiguous(), "labels": labels.contiguous()}, args.out)
 
 
 def run_metric(args: argparse.Namespace) -> None:
@@ -83,7 +82,9 @@ def run_metric(args: argparse.Namespace) -> None:
 
 def add_commands(commands: Any) -> None:
     """Add this module's subcommands."""
-    prediction = commands.add_parser("predict", help="segment a picture in several ways")
+    prediction = commands.add_parser("predict", help="segment a picture")
+    prediction.add_argument("--test", choices=TESTS, default="whole")
+    prediction.add_argument("--align-corners", action="store_true")
     prediction.add_argument("--depth", type=int, choices=[50, 101], default=50)
     prediction.add_argument("--checkpoint", type=Path, required=True)
     prediction.add_argument("--image", type=Path, required=True, help="one tensor 'image', [H,W,3]")

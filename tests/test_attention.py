@@ -491,3 +491,18 @@ def test_channel_attention_of_channels_last_features_is_channels_last() -> None:
     result = channel_attention(last)
     torch.testing.assert_close(result, channel_attention(features.flatten(2)))
     assert result.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("intel", "avx2", "rows"), [(True, False, 2048), (False, True, 2048), (False, False, 512)]
+)
+def test_blocks_are_smaller_where_the_last_cache_is_slow(
+    intel: bool, avx2: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "is_intel", lambda: intel)
+    monkeypatch.setattr(blocks, "has_avx2_alone", lambda: avx2)
+    cpu = torch.device("cpu")
+    assert blocks.block_shape(1024, cpu).rows == rows
+    long = blocks.block_shape(10_000, cpu)
+    assert long.columns == (1024 if rows == 2048 else 10_240)
+    assert blocks.block_shape(10_000, torch.device("meta")).rows >= 2048

@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_no_half_report(model: Path, tmp_path: Path) -> None:
     names = "\n".join(dataset_spec("scenes").classes)
     (pictures / "classes.txt").write_text(names)
     arguments = ("evaluate", model, "--data", "folder", "--root", pictures, "--report", report)
-    status, said, left = on_disk(tmp_path / "disk", "size=100k", *arguments)
+    status, said, left = on_disk(tmp_path / "disk", "size=8k", *arguments)
     assert status == 2
     assert "Traceback" not in said
     assert "report.html: cannot be written (No space left on device)" in said

@@ -76,8 +76,8 @@ def train_on_two_hosts(out: Path, kill_after: int, *settings: str) -> list[dict[
 def test_two_hosts_take_the_steps_of_one_and_outlive_a_lost_process(
     tmp_path: Path,
 ) -> None:
-    settings = ("train.steps=16", "train.checkpoint_every=4")
-    found = train_on_two_hosts(tmp_path / "two", 8, *settings)
+    settings = ("train.steps=12", "train.checkpoint_every=4")
+    found = train_on_two_hosts(tmp_path / "two", 6, *settings)
     alone = train(tmp_path / "one", 1, *settings)
     losses, expected = ([row["loss"] for row in rows if "loss" in row] for rows in (found, alone))
     np.testing.assert_allclose(losses, expected, rtol=5e-3)

@@ -25,7 +25,7 @@ SETTINGS = (
     *TINY_RUN,
     "data.train_images=16",
     "train.batch_size=8",
-    "train.steps=25",
+    "train.steps=12",
     "train.optimizer=sgd",
     "train.precision=fp32",
     "train.lr=0.002",
@@ -76,7 +76,7 @@ def test_shares_are_a_partition() -> None:
 def test_a_global_batch_is_the_same_run_on_any_number_of_processes(tmp_path: Path) -> None:
     rows = {count: train(tmp_path / f"run{count}", count) for count in (1, 2, 4)}
     losses = {count: [r["loss"] for r in found if "loss" in r] for count, found in rows.items()}
-    assert len(losses[1]) == 25
+    assert len(losses[1]) == 12
     for count in (2, 4):
         np.testing.assert_allclose(losses[count][:5], losses[1][:5], rtol=1e-4)
         np.testing.assert_allclose(losses[count], losses[1], rtol=2e-2)
@@ -185,7 +185,7 @@ def test_a_rank_that_dies_ends_the_others_and_a_restart_goes_on(
     restarts: int, tmp_path: Path
 ) -> None:
     out, alone = tmp_path / "run", tmp_path / "alone"
-    settings = ("train.steps=40", "train.checkpoint_every=5")
+    settings = ("train.steps=24", "train.checkpoint_every=5")
     command = torchrun(tmp_path, 2, *training(out, *settings), restarts=restarts)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = out / "metrics.jsonl"

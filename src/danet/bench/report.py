@@ -19,7 +19,7 @@ from danet.bench.cost import (
 )
 from danet.bench.measure import Form, measure
 from danet.bench.workload import Workload
-from danet.kernels.cpu import has_amx
+from danet.kernels.cpu import has_amx, has_avx2_alone
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -185,9 +185,7 @@ def hardware(device: str) -> str:
     # A virtual machine hides AMD's model names, and the family tells the generation.
     if facts.get("vendor_id") == "AuthenticAMD":
         name += f" (family {facts['cpu family']})"
-    # It is AVX-512 unless something else is said.
-    units = {"AVX2": " with AVX2"}.get(torch.backends.cpu.get_cpu_capability(), "")
-    units = " with AMX" if has_amx() else units
+    units = " with AMX" if has_amx() else " with AVX2" if has_avx2_alone() else ""
     # Not everywhere can a process be kept to some of the cores.
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = len(usable(0))

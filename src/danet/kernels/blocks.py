@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from danet.kernels.cpu import is_intel, multiplies_bfloat16_fast
+from danet.kernels.cpu import has_avx2_alone, is_intel, multiplies_bfloat16_fast
 from danet.kernels.memory import ReusedMemory
 from danet.kernels.precision import (
     fast_exact_float32,
@@ -47,12 +47,13 @@ class BlockShape(NamedTuple):
     columns: int
 
 
-# docs/performance.md has the measurements. On AMD every shape that keeps a block within the
-# third-level cache is as fast; on Intel that cache is slow. Devices want larger products.
+# docs/performance.md has the measurements. On AMD with AVX-512 every shape that keeps a block
+# within the third-level cache is as fast; that of Intel, and of AMD before it, is slow. Devices
+# want larger products.
 _CPU_WHOLE_ROWS = BlockShape(512, 10_240)
 _CPU_TILES = BlockShape(1024, 2048)
-_INTEL_WHOLE_ROWS = BlockShape(2048, 2048)
-_INTEL_TILES = BlockShape(2048, 1024)
+_SLOW_CACHE_WHOLE_ROWS = BlockShape(2048, 2048)
+_SLOW_CACHE_TILES = BlockShape(2048, 1024)
 _DEVICE_WHOLE_ROWS = BlockShape(2048, 16_384)
 _DEVICE_TILES = BlockShape(4096, 8192)
 
@@ -61,8 +62,8 @@ def block_shape(row_length: int, device: torch.device) -> BlockShape:
     """Whole rows of scores where they are short enough, else tiles."""
     if device.type != "cpu":
         whole, tiles = _DEVICE_WHOLE_ROWS, _DEVICE_TILES
-    elif is_intel():
-        whole, tiles = _INTEL_WHOLE_ROWS, _INTEL_TILES
+    elif is_intel() or has_avx2_alone():
+        whole, tiles = _SLOW_CACHE_WHOLE_ROWS, _SLOW_CACHE_TILES
     else:
         whole, tiles = _CPU_WHOLE_ROWS, _CPU_TILES
     return whole if row_length <= whole.columns else tiles

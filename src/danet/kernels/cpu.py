@@ -12,6 +12,11 @@ def has_amx() -> bool:
     return _has("amx_tile")
 
 
+def has_avx2_alone() -> bool:
+    """Whether this is an x86 CPU that torch takes to have AVX2 but not AVX-512."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def onednn_keeps_float32() -> bool:
     """Whether oneDNN multiplies float32 exactly even where it may round to bfloat16.
 

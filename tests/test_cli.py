@@ -83,7 +83,7 @@ def test_output_that_cannot_be_written_is_told() -> None:
             check=False,
         )
     assert result.returncode == 2
-    assert result.stderr.startswith("error: standard output: No space left")
+    assert result.stderr.startswith("error: standard output or a temporary file: No space left")
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -70,7 +70,7 @@ def main() -> None:
 
         if not is_out_of_memory(error):
             raise
-        advice = "let this process have more, or use smaller pictures or --precision bf16"
+        advice = "let this process have more, or use smaller pictures"
         _fail(OutOfMemory(f"out of memory ({first_line(error)}); {advice}"), 1)
     except OSError as error:
         if error.filename is not None:
@@ -81,7 +81,8 @@ def main() -> None:
         # Nothing is left to be flushed to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.ENOSPC:
-            _fail(UserError(f"standard output: {error.strerror}; {_REMEDIES[errno.ENOSPC]}"), 2)
+            place = "standard output or a temporary file"  # which, the system does not say
+            _fail(UserError(f"{place}: {error.strerror}; {_REMEDIES[errno.ENOSPC]}"), 2)
         sys.exit(1)  # who read the output, such as head, has seen enough
 
 

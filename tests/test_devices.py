@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+import danet
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
 from danet.errors import UserError
 from danet.kernels import cpu
+from networks import tiny_danet
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,6 @@ def test_bfloat16_is_chosen_only_where_it_is_faster(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(cpu, "is_intel", cpu.is_intel.__wrapped__)
-    monkeypatch.setattr("danet.devices.onednn_has_bfloat16", lambda: True)
     assert uses_bfloat16("auto", torch.device("cpu")) == fast
     assert uses_bfloat16("bf16", torch.device("cpu"))
     assert not uses_bfloat16("fp32", torch.device("cpu"))
@@ -34,10 +35,11 @@ def test_bfloat16_without_onednns_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, supported: bool
 ) -> None:
     monkeypatch.setattr("danet.devices.onednn_has_bfloat16", lambda: supported)
+    model = tiny_danet()
     for precision in ("auto", "fp32"):
-        uses_bfloat16(precision, torch.device("cpu"))
+        danet.Predictor(model, "cpu", precision)
     assert not recwarn
-    assert uses_bfloat16("bf16", torch.device("cpu"))
+    danet.Predictor(model, "cpu", "bf16")
     said = [str(warning.message) for warning in recwarn]
     assert ["use precision auto" in line for line in said] == [True] * (not supported)
 

@@ -61,12 +61,6 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     """
     if precision not in get_args(Precision):
         raise UserError(f"precision {precision}: use auto, fp32 or bf16")
-    if precision == "bf16" and device.type == "cpu" and not onednn_has_bfloat16():
-        warnings.warn(
-            "bfloat16 takes hundreds of times as long as float32 on this CPU; use precision auto",
-            RuntimeWarning,
-            stacklevel=2,
-        )
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -75,6 +69,16 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
         has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         return has_onednn and multiplies_bfloat16_fast()
     return False
+
+
+def warn_of_slow_bfloat16(device: torch.device) -> None:
+    """To be called where PyTorch will compute in bfloat16."""
+    if device.type == "cpu" and not onednn_has_bfloat16():
+        warnings.warn(
+            "bfloat16 takes hundreds of times as long as float32 on this CPU; use precision auto",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 from danet.atomic import replacing
 from danet.config import TestConfig
 from danet.data.images import open_image, to_rgb
-from danet.devices import autocast, choose_device, uses_bfloat16
+from danet.devices import autocast, choose_device, uses_bfloat16, warn_of_slow_bfloat16
 from danet.errors import UserError
 from danet.evaluation.inference import predict_probabilities, views
 from danet.evaluation.strips import most_likely_classes
@@ -140,9 +140,12 @@ class Predictor:
             )
         self.device = choose_device(device)
         self.precision = precision
+        bfloat16 = uses_bfloat16(precision, self.device)
+        if bfloat16:
+            warn_of_slow_bfloat16(self.device)
         self.model = optimize_for_inference(
             network.float().to(self.device),
-            bfloat16=uses_bfloat16(precision, self.device),
+            bfloat16=bfloat16,
             compile_graph=compile_graph,
         )
         require_finite_weights(self.model)

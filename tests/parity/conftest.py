@@ -56,4 +56,3 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str
             return output.read_text()
 
         yield run
-        server.stdin.close()

@@ -52,7 +52,12 @@ def bench(
     from danet.bench import report
     from danet.bench.workload import Workload
     from danet.config import load_recipe
-    from danet.devices import choose_device, memory_limit, uses_bfloat16
+    from danet.devices import (
+        choose_device,
+        memory_limit,
+        uses_bfloat16,
+        warn_of_slow_bfloat16,
+    )
 
     how = {"peer": peer, "rounds": rounds, "repeats": repeats}
     given = [f"--{name}" for name, value in {**how, "compile": compile_graph}.items() if value]
@@ -82,6 +87,8 @@ def bench(
         report.print_limits(limits, limit, str(chosen))
         found: dict[str, Any] = report.limits_as_json(limits, limit, str(chosen))
     else:
+        if bfloat16:
+            warn_of_slow_bfloat16(chosen)
         forms = report.forms_to_measure(bfloat16=bfloat16, compile_graph=compile_graph, peer=peer)
         results = []
         for workload in workloads:

@@ -16,7 +16,12 @@ from danet.atomic import replacing
 from danet.config import RunConfig, differing_keys, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, training_batches, training_samples
-from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
+from danet.devices import (
+    choose_device,
+    is_out_of_memory,
+    uses_bfloat16,
+    warn_of_slow_bfloat16,
+)
 from danet.errors import (
     LogitsNotFinite,
     OutOfMemory,
@@ -100,6 +105,8 @@ class _Trainer:
         self.stop = stop
         device = choose_device(config.train.device)
         self.bfloat16 = uses_bfloat16(config.train.precision, device)
+        if self.bfloat16:
+            warn_of_slow_bfloat16(device)
         self.fabric = launch(config.train, device, bfloat16=self.bfloat16)
         self._check_batch_size()
         # Another process may still be training here. A new run is locked later, because what is

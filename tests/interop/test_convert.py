@@ -276,3 +276,15 @@ def test_a_run_is_not_written_into(tmp_path: Path) -> None:
     assert isinstance(done.exception, UserError)
     assert "holds a run" in str(done.exception)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+
+
+def test_classes_can_be_those_of_a_folder(tmp_path: Path) -> None:
+    path = saved(tmp_path, authors_state(build()))
+    names = [f"thing {index}" for index in range(dataset_spec("camvid").num_classes)]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    command = ["convert", str(path), "--out", str(tmp_path / "model"), "--root", str(tmp_path)]
+    refused = CliRunner().invoke(app, command)
+    assert str(refused.exception).startswith("--root goes with --data")
+    done = CliRunner().invoke(app, [*command, "--data", "folder"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert list(danet.DANet.from_pretrained(tmp_path / "model").metadata.classes) == names

@@ -49,6 +49,9 @@ def convert(
     data: Annotated[
         str | None, typer.Option(help="The dataset whose classes it has, if it names none.")
     ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="With --data folder: where its classes.txt lies.")
+    ] = None,
 ) -> None:
     """Turn another code base's checkpoint into a model folder."""
     from danet.atomic import require_writable
@@ -56,11 +59,13 @@ def convert(
     from danet.interop.convert import convert as convert_checkpoint
     from danet.model_folder import RECIPE_FILE, Metadata
 
+    if root is not None and data is None:
+        raise UserError("--root goes with --data folder, whose classes it holds")
     if (out / RECIPE_FILE).exists():
         raise UserError(
             f"--out {out}: holds a run, whose model would be hidden; choose another folder"
         )
-    model = convert_checkpoint(checkpoint, None if data is None else dataset_spec(data))
+    model = convert_checkpoint(checkpoint, None if data is None else dataset_spec(data, root))
     require_writable(out)
     model.save_pretrained(out)
     names = model.metadata.classes

@@ -127,24 +127,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's own folder: three scenes each for training and validation."""
-    root = tmp_path_factory.mktemp("dataset")
-    (root / "classes.txt").write_text("\n".join(danet.data.dataset_spec("scenes").classes))
-    for split in ("train", "val"):
-        scenes = danet.data.open_dataset("scenes", split=split)
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for index in range(3):
-            scene = scenes[index]
-            size = (96, 72)
-            scene.image.resize(size).save(root / f"images/{split}/{index}.jpg")
-            label = Image.fromarray(scene.label).resize(size, Image.Resampling.NEAREST)
-            label.save(root / f"labels/{split}/{index}.png")
-    return root
-
-
 def test_train_evaluate_predict_on_a_users_own_folder(
     dataset: Path, tmp_path: Path, run: Command
 ) -> None:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from danet.data import dataset_spec
-from danet.data.scenes import render
 from namespaces import ISOLATED, needs_namespaces
 from networks import TINY_RUN, tiny_danet
 
@@ -89,16 +87,9 @@ def test_a_full_disk_ends_prediction_and_leaves_whole_masks(
     assert ".tmp" not in left
 
 
-def test_a_full_disk_leaves_no_half_report(model: Path, tmp_path: Path) -> None:
-    pictures, report = tmp_path / "pictures", tmp_path / "disk" / "report.html"
-    for name in ("images", "labels"):
-        (pictures / name / "val").mkdir(parents=True)
-    image, label = render(0, 0)
-    image.save(pictures / "images/val/a.png")
-    Image.fromarray(label).save(pictures / "labels/val/a.png")
-    names = "\n".join(dataset_spec("scenes").classes)
-    (pictures / "classes.txt").write_text(names)
-    arguments = ("evaluate", model, "--data", "folder", "--root", pictures, "--report", report)
+def test_a_full_disk_leaves_no_half_report(model: Path, dataset: Path, tmp_path: Path) -> None:
+    report = tmp_path / "disk" / "report.html"
+    arguments = ("evaluate", model, "--data", "folder", "--root", dataset, "--report", report)
     status, said, left = on_disk(tmp_path / "disk", "size=8k", *arguments)
     assert status == 2
     assert "Traceback" not in said

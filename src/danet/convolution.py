@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
 
-from danet.kernels.cpu import onednn_has_bfloat16
+from danet.kernels.cpu import has_onednn, onednn_has_bfloat16
 
 
 def can_rectify(convolution: nn.Module, dtype: torch.dtype) -> bool:
     """Whether oneDNN computes this convolution and its ReLU in one pass here, in a dtype."""
     return (
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        has_onednn()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         and (dtype == torch.float32 or onednn_has_bfloat16())
         and type(convolution) is nn.Conv2d

@@ -10,7 +10,7 @@ import torch
 
 from danet.choices import Precision
 from danet.errors import UserError
-from danet.kernels.cpu import multiplies_bfloat16_fast, onednn_has_bfloat16
+from danet.kernels.cpu import has_onednn, multiplies_bfloat16_fast, onednn_has_bfloat16
 
 try:
     import resource
@@ -66,8 +66,7 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        return has_onednn and multiplies_bfloat16_fast()
+        return has_onednn() and multiplies_bfloat16_fast()
     return False
 
 

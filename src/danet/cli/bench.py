@@ -52,12 +52,7 @@ def bench(
     from danet.bench import report
     from danet.bench.workload import Workload
     from danet.config import load_recipe
-    from danet.devices import (
-        choose_device,
-        memory_limit,
-        uses_bfloat16,
-        warn_of_slow_bfloat16,
-    )
+    from danet.devices import choose_device, memory_limit, uses_bfloat16, warn_of_slow_bfloat16
 
     how = {"peer": peer, "rounds": rounds, "repeats": repeats}
     given = [f"--{name}" for name, value in {**how, "compile": compile_graph}.items() if value]

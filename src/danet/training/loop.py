@@ -16,12 +16,7 @@ from danet.atomic import replacing
 from danet.config import RunConfig, differing_keys, load_recipe
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, training_batches, training_samples
-from danet.devices import (
-    choose_device,
-    is_out_of_memory,
-    uses_bfloat16,
-    warn_of_slow_bfloat16,
-)
+from danet.devices import choose_device, is_out_of_memory, uses_bfloat16, warn_of_slow_bfloat16
 from danet.errors import (
     LogitsNotFinite,
     OutOfMemory,

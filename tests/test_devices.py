@@ -34,7 +34,8 @@ def test_bfloat16_is_chosen_only_where_it_is_faster(
 def test_bfloat16_without_onednns_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, supported: bool
 ) -> None:
-    monkeypatch.setattr("danet.devices.onednn_has_bfloat16", lambda: supported)
+    for name in ("onednn_has_bfloat16", "multiplies_bfloat16_fast"):
+        monkeypatch.setattr(f"danet.devices.{name}", lambda: supported)
     model = tiny_danet()
     for precision in ("auto", "fp32"):
         danet.Predictor(model, "cpu", precision)

@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PEER := .parity-venv
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
 RUN := runs/demo
+ANNOUNCEMENT := "Installing PyTorch and what else danet needs into $(VENV): several GB, a few minutes."
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test setup check test-slow parity docs test-all bench serve ablation audit sbom \
@@ -91,16 +92,17 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "Installing PyTorch and what else danet needs into $(VENV): several GB, a few minutes."
+	@echo $(ANNOUNCEMENT)
 	$(INSTALL) --quiet --no-compile --editable .
 	@touch $@
 
 # Tests start many processes, which may not be allowed to keep the bytecode that they compile.
 # Some packages hold files that are not this Python's, on which compileall fails.
-$(VENV)/development: $(VENV)/runtime
-	$(INSTALL) --quiet --editable ".[dev]"
+$(VENV)/development: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo $(ANNOUNCEMENT)
+	$(INSTALL) --quiet --no-compile --editable ".[dev]"
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
-	@touch $@
+	@touch $(VENV)/runtime $@
 
 # The peer has its own packages and reads the project's torch, torchvision and numpy.
 $(PEER)/ready: tests/parity/requirements.txt $(VENV)/runtime

@@ -91,6 +91,9 @@ def test_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read as text"):
         load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text('extends: "a\\0b"\n')
+    with pytest.raises(UserError, match=r"cannot be read as text .*null byte"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 def test_the_published_protocols() -> None:

@@ -98,6 +98,7 @@ def test_predict_takes_a_file_for_the_model(files: Path, tmp_path: Path) -> None
             b'<?xml version="1.0"?><net name="m" version="11"><layers>',
             "cannot be opened",
         ),
+        ("alone.xml", b"<net>", "its weights are missing; put alone.bin beside it"),
         ("program.pt2", b"PK", "give the model folder"),
     ],
 )
@@ -106,6 +107,7 @@ def test_other_files_are_refused(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "cut.bin").touch()
     with pytest.raises(UserError, match=problem) as error:
         ExportedPredictor(tmp_path / name)
     assert "\n" not in str(error.value)

@@ -349,7 +349,7 @@ def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
             close = difflib.get_close_matches(recipe, recipe_names(), n=1)
             hint = f"did you mean {close[0]}?" if close else "see danet recipes"
             raise UserError(f"recipe {recipe}: no such recipe or file; {hint}") from error
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # no UTF-8, or a name that no file can have
             raise UserError(f"recipe {recipe}: cannot be read as text ({error})") from error
         folder = path.parent
     if where in seen:

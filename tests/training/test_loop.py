@@ -501,10 +501,13 @@ class TestInitFrom:
         name = "head.position_branch.reduce.0.weight"
         torch.testing.assert_close(after[name], source.state_dict()[name], rtol=1e-4, atol=1e-6)
 
-    def test_another_network_is_refused(self, tmp_path: Path) -> None:
+    def test_another_network_is_refused(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         source = run(tmp_path / "source", "train.steps=1")
         with pytest.raises(UserError, match="another network"):
             run(tmp_path / "target", f"model.init_from={source.model}", "model.head_channels=8")
+        assert "weights from" not in capsys.readouterr().err
 
 
 def test_an_unfinished_line_of_metrics_is_skipped(tmp_path: Path) -> None:

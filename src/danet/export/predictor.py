@@ -56,6 +56,9 @@ class ExportedPredictor:
         # OpenVINO would try its readers of other formats on anything else.
         if file_format == "openvino" and b"<net" not in self._first_bytes():
             raise UserError(f"{path}: no OpenVINO model")
+        weights = self.path.with_suffix(".bin")
+        if file_format == "openvino" and not weights.is_file():
+            raise UserError(f"{path}: its weights are missing; put {weights.name} beside it")
         if file_format == "onnx" and precision == "bf16":
             raise UserError(
                 f"{path}: ONNX Runtime has no bf16 here; use --precision fp32 or an .xml"

@@ -74,10 +74,8 @@ def _initialize_from(model: DANet, source: Path, say: Callable[[str], None]) -> 
         UserError: the networks differ in more than their classes.
     """
     stored, state = read_folder(locate(source))
-    if stored.metadata.classes == model.metadata.classes:
-        say(f"all weights from {source}")
-    else:
-        say(f"weights from {source}, all but the classifiers, whose classes differ")
+    same_classes = stored.metadata.classes == model.metadata.classes
+    if not same_classes:
         state = {name: tensor for name, tensor in state.items() if "classifier" not in name}
     wanted = model.state_dict()
     unfit = [
@@ -93,6 +91,8 @@ def _initialize_from(model: DANet, source: Path, say: Callable[[str], None]) -> 
             "settings as its config.json"
         )
     model.load_state_dict(state, strict=False)
+    omitted = "" if same_classes else ", all but the classifiers, whose classes differ"
+    say(f"weights from {source}{omitted}")
 
 
 def require_class_weights(config: RunConfig, spec: DatasetSpec) -> None:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from danet import winograd
-from danet.winograd import WinogradConv2d
+from danet.kernels.memory import MemoryPool
+from danet.winograd import TiledConvolution, WinogradConv2d, convolve
 from danet.winograd_transforms import FourByFour, TwoByTwo
 
 
@@ -43,6 +44,72 @@ def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one row of tiles."""
     monkeypatch.setattr(winograd, "_STRIP_ELEMENTS", 1)
     monkeypatch.setattr(winograd, "_LEAST_TILES", 1)
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor]
+
+
+def gradients(features: torch.Tensor, weight: torch.Tensor, dilation: int, way: str) -> Gradients:
+    """Of features and weight, for the same random gradient of the output."""
+    given = (features.detach().requires_grad_(), weight.detach().requires_grad_())
+    if way == "direct":
+        padding = dilation
+        output = nn.functional.conv2d(
+            given[0], given[1].to(features.dtype), None, 1, padding, dilation
+        )
+    else:
+        output = convolve(*given, TiledConvolution(features.dtype, dilation, MemoryPool()))
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    return torch.autograd.grad(output, given, grad)
+
+
+@pytest.mark.usefixtures("either")
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.integers(1, 2), st.integers(1, 13), st.integers(1, 13), st.integers(1, 4))
+def test_its_gradients_are_the_convolutions(
+    batch: int, height: int, width: int, dilation: int
+) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(batch, 5, height, width, dtype=torch.float64)
+    weight = torch.randn(7, 5, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(
+        gradients(features, weight, dilation, "winograd"),
+        gradients(features, weight, dilation, "direct"),
+    )
+
+
+@pytest.mark.parametrize(("batch", "least_tiles"), [(1, 1), (1, 24), (3, 16)])
+@pytest.mark.usefixtures("either", "small_strips")
+def test_strips_and_pieces_change_no_gradient(
+    batch: int, least_tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "_LEAST_TILES", least_tiles)
+    monkeypatch.setattr(winograd, "_GRADIENT_CHANNELS", 2)
+    torch.manual_seed(0)
+    features = torch.randn(batch, 5, 21, 16, dtype=torch.float64)
+    weight = torch.randn(7, 5, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(
+        gradients(features, weight, 1, "winograd"), gradients(features, weight, 1, "direct")
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 4e-6), (torch.bfloat16, 1e-2)], ids=str
+)
+def test_gradients_round_little(dtype: torch.dtype, most: float) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 256, 20, 24).relu().to(dtype)
+    weight = torch.randn(64, 256, 3, 3)
+    exact = gradients(features.double(), weight.double(), 2, "direct")
+    found = gradients(features, weight, 2, "winograd")
+    assert [each.dtype for each in found] == [dtype, torch.float32]
+    for ours, expected in zip(found, exact, strict=True):
+        assert (ours - expected).norm() < most * expected.norm()
 
 
 # Of one row of tiles, of several rows, and of two of three pictures.

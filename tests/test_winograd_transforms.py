@@ -22,6 +22,19 @@ def test_one_way_it_is_the_correlation(transforms: Transforms) -> None:
     torch.testing.assert_close(outputs, torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("transforms", [TwoByTwo(), FourByFour()])
+def test_spreading_is_the_adjoint_of_combining(transforms: Transforms) -> None:
+    """<A^T p, d> = <p, A d>."""
+    torch.manual_seed(0)
+    products = torch.randn(transforms.outputs + 2, dtype=torch.float64)
+    gradients = torch.randn(transforms.outputs, dtype=torch.float64)
+    spread = torch.empty_like(products)
+    transforms.spread(gradients.unbind(), spread)
+    spare = torch.empty(1, dtype=torch.float64)[0]
+    combined = torch.stack(list(transforms.combine(products.clone(), spare)))
+    torch.testing.assert_close(products @ spread, combined @ gradients)
+
+
 def test_the_points_amplify_rounding_less_than_the_usual_ones() -> None:
     """Of independent inputs, taps and rounding errors: the variance of an output's error."""
 

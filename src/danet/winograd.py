@@ -1,4 +1,4 @@
-"""3x3 convolutions with fewer multiplications, for inference on a CPU: Winograd's.
+"""3x3 convolutions with fewer multiplications, on a CPU: Winograd's.
 
 Over all tiles and channels, what `danet.winograd_transforms` does element by element is 16 or 36
 matrix products. In exact arithmetic this is the convolution. float32 takes F(4x4, 3x3) and differs
@@ -10,13 +10,15 @@ A convolution of dilation d is an ordinary one on each of its d x d phases, the 
 d-th row and column. Strips of tile rows, of one phase or several, are transformed at a time: small
 enough for the cache, in memory that is used again.
 
+`WinogradConv2d` is for inference. `convolve` has gradients, which are computed in the same way.
+
 Shapes: B batch, H W C the channels-last input, O output channels; m outputs and n = m + 2 inputs
 of a tile each way; of a strip P phases, R rows and S columns of tiles, T = P B R S tiles.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ _STRIP_ELEMENTS = 12 << 20
 """Transformed inputs and outputs held at a time,"""
 _LEAST_TILES = 128
 """but these at least: the weights of fewer take longer to fetch than to multiply with."""
+_GRADIENT_CHANNELS = 256
+"""Input channels whose filters' gradient is computed at a time."""
 _MIN_CHANNELS = {torch.float32: 256, torch.bfloat16: 512}
 """Below, what is saved does not pay for the transforms."""
 
@@ -58,7 +62,7 @@ class _Strip:
 
     Attributes:
         inputs: P phases B h w C.
-        outputs: P phases B h w O.
+        outputs: P phases B h w O; or their gradients.
         rows: R tile rows.
         columns: S.
     """
@@ -74,26 +78,194 @@ class _Strip:
         return len(self.inputs), self.inputs[0].shape[0], len(self.rows), self.columns
 
 
-class _Workspace(NamedTuple):
-    """Memory for one strip.
+class TiledConvolution:
+    """A 3x3 convolution of stride 1 that keeps the size, and its filters' gradient.
 
-    Attributes:
-        padded: the strip's inputs with what is around them, P B mR+2 mS+2 C.
-        half_way: transformed one way, n P B R mS+2 C.
-        transformed: n n P B R S C.
-        products: n n P B R S O.
-        spare: n+1 P B R S O.
+    Args:
+        dtype: to compute in.
+        dilation: each way.
+        pool: memory for what is transformed.
     """
 
-    padded: Tensor
-    half_way: Tensor
-    transformed: Tensor
-    products: Tensor
-    spare: Tensor
+    def __init__(self, dtype: torch.dtype, dilation: int, pool: MemoryPool) -> None:
+        self.transforms: Transforms = TwoByTwo() if dtype == torch.bfloat16 else FourByFour()
+        self.dtype = dtype
+        self.dilation = dilation
+        self.pool = pool
+
+    def filters(self, weight: Tensor, *, adjoint: bool = False) -> Tensor:
+        """G g G^T of all filters: O C 3 3, float32 or wider -> n*n C O in `dtype`.
+
+        Args:
+            adjoint: those of the convolution that gives the inputs' gradient, n*n O C: it reads the
+                same filters backwards.
+        """
+        both_ways = self._both_ways(weight)
+        taps = weight.permute(2, 3, 0, 1)
+        transformed = (both_ways.flip(1) if adjoint else both_ways) @ taps.reshape(9, -1)
+        filters = transformed.to(self.dtype).view(-1, *taps.shape[2:])
+        return filters if adjoint else filters.mT
+
+    def _both_ways(self, like: Tensor) -> Tensor:
+        """G for all taps of a filter at once: n*n 9."""
+        one_way = like.new_tensor(self.transforms.filters())
+        return torch.kron(one_way, one_way)
+
+    def convolve(
+        self,
+        input_BHWC: Tensor,
+        filters: Tensor,
+        bias: Tensor | None = None,
+        *,
+        rectify: bool = False,
+    ) -> Tensor:
+        """B H W C in `dtype` and what `filters` gave -> B H W O.
+
+        Args:
+            rectify: whether a ReLU follows.
+        """
+        output_BHWO = input_BHWC.new_empty(*input_BHWC.shape[:3], filters.shape[2])
+        with self.pool.borrow(input_BHWC) as memory:
+            for strip in self._strips(input_BHWC, output_BHWO, input_BHWC.shape[3]):
+                inputs = self._transform_inputs(strip, memory)
+                products = self._take(memory, "outputs", strip, filters.shape[2])
+                spare = memory.take("spare", self._side + 1, *products.shape[2:])
+                if isinstance(input_BHWC, FakeTensor):
+                    break  # Only memory is asked for, and later strips need no more.
+                factors = (inputs.flatten(2, -2).flatten(0, 1), filters)
+                with fast_exact_float32(input_BHWC.device):
+                    torch.bmm(*factors, out=products.flatten(2, -2).flatten(0, 1))
+                for down, row in enumerate(self.transforms.combine(products, spare[:-1])):
+                    for right, pixels in enumerate(self.transforms.combine(row, spare[-1])):
+                        self._write(pixels, strip, (down, right), bias, rectify)
+        return output_BHWO
+
+    def filters_gradient(self, input_BHWC: Tensor, grad_BHWO: Tensor) -> Tensor:
+        """That of the weight, O C 3 3 in float32 or wider, from inputs and the outputs' gradient.
+
+        By `_GRADIENT_CHANNELS` at a time, because n*n O C sums would be several times the weight.
+        """
+        channels, out_channels = input_BHWC.shape[3], grad_BHWO.shape[3]
+        exact = torch.promote_types(self.dtype, torch.float32)
+        gradient_9OC = input_BHWC.new_zeros(9, out_channels, channels, dtype=exact)
+        back = self._both_ways(gradient_9OC).T
+        pieces = range(0, channels, _GRADIENT_CHANNELS)
+        with self.pool.borrow(input_BHWC) as memory:
+            for strip in self._strips(input_BHWC, grad_BHWO, min(channels, _GRADIENT_CHANNELS)):
+                gradients = self._spread_gradients(strip, memory).flatten(2, -2).flatten(0, 1)
+                for piece in (slice(start, start + _GRADIENT_CHANNELS) for start in pieces):
+                    some = [phase[..., piece] for phase in strip.inputs]
+                    of_piece = dataclasses.replace(strip, inputs=some)
+                    inputs = self._transform_inputs(of_piece, memory).flatten(2, -2).flatten(0, 1)
+                    sums = memory.take("sums", len(inputs), out_channels, inputs.shape[2])
+                    if isinstance(input_BHWC, FakeTensor):
+                        return _unflattened(gradient_9OC)
+                    with fast_exact_float32(input_BHWC.device):
+                        torch.bmm(gradients.mT, inputs, out=sums)
+                        found = back @ sums.flatten(1).to(exact)
+                    gradient_9OC[..., piece] += found.view(9, *sums.shape[1:])
+        return _unflattened(gradient_9OC)
+
+    @property
+    def _side(self) -> int:
+        """n."""
+        return self.transforms.outputs + 2
+
+    def _strips(self, input_BHWC: Tensor, output_BHWO: Tensor, channels: int) -> list[_Strip]:
+        """Such that so many input channels and all outputs of one are few enough."""
+        batch, *size, out_channels = output_BHWO.shape
+        step = self.transforms.outputs * self.dilation
+        rows, columns = (-(-side // step) for side in size)
+        elements = self._side**2 * (channels + out_channels)
+        tiles = max(_STRIP_ELEMENTS // elements, _LEAST_TILES)
+        pictures = _even_share(batch, tiles // columns)
+        most = tiles // (pictures * columns)
+        together, rows_of_strip = max(1, most // rows), _even_share(rows, most)
+        strips = []
+        shares = -(-batch // pictures)
+        for some in zip(input_BHWC.chunk(shares), output_BHWO.chunk(shares), strict=True):
+            phases = list(zip(*map(self._phases, some), strict=True))
+            for start in range(0, len(phases), together):
+                inputs, outputs = zip(*phases[start : start + together], strict=True)
+                for first in range(0, rows, rows_of_strip):
+                    last = min(first + rows_of_strip, rows)
+                    strips.append(_Strip(inputs, outputs, range(first, last), columns))
+        return strips
+
+    def _phases(self, pixels_BHWX: Tensor) -> Iterator[Tensor]:
+        for top in range(min(self.dilation, pixels_BHWX.shape[1])):
+            for left in range(min(self.dilation, pixels_BHWX.shape[2])):
+                yield pixels_BHWX[:, top :: self.dilation, left :: self.dilation]
+
+    def _take(self, memory: ReusedMemory, name: str, strip: _Strip, channels: int) -> Tensor:
+        """n n P B R S X."""
+        return memory.take(name, self._side, self._side, *strip.tiles, channels)
+
+    def _transform_inputs(self, strip: _Strip, memory: ReusedMemory) -> Tensor:
+        """B^T d B of every tile: n n P B R S C."""
+        transformed = self._take(memory, "inputs", strip, strip.inputs[0].shape[3])
+        self._transform(strip, strip.inputs, 1, self.transforms.inputs, transformed, memory)
+        return transformed
+
+    def _spread_gradients(self, strip: _Strip, memory: ReusedMemory) -> Tensor:
+        """A D A^T of every tile: n n P B R S O."""
+        spread = self._take(memory, "outputs", strip, strip.outputs[0].shape[3])
+        self._transform(strip, strip.outputs, 0, self.transforms.spread, spread, memory)
+        return spread
+
+    def _transform(
+        self,
+        strip: _Strip,
+        phases: Sequence[Tensor],
+        margin: int,
+        one_way: Callable[[Sequence[Tensor], Tensor], None],
+        out: Tensor,
+        memory: ReusedMemory,
+    ) -> None:
+        """Transforms tiles, which reach beyond their outputs by the margin, one way and the other.
+
+        Args:
+            out: n n P B R S X.
+        """
+        step = self.transforms.outputs
+        *tiles, channels = out.shape[2:]
+        height, width = (step * number + 2 * margin for number in tiles[2:])
+        padded = memory.take("padded", *tiles[:2], height, width, channels)
+        half_way = memory.take("half way", self._side, *tiles[:3], width, channels)
+        for phase, target in zip(phases, padded, strict=True):
+            _copy_padded(phase, step * strip.rows.start - margin, -margin, target)
+        offsets = range(step + 2 * margin)
+        last_row, last_column = (length - len(offsets) for length in (height, width))
+        one_way([padded[:, :, i : i + last_row + 1 : step] for i in offsets], half_way)
+        for part, target in zip(half_way, out, strict=True):
+            one_way([part[..., i : i + last_column + 1 : step, :] for i in offsets], target)
+
+    def _write(
+        self,
+        pixels: Tensor,
+        strip: _Strip,
+        offset: tuple[int, int],
+        bias: Tensor | None,
+        rectify: bool,
+    ) -> None:
+        """One pixel of every tile, P B R S O; not beyond the picture."""
+        (down, right), outputs = offset, self.transforms.outputs
+        rows = slice(outputs * strip.rows.start + down, outputs * strip.rows.stop, outputs)
+        for of_phase, phase in zip(pixels, strip.outputs, strict=True):
+            target = phase[:, rows, right::outputs]
+            inside = of_phase[:, : target.shape[1], : target.shape[2]]
+            if bias is None:
+                target.copy_(inside)
+            else:
+                torch.add(inside, bias, out=target)
+            if rectify:
+                target.relu_()
 
 
 class WinogradConv2d(Conv2dStandIn):
     """Computes what a 3x3 convolution of stride 1 that keeps the size does: B C H W -> B O H W.
+
+    It has no gradient.
 
     Args:
         convolution: in float32 or wider.
@@ -111,107 +283,54 @@ class WinogradConv2d(Conv2dStandIn):
         pool: MemoryPool | None = None,
     ) -> None:
         super().__init__(convolution)
-        self.transforms: Transforms = TwoByTwo() if dtype == torch.bfloat16 else FourByFour()
-        filters = convolution.weight.new_tensor(self.transforms.filters())
-        weight = convolution.weight.detach().permute(2, 3, 1, 0)
-        # G g G^T of all filters at once.
-        transformed = (torch.kron(filters, filters) @ weight.flatten(0, 1).flatten(1)).to(dtype)
-        self.weight = nn.Parameter(transformed.view(-1, *weight.shape[2:]), requires_grad=False)
+        dtype = dtype or convolution.weight.dtype
+        self.tiled = TiledConvolution(dtype, convolution.dilation[0], pool or MemoryPool())
+        filters = self.tiled.filters(convolution.weight.detach())
+        self.weight = nn.Parameter(filters.contiguous(), requires_grad=False)
         self.bias: nn.Parameter | None = None
         if convolution.bias is not None:
             self.bias = nn.Parameter(convolution.bias.detach().to(dtype), requires_grad=False)
         self.rectify = rectify
-        self.pool = pool or MemoryPool()
 
     def forward(self, features: Tensor) -> Tensor:
         input_BHWC = features.to(self.weight.dtype).permute(0, 2, 3, 1)
-        output_BHWO = input_BHWC.new_empty(*input_BHWC.shape[:3], self.weight.shape[2])
-        strips = self._strips(input_BHWC, output_BHWO)
-        with self.pool.borrow(input_BHWC) as memory:
-            for strip in strips:
-                workspace = self._workspace(strip, memory)
-                if isinstance(features, FakeTensor):
-                    break  # Only memory is asked for, and later strips need no more.
-                self._transform(strip, workspace)
-                factors = (workspace.transformed.flatten(2, -2).flatten(0, 1), self.weight)
-                with fast_exact_float32(features.device):
-                    torch.bmm(*factors, out=workspace.products.flatten(2, -2).flatten(0, 1))
-                self._combine(strip, workspace)
+        output_BHWO = self.tiled.convolve(input_BHWC, self.weight, self.bias, rectify=self.rectify)
         return output_BHWO.permute(0, 3, 1, 2)
 
-    def _strips(self, input_BHWC: Tensor, output_BHWO: Tensor) -> list[_Strip]:
-        batch, *size, channels = input_BHWC.shape
-        step = self.transforms.outputs * self.dilation[0]
-        rows, columns = (-(-side // step) for side in size)
-        products, _, out_channels = self.weight.shape
-        elements = products * (channels + out_channels)
-        tiles = max(_STRIP_ELEMENTS // elements, _LEAST_TILES)
-        pictures = _even_share(batch, tiles // columns)
-        most = tiles // (pictures * columns)
-        together, rows_of_strip = max(1, most // rows), _even_share(rows, most)
-        strips = []
-        shares = -(-batch // pictures)
-        for some in zip(input_BHWC.chunk(shares), output_BHWO.chunk(shares), strict=True):
-            phases = list(zip(*map(self._phases, some), strict=True))
-            for start in range(0, len(phases), together):
-                inputs, outputs = zip(*phases[start : start + together], strict=True)
-                for first in range(0, rows, rows_of_strip):
-                    last = min(first + rows_of_strip, rows)
-                    strips.append(_Strip(inputs, outputs, range(first, last), columns))
-        return strips
 
-    def _phases(self, pixels_BHWX: Tensor) -> Iterator[Tensor]:
-        step = self.dilation[0]
-        for top in range(min(step, pixels_BHWX.shape[1])):
-            for left in range(min(step, pixels_BHWX.shape[2])):
-                yield pixels_BHWX[:, top::step, left::step]
+def convolve(features: Tensor, weight: Tensor, tiled: TiledConvolution) -> Tensor:
+    """B C H W in the dtype of `tiled` and O C 3 3, float32 or wider -> B O H W; differentiable."""
+    output: Tensor = _Convolution.apply(features, weight, tiled)
+    return output
 
-    def _workspace(self, strip: _Strip, memory: ReusedMemory) -> _Workspace:
-        outputs, side = self.transforms.outputs, self.transforms.outputs + 2
-        _, channels, out_channels = self.weight.shape
-        phases, batch, rows, columns = tiles = strip.tiles
-        height, width = outputs * rows + 2, outputs * columns + 2
-        return _Workspace(
-            padded=memory.take("padded", phases, batch, height, width, channels),
-            half_way=memory.take("half way", side, phases, batch, rows, width, channels),
-            transformed=memory.take("inputs", side, side, *tiles, channels),
-            products=memory.take("products", side, side, *tiles, out_channels),
-            spare=memory.take("spare", side + 1, *tiles, out_channels),
-        )
 
-    def _transform(self, strip: _Strip, workspace: _Workspace) -> None:
-        """B^T d B of every tile."""
-        outputs, side = self.transforms.outputs, self.transforms.outputs + 2
-        padded, half_way = workspace.padded, workspace.half_way
-        for phase, target in zip(strip.inputs, padded, strict=True):
-            _copy_padded(phase, outputs * strip.rows.start - 1, target)
-        last_row, last_column = (length - side for length in padded.shape[2:4])
-        slices = [padded[:, :, i : i + last_row + 1 : outputs] for i in range(side)]
-        self.transforms.inputs(slices, half_way)
-        for part, target in zip(half_way, workspace.transformed, strict=True):
-            slices = [part[..., i : i + last_column + 1 : outputs, :] for i in range(side)]
-            self.transforms.inputs(slices, target)
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, tiled: TiledConvolution) -> Tensor:
+        ctx.save_for_backward(features, weight)
+        ctx.tiled = tiled
+        output_BHWO = tiled.convolve(features.permute(0, 2, 3, 1), tiled.filters(weight))
+        return output_BHWO.permute(0, 3, 1, 2)
 
-    def _combine(self, strip: _Strip, workspace: _Workspace) -> None:
-        """A^T m A of every tile, with bias and ReLU."""
-        spare = workspace.spare
-        for down, row in enumerate(self.transforms.combine(workspace.products, spare[:-1])):
-            for right, pixels in enumerate(self.transforms.combine(row, spare[-1])):
-                self._write(pixels, strip, (down, right))
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        features, weight = ctx.saved_tensors
+        tiled: TiledConvolution = ctx.tiled
+        grad_BHWO = grad.permute(0, 2, 3, 1)
+        of_features: Tensor | None = None
+        of_weight: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            filters = tiled.filters(weight, adjoint=True)
+            of_features = tiled.convolve(grad_BHWO, filters).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[1]:
+            of_weight = tiled.filters_gradient(features.permute(0, 2, 3, 1), grad_BHWO)
+        return of_features, of_weight, None
 
-    def _write(self, pixels: Tensor, strip: _Strip, offset: tuple[int, int]) -> None:
-        """One pixel of every tile, P B R S O; not beyond the picture."""
-        (down, right), outputs = offset, self.transforms.outputs
-        rows = slice(outputs * strip.rows.start + down, outputs * strip.rows.stop, outputs)
-        for of_phase, phase in zip(pixels, strip.outputs, strict=True):
-            target = phase[:, rows, right::outputs]
-            inside = of_phase[:, : target.shape[1], : target.shape[2]]
-            if self.bias is None:
-                target.copy_(inside)
-            else:
-                torch.add(inside, self.bias, out=target)
-            if self.rectify:
-                target.relu_()
+
+def _unflattened(taps_9OC: Tensor) -> Tensor:
+    """O C 3 3."""
+    return taps_9OC.view(3, 3, *taps_9OC.shape[1:]).permute(2, 3, 0, 1)
 
 
 def _even_share(number: int, most: int) -> int:
@@ -220,17 +339,18 @@ def _even_share(number: int, most: int) -> int:
     return -(-number // shares)
 
 
-def _copy_padded(picture: Tensor, top: int, target: Tensor) -> None:
-    """Fills the target with the picture's rows from `top` and columns from -1, and zeros beyond.
+def _copy_padded(picture: Tensor, top: int, left: int, target: Tensor) -> None:
+    """Fills the target with the picture from this row and column on, and zeros beyond it.
 
     Args:
         picture, target: B rows columns C.
+        left: not positive.
     """
     height, width = picture.shape[1:3]
     above = max(-top, 0)
     below = max(min(height - top, target.shape[1]), above)
     target[:, :above] = 0
     target[:, below:] = 0
-    target[:, above:below, 0] = 0
-    target[:, above:below, 1 + width :] = 0
-    target[:, above:below, 1 : 1 + width] = picture[:, top + above : top + below]
+    target[:, above:below, :-left] = 0
+    target[:, above:below, width - left :] = 0
+    target[:, above:below, -left : width - left] = picture[:, top + above : top + below]

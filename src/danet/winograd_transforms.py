@@ -6,6 +6,10 @@ For each tile d of (m + 2) x (m + 2) inputs, m apart, and each 3 x 3 filter g, t
 
 where * multiplies element by element. A, B and G evaluate polynomials at m + 1 points and at
 infinity. A transform goes one way and then the other; here is what it does in one of them.
+
+Y is linear in g, so of the gradient D of Y over all tiles the filter's is
+
+    G^T [ sum of (A D A^T) * (B^T d B) ] G
 """
 
 from collections.abc import Sequence
@@ -16,7 +20,7 @@ from torch import Tensor
 
 
 class Transforms(Protocol):
-    """G, B^T and A^T for tiles of `outputs` pixels a side."""
+    """G, B^T, A^T and A for tiles of `outputs` pixels a side."""
 
     outputs: int
 
@@ -28,6 +32,9 @@ class Transforms(Protocol):
 
     def combine(self, products: Tensor, spare: Tensor) -> Sequence[Tensor]:
         """A^T: m + 2 ... -> m slices of ..., in the memory of the products and the spare one."""
+
+    def spread(self, slices: Sequence[Tensor], out: Tensor) -> None:
+        """A: m slices of ... -> m + 2 ..."""
 
 
 class TwoByTwo:
@@ -48,6 +55,13 @@ class TwoByTwo:
         zero, one, minus_one, infinity = products
         torch.sub(one, minus_one, out=spare).sub_(infinity)
         return zero.add_(one).add_(minus_one), spare
+
+    def spread(self, slices: Sequence[Tensor], out: Tensor) -> None:
+        first, second = slices
+        out[0].copy_(first)
+        torch.add(first, second, out=out[1])
+        torch.sub(first, second, out=out[2])
+        torch.neg(second, out=out[3])
 
 
 class FourByFour:
@@ -100,3 +114,17 @@ class FourByFour:
         first = odd_near.add_(odd_far)
         second = far.mul_(self.far).add_(near, alpha=self.near)
         return zero, first, second, infinity
+
+    def spread(self, slices: Sequence[Tensor], out: Tensor) -> None:
+        zero, plus_near, minus_near, plus_far, minus_far, infinity = out
+        odd = infinity
+        for plus, minus, point in (
+            (plus_near, minus_near, self.near),
+            (plus_far, minus_far, self.far),
+        ):
+            torch.add(slices[1], slices[3], alpha=point**2, out=odd)
+            torch.mul(slices[0], 1 / point, out=plus).add_(slices[2], alpha=point)
+            torch.sub(plus, odd, out=minus)
+            plus.add_(odd)
+        zero.copy_(slices[0])
+        infinity.copy_(slices[3])

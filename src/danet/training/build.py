@@ -20,6 +20,7 @@ from danet.devices import uses_bfloat16
 from danet.errors import UserError
 from danet.model import DANet
 from danet.model_folder import Metadata, locate, read_folder
+from danet.training.convolution import use_winograd
 from danet.training.muon import Float32Muon
 
 
@@ -146,7 +147,7 @@ def require_enough_values(model: DANet, crop_size: Size) -> None:
 
 
 def prepare_for_training(model: DANet, config: TrainConfig) -> None:
-    """Sets activation checkpointing and compilation, in place.
+    """Sets activation checkpointing, compilation and fast convolutions on a CPU, in place.
 
     To be called when no more copies of the network are made: a copy would share what is set here.
     """
@@ -156,6 +157,8 @@ def prepare_for_training(model: DANet, config: TrainConfig) -> None:
             checkpoint_activations(block)
     if config.compile:
         model.compile_parts()
+    elif next(model.parameters()).device.type == "cpu":
+        use_winograd(model)
 
 
 def checkpoint_activations(block: nn.Module) -> None:

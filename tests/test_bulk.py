@@ -208,6 +208,17 @@ def test_inputs_are_never_written_over(model: Path, photos: Path, tmp_path: Path
     assert masks(photos) == before
 
 
+def test_labels_beside_pictures_are_not_written_over(model: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        picture(0).save(tmp_path / f"{name}.jpg")
+    (tmp_path / "a.png").write_bytes(b"a label")
+    done = predict(model, f"{tmp_path}/*.jpg", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "a.jpg: results would be written over" in done.output
+    assert (tmp_path / "a.png").read_bytes() == b"a label"
+    assert (tmp_path / "b.png").exists()
+
+
 @pytest.mark.parametrize("pattern", ["", "/**/*.png"])
 def test_results_are_no_inputs_of_the_next_run(
     model: Path, photos: Path, tmp_path: Path, pattern: str
@@ -242,6 +253,17 @@ def test_a_name_that_is_too_long_for_its_results(model: Path, photos: Path, tmp_
     assert [line["error"].partition(": ")[2] for line in errors] == [
         "its results' names would be too long; give it a shorter one"
     ]
+
+
+def test_a_picture_too_wide_for_its_overlay(model: Path, photos: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (65_501, 1)).save(photos / "wide.png")
+    done = predict(model, photos, "--out", tmp_path / "out", "--overlay")
+    assert done.exit_code == 2
+    assert "13 of 14" in done.output
+    errors = [line["error"] for line in manifest(tmp_path / "out") if line["status"] == "error"]
+    assert len(errors) == 1
+    assert "wide.png: 65501x1 is too large for a JPEG file" in errors[0]
+    assert len(masks(tmp_path / "out")) == 13
 
 
 def test_a_file_that_vanishes_is_an_error_line(

@@ -216,6 +216,8 @@ LONG = "x" * 300
         (("train", "demo", "--set", "model.backbone=resnet7"), "no 'resnet7'"),
         (("train", "demo", "--set", "model.init_from=/nowhere"), "no such folder"),
         (("evaluate", "/nowhere"), "no such folder"),
+        (("evaluate", __file__), "is a file"),
+        (("predict", "street-small", "", "--out", "/tmp/x"), "an input is empty"),
         (("predict", "/nowhere", __file__, "--out", "/tmp/x"), "no such folder"),
         (("config", "demo", "--set", "train"), "SECTION.KEY=VALUE"),
         (("train", "demo", "--set", f"model.init_from={LONG}"), LONG),
@@ -408,6 +410,11 @@ def test_mistakes_on_the_command_line(
     assert said.startswith("error: ")
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_version(run: Command) -> None:
+    assert run("--version").stdout == f"{danet.__version__}\n"
+    assert danet.__version__[0].isdecimal()
 
 
 def test_without_a_command_the_help_is_shown(run: Command) -> None:

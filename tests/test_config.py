@@ -82,6 +82,23 @@ def test_wrong_files_are_named(text: str, message: str, tmp_path: Path) -> None:
         load_recipe(tmp_path / "loop.yaml")
 
 
+def test_a_base_that_is_not_there_is_told_with_who_extends_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: demo.yaml")
+    with pytest.raises(UserError, match=r"mine\.yaml: extends demo\.yaml: no such recipe or file"):
+        load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("extends: [demo, scenes]")
+    with pytest.raises(UserError, match="extends: must be one name or path"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_numbers_are_decimal_or_say_their_base() -> None:
+    """YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    for text, steps in (("010", 10), ("1_000", 1000), ("0x10", 16)):
+        assert load_recipe("demo", [f"train.steps={text}"]).train.steps == steps
+    with pytest.raises(UserError, match=r"train\.seed"):
+        load_recipe("demo", ["train.seed=1:30"])
+
+
 def test_unknown_recipe_suggests_a_name() -> None:
     with pytest.raises(UserError, match="did you mean demo"):
         load_recipe("demoo")

@@ -4,6 +4,7 @@ Names are imported when they are first used, so that `import danet` is quick.
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in ("config", "data", "export", "functional"):
         return importlib.import_module(f"danet.{name}")
+    if name == "__version__":
+        return importlib.metadata.version("danet")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'danet' has no attribute {name!r}")

@@ -301,9 +301,10 @@ def _written(picture: WorkItem, future: Future[None]) -> Outcome:
     try:
         future.result()
     except UserError as error:
-        reason = error.__cause__
-        if not (isinstance(reason, OSError) and reason.errno == errno.ENAMETOOLONG):
-            raise
-        problem = f"{picture.name}: its results' names would be too long; give it a shorter one"
-        return Outcome(picture, problem, written=False)
+        problem = str(error)
+        if isinstance(error.__cause__, OSError):
+            if error.__cause__.errno != errno.ENAMETOOLONG:
+                raise
+            problem = "its results' names would be too long; give it a shorter one"
+        return Outcome(picture, f"{picture.name}: {problem}", written=False)
     return Outcome(picture, None, written=True)

@@ -348,7 +348,8 @@ def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         except FileNotFoundError as error:
             close = difflib.get_close_matches(recipe, recipe_names(), n=1)
             hint = f"did you mean {close[0]}?" if close else "see danet recipes"
-            raise UserError(f"recipe {recipe}: no such recipe or file; {hint}") from error
+            asked = f"recipe {seen[-1]}: extends {recipe}: " if seen else f"recipe {recipe}: "
+            raise UserError(f"{asked}no such recipe or file; {hint}") from error
         except (OSError, ValueError) as error:  # no UTF-8, or a name that no file can have
             raise UserError(f"recipe {recipe}: cannot be read as text ({error})") from error
         folder = path.parent
@@ -362,7 +363,9 @@ def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     changes: dict[str, Any] = {key: {} if value is None else value for key, value in tree.items()}
     if base is None:
         return changes
-    return _merge(_read(str(base), folder, (*seen, where)), changes)
+    if not isinstance(base, str):
+        raise UserError(f"recipe {where}: extends: must be one name or path, not {base}")
+    return _merge(_read(base, folder, (*seen, where)), changes)
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

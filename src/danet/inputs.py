@@ -85,12 +85,16 @@ def find_inputs(
     Args:
         results: the folder for the results. Its files are skipped when a folder around it is
             searched; files that earlier runs wrote there, by their manifests, are skipped in any
-            search. It is a mistake if an input's results would be written over an input.
+            search. It is a mistake if an input's results would be written over an input, or over
+            a file beside it, such as its label, that no earlier run wrote.
     """
     found: dict[Path, None] = {}
     problems: list[str] = []
     earlier = set() if results is None else earlier_results(results)
     for text in _unlisted(inputs, problems):
+        if not text:
+            problems.append("an input is empty; name a picture, a video, a folder or an archive")
+            continue
         try:
             matches = _matches(text, problems)
         except UserError as error:
@@ -109,7 +113,27 @@ def find_inputs(
                 f"{writer.path}: results would be written over {over}; choose another --out"
             )
         named = [one for one in named if one not in overwriting]
+        beside = {one: place for one in named if (place := _foreign_file(one, results, earlier))}
+        problems += [
+            f"{one.path}: results would be written over {place}, which is not of an earlier run; "
+            "choose another --out"
+            for one, place in beside.items()
+        ]
+        named = [one for one in named if one not in beside]
     return named, problems
+
+
+def _foreign_file(one: Input, results: Path, earlier: set[Path]) -> Path | None:
+    """The file beside a picture that its mask would be written over, if no earlier run wrote it."""
+    place = results.resolve() / mask_name(one.stem)
+    with explaining_lookup(place):
+        is_foreign = (
+            not (one.is_video or one.is_archive)
+            and one.path.resolve().parent == results.resolve()
+            and place.exists()
+            and place not in earlier
+        )
+    return place if is_foreign else None
 
 
 def _named(paths: Sequence[Path]) -> list[Input]:

@@ -81,6 +81,7 @@ def write_folder(
     """
     config = FolderConfig(model=model, metadata=metadata)
     tree = config.model_dump(mode="json", exclude={"model": _NOT_ARCHITECTURE})
+    text = json.dumps(tree, indent=2, ensure_ascii=False).encode() + b"\n"
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if half:
         contiguous = {name: _halved(tensor) for name, tensor in contiguous.items()}
@@ -88,7 +89,7 @@ def write_folder(
         # Not save_file, which makes files that only their owner may read.
         path.write_bytes(save(contiguous, metadata={"format": "pt"}))
     with replacing(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_bytes(text)
 
 
 def _halved(tensor: Tensor) -> Tensor:
@@ -153,6 +154,8 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
             return folder / MODEL_FOLDER
         if folder.is_dir():
             return folder
+        if folder.is_file():
+            raise UserError(f"model {name}: is a file; give the folder of a model or a run")
     shipped = shipped_models()
     if name in shipped:
         return shipped[name]

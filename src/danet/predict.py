@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from danet.atomic import replacing
 from danet.config import TestConfig
-from danet.data.images import open_image, to_rgb
+from danet.data.images import open_image, require_jpeg_size, to_rgb
 from danet.devices import autocast, choose_device, uses_bfloat16, warn_of_slow_bfloat16
 from danet.errors import UserError
 from danet.evaluation.inference import predict_probabilities, views
@@ -257,7 +257,13 @@ def as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Ima
 def write_segmentation(
     segmentation: Segmentation, image: Image.Image | None, folder: Path, stem: str
 ) -> None:
-    """Writes `STEM.png`, ids with the palette, and `STEM_overlay.jpg` where given an image."""
+    """Writes `STEM.png`, ids with the palette, and `STEM_overlay.jpg` where given an image.
+
+    Raises:
+        UserError: one cannot be written, or the picture is too large for a JPEG file.
+    """
+    if image is not None:
+        require_jpeg_size(image)
     with replacing(folder / mask_name(stem)) as path:
         segmentation.mask().save(path, format="PNG")
     if image is not None:

@@ -124,6 +124,16 @@ def test_wrong_questions(client: TestClient, path: str, status: int, message: st
     assert message in answer.text
 
 
+def test_a_picture_too_wide_for_a_jpeg_file(client: TestClient) -> None:
+    wide = Image.new("RGB", (65_501, 1))
+    picture_id = send(client, png(wide))["id"]
+    for path in ("overlay.jpg", "attention.jpg?x=1&y=0"):
+        answer = client.get(f"/api/pictures/{picture_id}/{path}")
+        assert answer.status_code == 400
+        assert "65501x1 is too large for a JPEG file" in answer.text
+    assert client.get(f"/api/pictures/{picture_id}/mask.png").status_code == 200
+
+
 def test_what_is_no_picture_is_refused(client: TestClient) -> None:
     for content in (b"", b"no picture", png(picture())[:200]):
         answer = client.post("/api/segment", files={"image": ("a.png", content)})

@@ -2,13 +2,13 @@
 
 import errno
 import io
-import logging
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import danet
 from danet.cli import bench, data, evaluate, explain, export, predict, recipes, serve, train
 from danet.errors import (
     ExportDiffers,
@@ -37,6 +37,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Scene segmentation with dual attention networks.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(danet.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", is_eager=True, callback=_show_version
+        ),
+    ] = False,
+) -> None:
+    """For all commands."""
+
+
 for command in (
     *(train.train, evaluate.evaluate, predict.predict, explain.explain, serve.serve),
     *(export.export, export.convert, recipes.recipes, recipes.config, bench.bench),
@@ -47,7 +67,7 @@ app.add_typer(data.app, name="data")
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 2."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it sets its logger's level when imported
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal has fewer characters
     try:

@@ -19,6 +19,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 MAX_PIXELS = 150_000_000
 """Larger pictures are refused before decoding (a file of a few KB can expand to many GB)."""
+MAX_JPEG_SIDE = 65_500
+"""Pixels that the library of JPEG files writes at most."""
 _opening = threading.Lock()
 
 
@@ -55,6 +57,19 @@ def open_image(source: Location | str | bytes, max_pixels: int | None = None) ->
         return to_rgb(ImageOps.exif_transpose(image))
     except (ValueError, OSError, SyntaxError, struct.error) as error:
         raise UserError(f"{where}: cannot convert {image.mode} to RGB ({error})") from error
+
+
+def require_jpeg_size(image: Image.Image) -> None:
+    """Checks that a picture can be written as a JPEG file.
+
+    Raises:
+        UserError: it is too wide or too tall.
+    """
+    if max(image.size) > MAX_JPEG_SIDE:
+        raise UserError(
+            f"{image.width}x{image.height} is too large for a JPEG file, whose sides have at most "
+            f"{MAX_JPEG_SIDE} pixels"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

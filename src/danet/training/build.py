@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
+import timm
 import torch
 from timm.optim.muon import Muon
 from torch import Tensor, nn
@@ -65,7 +66,24 @@ def build_model(
             ) from error
     elif architecture.init_from is not None:
         _initialize_from(model, architecture.init_from, say)
+    elif architecture.pretrained_backbone or architecture.backbone_weights is not None:
+        _note_normalization(config, say)
     return model.to(memory_format=torch.channels_last)
+
+
+def _note_normalization(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Says so if timm's weights were trained on pictures of another mean or deviation."""
+    backbone, data = config.model.backbone, config.data
+    known = timm.get_pretrained_cfg(backbone)
+    if known is None:
+        return
+    theirs = [[round(255 * value, 3) for value in values] for values in (known.mean, known.std)]
+    ours = [list(data.mean), list(data.std)]
+    if not torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=0.01):
+        say(
+            f"note: timm's weights of {backbone} were trained with data.mean={theirs[0]} and "
+            f"data.std={theirs[1]}; set these"
+        )
 
 
 def _initialize_from(model: DANet, source: Path, say: Callable[[str], None]) -> None:

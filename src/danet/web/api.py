@@ -126,14 +126,15 @@ def router(sessions: Sessions) -> APIRouter:
         """The classes over the picture."""
         inspection = _find(sessions, picture_id)
         chosen = _answered(lambda: drawings.check_branch(inspection, branch))
-        return _Jpeg(drawings.encode(drawings.overlay(inspection, chosen, opacity), "JPEG"))
+        drawn = drawings.overlay(inspection, chosen, opacity)
+        return _Jpeg(_answered(lambda: drawings.encode(drawn, "JPEG")))
 
     @api.get("/pictures/{picture_id}/attention.jpg", responses=_OF_PICTURE, response_class=_Jpeg)
     def attention(picture_id: str, x: Side, y: Side) -> Response:
         """Where one pixel looks, over the grey picture."""
         inspection = _find(sessions, picture_id)
         drawn = _answered(lambda: drawings.attention(inspection, (x, y)))
-        return _Jpeg(drawings.encode(drawn, "JPEG"))
+        return _Jpeg(_answered(lambda: drawings.encode(drawn, "JPEG")))
 
     @api.get("/pictures/{picture_id}/pixel", responses=_OF_PICTURE)
     def pixel(picture_id: str, x: Side, y: Side) -> PixelFacts:

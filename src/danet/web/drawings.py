@@ -6,6 +6,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 from PIL import Image
 
+from danet.data.images import require_jpeg_size
 from danet.errors import UserError
 from danet.figure import DISAGREEMENT_COLOR, attention_overlay
 from danet.heads import Branch
@@ -72,7 +73,13 @@ def check_branch(inspection: Inspection, name: str) -> Branch:
 
 
 def encode(image: Image.Image, image_format: str) -> bytes:
-    """The bytes of a PNG or JPEG file."""
+    """The bytes of a PNG or JPEG file.
+
+    Raises:
+        UserError: the picture is too large for a JPEG file.
+    """
+    if image_format == "JPEG":
+        require_jpeg_size(image)
     buffer = io.BytesIO()
     image.save(buffer, image_format, quality=90)
     return buffer.getvalue()

@@ -208,12 +208,12 @@ class _Actions:
             for path in paths:
                 try:
                     inspection = self.sessions.inspect(path)
+                    mask = drawings.encode(inspection.segmentation().mask(), "PNG")
+                    overlay = drawings.encode(drawings.overlay(inspection), "JPEG")
                 except UserError as error:
                     rows.append([path.name, str(error).replace(str(path), path.name)])
                     continue
-                mask = drawings.encode(inspection.segmentation().mask(), "PNG")
                 file.writestr(mask_name(stems[path]), mask)
-                overlay = drawings.encode(drawings.overlay(inspection), "JPEG")
                 file.writestr(overlay_name(stems[path]), overlay)
                 largest = drawings.class_shares(inspection)[:3]
                 rows.append([path.name, ", ".join(f"{s.name} {s.share:.0%}" for s in largest)])

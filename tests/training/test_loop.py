@@ -661,6 +661,33 @@ def test_settings_changed_before_the_first_step_become_the_runs(
     assert load_recipe(str(folder.recipe)).train.lr == 0.01
 
 
+@pytest.mark.parametrize("setting", ["model.channel_affinity=paper", "model.output_stride=32"])
+def test_a_run_does_not_go_on_with_another_network(setting: str, tmp_path: Path) -> None:
+    """Whose weights have the same shapes."""
+    folder = run(tmp_path / "run", "train.steps=2")
+    before = folder.recipe.read_bytes()
+    with pytest.raises(UserError, match=r"^model\.\w+: other than .* that network's"):
+        run(tmp_path / "run", "train.steps=2", setting, resume=True)
+    assert folder.recipe.read_bytes() == before
+
+
+def test_scores_of_another_protocol_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("train.validate_every=2", "train.keep=best")
+    found = iter([0.9, 0.2, 0.3])
+    real = loop.scores
+    monkeypatch.setattr(
+        loop, "scores", lambda confusion: real(confusion)._replace(mean_iou=next(found))
+    )
+    folder = run(tmp_path / "run", "train.steps=2", *settings)
+    assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.9}
+    run(tmp_path / "run", "train.steps=2", "test.flip=true", *settings, resume=True)
+    assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.2}
+    run(tmp_path / "run", "train.steps=4", "test.flip=true", *settings, resume=True)
+    assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.3}
+
+
 def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path) -> None:
     folder = run(tmp_path / "run")
     with pytest.raises(UserError, match=r"train\.steps=3, but the run .* has taken 6"):

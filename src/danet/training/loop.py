@@ -43,6 +43,8 @@ from danet.training.state import TrainingState
 from danet.training.step import take_step
 
 _FIRST_WEIGHTS = {"model.init_from", "model.pretrained_backbone", "model.backbone_weights"}
+_SCORED = {"data.name", "data.val_split", "data.mean", "data.std", "train.validate_images"}
+"""With all of section test, the settings whose change makes scores incomparable."""
 """Settings that a resumed run, which goes on from its own weights, does not look at."""
 
 
@@ -170,8 +172,20 @@ class _Trainer:
         self._save_last(step=0)
 
     def _go_on_in_folder(self) -> None:
-        """Makes changed settings the run's, tells them, and drops the metrics of lost steps."""
+        """Makes changed settings the run's, tells them, and drops the metrics of lost steps.
+
+        Raises:
+            UserError: the weights are another network's.
+        """
         changed = differing_keys(load_recipe(self.run.recipe), self.config)
+        self.fabric.barrier()  # all have read it
+        if other := [
+            key for key in changed if key.startswith("model.") and key not in _FIRST_WEIGHTS
+        ]:
+            raise UserError(
+                f"{', '.join(other)}: other than in {self.run.recipe}, and the run's weights are "
+                "that network's; set them as they were, or start a new run with model.init_from"
+            )
         if ignored := [key for key in changed if key in _FIRST_WEIGHTS]:
             self.progress.say(
                 f"note: {', '.join(ignored)}: without effect, for the run goes on from its own "
@@ -182,6 +196,8 @@ class _Trainer:
                 f"note: {', '.join(changed)}: other than in {self.run.recipe}; the remaining "
                 "steps go by the new settings"
             )
+        if any(key in _SCORED or key.startswith("test.") for key in changed):
+            self.state.forget_scores()
         if self.fabric.is_global_zero:
             if changed:
                 self._write_recipe()

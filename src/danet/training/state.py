@@ -79,6 +79,11 @@ class TrainingState:
         self.best = checkpoint["best"]
         self.validated_step = checkpoint["validated_step"]
 
+    def forget_scores(self) -> None:
+        """For validations from now on, which those before do not compare with."""
+        self.best = None
+        self.validated_step = 0
+
     def kept_model(self) -> DANet:
         """The network that will become the run's model, whole in every process."""
         if self.average is not None:

@@ -101,10 +101,10 @@ class TiledConvolution:
                 same filters backwards.
         """
         both_ways = self._both_ways(weight)
-        taps = weight.permute(2, 3, 0, 1)
-        transformed = (both_ways.flip(1) if adjoint else both_ways) @ taps.reshape(9, -1)
-        filters = transformed.to(self.dtype).view(-1, *taps.shape[2:])
-        return filters if adjoint else filters.mT
+        if adjoint:
+            weight, both_ways = weight.transpose(0, 1), both_ways.flip(1)
+        taps = weight.permute(2, 3, 1, 0)
+        return (both_ways @ taps.reshape(9, -1)).to(self.dtype).view(-1, *taps.shape[2:])
 
     def _both_ways(self, like: Tensor) -> Tensor:
         """G for all taps of a filter at once: n*n 9."""
@@ -286,7 +286,7 @@ class WinogradConv2d(Conv2dStandIn):
         dtype = dtype or convolution.weight.dtype
         self.tiled = TiledConvolution(dtype, convolution.dilation[0], pool or MemoryPool())
         filters = self.tiled.filters(convolution.weight.detach())
-        self.weight = nn.Parameter(filters.contiguous(), requires_grad=False)
+        self.weight = nn.Parameter(filters, requires_grad=False)
         self.bias: nn.Parameter | None = None
         if convolution.bias is not None:
             self.bias = nn.Parameter(convolution.bias.detach().to(dtype), requires_grad=False)
@@ -321,8 +321,8 @@ class _Convolution(torch.autograd.Function):
         of_features: Tensor | None = None
         of_weight: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            filters = tiled.filters(weight, adjoint=True)
-            of_features = tiled.convolve(grad_BHWO, filters).permute(0, 3, 1, 2)
+            gradient_BHWC = tiled.convolve(grad_BHWO, tiled.filters(weight, adjoint=True))
+            of_features = gradient_BHWC.permute(0, 3, 1, 2)
         if ctx.needs_input_grad[1]:
             of_weight = tiled.filters_gradient(features.permute(0, 2, 3, 1), grad_BHWO)
         return of_features, of_weight, None

@@ -72,6 +72,21 @@ def test_shares_are_a_partition() -> None:
         assert sorted(position for share in shares for position in share) == list(range(5))
 
 
+@pytest.mark.parametrize(
+    ("rank", "processes"),
+    [("3", None), (None, "4"), ("", "4"), ("one", "4"), ("0", "2.0"), ("-1", "2"), ("2", "2")],
+)
+def test_numbers_of_no_process_are_refused(
+    rank: str | None, processes: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": processes}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="set both as in RANK=0 WORLD_SIZE=2, start with torchrun"):
+        Share.from_environment()
+
+
 @pytest.mark.slow
 def test_a_global_batch_is_the_same_run_on_any_number_of_processes(tmp_path: Path) -> None:
     rows = {count: train(tmp_path / f"run{count}", count) for count in (1, 2, 4)}

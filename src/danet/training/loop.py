@@ -142,6 +142,9 @@ class _Trainer:
             self._start_folder()
         else:
             self.state.restore(checkpoint)
+            # All processes have read it, and the next save would put it in place of the good one.
+            if notes and self.fabric.is_global_zero:
+                run.last.unlink(missing_ok=True)
             self._go_on_in_folder()
         events: Events | None = None
         if self.fabric.is_global_zero:

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from danet.atomic import explaining, replacing
-from danet.errors import UserError, explaining_lookup, first_line
+from danet.errors import UserError, explaining_lookup, first_line, why_not_read
 from danet.jsonl import read_whole_lines
 from danet.model_folder import CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, RECIPE_FILE, WEIGHTS_FILE
 
@@ -135,8 +135,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     # torch's reader and its unpickler raise many types on a damaged file.
     except Exception as error:
-        summary = first_line(error)
-        raise UserError(f"{path}: damaged or no checkpoint ({summary})") from error
+        reason = why_not_read(error)
+        raise UserError(f"{path}: damaged or no checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
         raise UserError(f"{path}: not a checkpoint of danet train")
     return checkpoint

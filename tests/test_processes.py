@@ -120,6 +120,16 @@ def test_checkpointed_activations_in_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_layers_that_get_no_gradient_are_not_waited_for(tmp_path: Path) -> None:
+    settings = ("model.backbone=pit_ti_224", "train.optimizer=adamw", "train.lr_power=1e-9")
+    alone = train(tmp_path / "alone", 1, *settings, "train.steps=4")
+    train(tmp_path / "changed", 1, *settings, "train.steps=2")
+    changed = train(tmp_path / "changed", 2, *settings, "train.steps=4")
+    expected, losses = ([row["loss"] for row in rows if "loss" in row] for rows in (alone, changed))
+    np.testing.assert_allclose(losses, expected, rtol=2e-3)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_and_without_sharded_weights(tmp_path: Path) -> None:
     # AdamW's state has all kinds: averages shaped as the weights, and the step's number.
     settings = ("train.optimizer=adamw", "train.lr_power=1e-9", "train.ema_decay=null")

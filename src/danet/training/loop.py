@@ -28,7 +28,7 @@ from danet.errors import (
 from danet.evaluation.evaluate import evaluate, segment_with
 from danet.evaluation.metrics import Scores, scores
 from danet.progress import ProgressReport
-from danet.training.build import build_model, require_enough_values
+from danet.training.build import build_model, freeze_unreached, require_enough_values
 from danet.training.checkpoint import RunFolder, load_checkpoint, model_weights, save_checkpoint
 from danet.training.events import Events
 from danet.training.launch import (
@@ -130,6 +130,8 @@ class _Trainer:
         model = build_model(config, spec, resumed, self.progress.say)
         if config.train.batch_size == config.train.accumulate:
             require_enough_values(model, data.crop_size)
+        if self.fabric.world_size > 1:
+            freeze_unreached(model, data.crop_size)
         self.state = TrainingState(self.fabric, model, config.train)
         if not begun:
             self._lock(at_end)

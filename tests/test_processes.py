@@ -19,6 +19,7 @@ import forked
 from danet import DANet
 from danet.errors import UserError
 from danet.processes import Share
+from danet.training.checkpoint import load_checkpoint
 from networks import TINY_RUN
 
 SETTINGS = (
@@ -117,6 +118,28 @@ def test_checkpointed_activations_in_two_processes(tmp_path: Path) -> None:
     ]
     losses = [[row["loss"] for row in found if "loss" in row] for found in rows]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_processes_learn_that_one_found_logits_not_finite(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = torchrun(tmp_path, 2, *training(out, "train.steps=6", "train.checkpoint_every=4"))
+    failing = f"""
+import os
+from danet.errors import LogitsNotFinite
+from danet.training import loop
+evaluate = loop.evaluate
+def fail_in_one(*arguments, **options):
+    if os.environ["RANK"] == "1":
+        raise LogitsNotFinite("the network's logits are not finite")
+    return evaluate(*arguments, **options)
+loop.evaluate = fail_in_one
+{SMALL_SCENES}"""
+    (tmp_path / "small_scenes.py").write_text(failing)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 1
+    assert "logits were not finite in the validation after step 6" in done.stderr
+    assert load_checkpoint(out / "checkpoints/last.ckpt")["step"] == 4
 
 
 @pytest.mark.slow

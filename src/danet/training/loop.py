@@ -267,10 +267,14 @@ class _Trainer:
 
     def _stops(self) -> bool:
         """Whether any process was told to stop."""
+        return self._holds_anywhere(self.stop.received is not None)
+
+    def _holds_anywhere(self, condition: bool) -> bool:
+        """Whether something is so in any process; every process must ask."""
         if self.fabric.world_size == 1:
-            return self.stop.received is not None
-        told = torch.tensor(float(self.stop.received is not None), device=self.fabric.device)
-        return bool(reduce_over_processes(self.fabric, told, "max"))
+            return condition
+        found = torch.tensor(float(condition), device=self.fabric.device)
+        return bool(reduce_over_processes(self.fabric, found, "max"))
 
     def _stopped(self, done: int) -> TrainingStopped:
         told_by = self.stop.received or "another process"
@@ -323,6 +327,7 @@ class _Trainer:
             self.progress.advance(f"validating {next(scored) * processes}/{count}", steps=0)
 
         model = self.state.kept_model().eval()
+        diverged: LogitsNotFinite | None = None
         try:
             evaluation = evaluate(
                 segment_with(model, config.test, config.train.precision),
@@ -330,12 +335,8 @@ class _Trainer:
                 indices=range(rank, count, processes),
                 on_picture=on_picture,
             )
-        # The loss is of the weights before the last update, so this may be the first to tell.
         except LogitsNotFinite as error:
-            if self.fabric.is_global_zero:
-                self.run.drop_last()
-            finding = f"the network's logits were not finite in the validation after step {done}"
-            raise TrainingDiverged.after(self.run.last, finding, config.train.lr) from error
+            diverged = error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -343,6 +344,13 @@ class _Trainer:
                 f"training: out of memory in the validation after step {done}, which is saved; set "
                 "test.mode=slide, or lower test.batch_size or test.scale, and go on with --resume"
             ) from error
+        # The loss is of the weights before the last update, so this may be the first to tell. Not
+        # all processes have a picture that shows it.
+        if self._holds_anywhere(diverged is not None):
+            if self.fabric.is_global_zero:
+                self.run.drop_last()
+            finding = f"the network's logits were not finite in the validation after step {done}"
+            raise TrainingDiverged.after(self.run.last, finding, config.train.lr) from diverged
         confusion = evaluation.confusion["fused"].to(self.fabric.device)
         return scores(reduce_over_processes(self.fabric, confusion, "sum"))
 

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 import danet
+from danet.cli.options import own_device
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
-from danet.errors import UserError
+from danet.errors import OutOfMemory, UserError
 from danet.kernels import cpu
+from danet.processes import Share
 from networks import tiny_danet
 
 
@@ -55,6 +57,16 @@ def test_a_device_may_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda:2")
 
 
+def test_each_process_on_a_machine_gets_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    names = ("auto", "cuda", "cuda:1", "cpu")
+    for gpus, expected in ((2, ("cuda:1", "cuda:1", "cuda:1", "cpu")), (0, names)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert tuple(own_device(name, Share(3, 4)) for name in names) == expected
+        assert tuple(own_device(name, Share(0, 1)) for name in names) == names
+
+
 @pytest.mark.parametrize("name", ["cpu:foo", "cpu:", "cpu:-1", "cpu:1", "cpu:0:0"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"device {name}: no such device.*use cpu or cpu:0"):
@@ -83,5 +95,14 @@ def test_onednn_without_room_for_its_code_is_out_of_memory(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     assert is_out_of_memory(RuntimeError("could not create a primitive")) == limited
     assert is_out_of_memory(RuntimeError("can't allocate memory: you tried to allocate 8 bytes"))
+    for told in (
+        "MPS backend out of memory (MPS allocated: 8 GB)",
+        "CUDA error: out of memory",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(told))
+        assert not is_out_of_memory(ValueError(told))
+    assert not is_out_of_memory(OutOfMemory("training: out of memory in the validation"))
     unsupported = "could not create a primitive descriptor for the matmul primitive"
     assert not is_out_of_memory(RuntimeError(unsupported))

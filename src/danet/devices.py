@@ -9,13 +9,19 @@ from typing import get_args
 import torch
 
 from danet.choices import Precision
-from danet.errors import UserError
+from danet.errors import OutOfMemory, UserError
 from danet.kernels.cpu import has_onednn, multiplies_bfloat16_fast, onednn_has_bfloat16
 
 try:
     import resource
 except ModuleNotFoundError:  # Windows, which has no such limits
     resource = None  # type: ignore[assignment]
+
+_OUT_OF_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "bad_alloc"),
+    *("out of memory", "ALLOC_FAILED"),
+)
+"""Parts of messages about memory: the machine's, and a GPU's and its libraries'."""
 
 
 def choose_device(name: str | torch.device) -> torch.device:
@@ -46,11 +52,14 @@ def choose_device(name: str | torch.device) -> torch.device:
     return torch.device(kind, int(index))
 
 
-def local_device() -> str:
-    """The device of one of the processes that torchrun started on this machine: a GPU each."""
-    if torch.cuda.is_available():
+def local_device(name: str) -> str:
+    """The named device for one of the processes that torchrun started on this machine: a GPU each.
+
+    The name stays as it is where there is no GPU, or it is another device's.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    return "auto"
+    return name
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
@@ -81,18 +90,18 @@ def warn_of_slow_bfloat16(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, the machine or a limit on this process had no memory left."""
+    """Whether a GPU, the machine or a limit on this process had no memory left.
+
+    Not of an `OutOfMemory`, whose message says so and what to do.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError) or isinstance(error, OutOfMemory):
         return False
     text = str(error)
     if text == "could not create a primitive":  # oneDNN's code needs room, too
         return _address_space_limit() is not None
-    return any(
-        phrase in text
-        for phrase in ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
-    )
+    return any(phrase in text for phrase in _OUT_OF_MEMORY)
 
 
 def memory_limit(device: torch.device) -> int:

@@ -32,7 +32,7 @@ def own_device(device: str, share: "Share") -> str:
     """The device to compute on; each of several processes on a machine gets its own."""
     from danet.devices import local_device
 
-    return local_device() if device == "auto" and share.processes > 1 else device
+    return local_device(device) if share.processes > 1 else device
 
 
 def open_exported(

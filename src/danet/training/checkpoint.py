@@ -11,7 +11,7 @@ from torch import Tensor
 
 from danet.atomic import explaining, replacing
 from danet.errors import UserError, explaining_lookup, first_line, why_not_read
-from danet.jsonl import read_whole_lines
+from danet.jsonl import read_metrics
 from danet.model_folder import CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, RECIPE_FILE, WEIGHTS_FILE
 
 _KEYS = {"step", "model", "average", "optimizer", "optimizer_name", "best", "validated_step"}
@@ -90,12 +90,7 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """All rows of numbers; a killed process may have left the last one unfinished."""
-        return [
-            row
-            for row in read_whole_lines(self.metrics)
-            if "step" in row and all(isinstance(value, int | float) for value in row.values())
-        ]
+        return read_metrics(self.metrics)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drops what was logged after the checkpoint that the run goes on from."""

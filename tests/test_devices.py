@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 import danet
+from danet import devices
 from danet.cli.options import own_device
-from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
+from danet.devices import choose_device, is_out_of_memory, memory_limit, uses_bfloat16
 from danet.errors import OutOfMemory, UserError
 from danet.kernels import cpu
 from danet.processes import Share
@@ -106,3 +109,44 @@ def test_onednn_without_room_for_its_code_is_out_of_memory(
     assert not is_out_of_memory(OutOfMemory("training: out of memory in the validation"))
     unsupported = "could not create a primitive descriptor for the matmul primitive"
     assert not is_out_of_memory(RuntimeError(unsupported))
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("", {}, []),
+        ("0::/\n", {"memory.max": "max"}, []),
+        ("0::/\n", {"memory.max": "700"}, [700]),
+        (
+            "0::/user.slice/job:1\n",
+            {"user.slice/memory.max": "500", "user.slice/job:1/memory.max": "max"},
+            [500],
+        ),
+        (
+            "5:cpu,cpuacct:/a\n4:hugetlb,memory:/a/b\n",
+            {"memory/a/b/memory.limit_in_bytes": "300", "memory/memory.limit_in_bytes": "900"},
+            [300, 900],
+        ),
+        ("4:memory:/docker/x\n", {"memory/memory.limit_in_bytes": "900"}, [900]),
+        ("0::/../../outside\n", {"memory.max": "700"}, [700]),
+    ],
+)
+def test_limits_of_containers_and_of_groups_around_them(
+    groups: str,
+    files: dict[str, str],
+    expected: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in {"proc/self/cgroup": groups, **texts}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n" * (name in texts))
+    assert devices._container_limits(tmp_path) == expected
+    monkeypatch.setattr(devices, "_container_limits", lambda: expected)
+    if expected:
+        assert memory_limit(torch.device("cpu")) == min(expected)
+
+
+def test_without_groups_nothing_limits_a_container(tmp_path: Path) -> None:
+    assert devices._container_limits(tmp_path) == []

@@ -115,12 +115,28 @@ def memory_limit(device: torch.device) -> int:
     if resource is None:
         return 2**63 - 1
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    container = Path("/sys/fs/cgroup/memory.max")
-    if container.is_file() and (text := container.read_text().strip()).isdecimal():
-        limits.append(int(text))
+    limits += _container_limits()
     if (address_space := _address_space_limit()) is not None:
         limits.append(address_space - _unused_address_space())
     return min(limits)
+
+
+def _container_limits(root: Path = Path("/")) -> list[int]:
+    """The limits of this process's groups (cgroup v1 and v2) and of those around them."""
+    own, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    files = []
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            folder, name = mounted / group.lstrip("/"), "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, name = mounted / "memory" / group.lstrip("/"), "memory.limit_in_bytes"
+        else:
+            continue
+        # In a container the group's own folder may be outside; then only the mounted one is seen.
+        files += [around / name for around in (folder, *folder.parents)]
+    texts = [file.read_text().strip() for file in files if file.is_file()]
+    return [int(text) for text in texts if text.isdecimal()]  # else "max"
 
 
 def _address_space_limit() -> int | None:

@@ -310,6 +310,7 @@ def test_tar_archives_are_read_as_they_are(model: Path, photos: Path, tmp_path: 
     out = tmp_path / "deep" / "er" / "out"
     done = predict(model, archive, "--out", out)
     assert done.exit_code == 0, done.output
+    assert "predict 1  \n" in done.output  # of how many is not known
     assert set(masks(out)) == {
         *(f"shard-000_{index:06}_{index:02}.png" for index in range(3)),
         "shard-000_000004_evil.png",

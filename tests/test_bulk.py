@@ -332,6 +332,7 @@ def test_tar_archives_are_read_as_they_are(model: Path, photos: Path, tmp_path: 
     out = tmp_path / "deep" / "er" / "out"
     done = predict(model, archive, "--out", out)
     assert done.exit_code == 0, done.output
+    assert "predict 1  \n" in done.output  # of how many is not known
     assert set(masks(out)) == {
         *(f"shard-000_{index:06}_{index:02}.png" for index in range(3)),
         "shard-000_000004_evil.png",
@@ -359,6 +360,35 @@ def test_a_damaged_compressed_tar_does_not_stop_the_others(
     assert done.exit_code == 2
     assert "damaged" in done.output
     assert "05.png" in masks(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ({"GNU.sparse.size": "abc"}, "damaged or no tar archive"),
+        ({"size": "9" * 30}, "damaged or no tar archive"),
+        (None, "damaged or no tar archive"),
+        ({"path": "b\0.png"}, "no file can have its name"),
+    ],
+)
+def test_headers_of_nonsense_do_not_stop_the_others(
+    headers: dict[str, str] | None, told: str, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "odd.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(photos / "00.png", "a.png")
+        member = tarfile.TarInfo("b.png")
+        member.pax_headers = headers or {}
+        tar.addfile(member)
+    if headers is None:  # each of them waits for the next, which it belongs to
+        name = tarfile.TarInfo("././@LongLink")
+        name.type = tarfile.GNUTYPE_LONGNAME
+        archive.write_bytes(name.tobuf() * 2000)
+    done = predict(model, archive, photos / "05.png", "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.exception
+    assert told in " ".join(done.output.split())
+    assert "05.png" in masks(tmp_path / "out")
+    assert ("odd_000000_a.png" in masks(tmp_path / "out")) == (headers is not None)
 
 
 def test_a_tar_may_not_ask_for_any_amount_of_memory(model: Path, tmp_path: Path) -> None:

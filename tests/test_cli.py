@@ -17,6 +17,8 @@ from PIL import Image
 import danet
 from danet.bench.workload import Workload
 from danet.cli import main
+from danet.cli.options import note_protocol
+from danet.config import TestConfig
 from danet.model_folder import Metadata
 
 
@@ -439,3 +441,23 @@ def test_public_names_exist() -> None:
         assert getattr(danet, name) is not None
     assert set(danet.__all__) <= set(dir(danet))
     assert not np.any([name.startswith("_") for name in danet.__all__])
+
+
+@pytest.mark.parametrize(
+    ("test", "noted"),
+    [
+        ({}, False),
+        ({"scale": (640, 480)}, False),
+        ({"ratios_of": "image"}, False),
+        ({"ratios_of": "image", "scale": (640, 480)}, True),
+        ({"ratios": (0.5,)}, True),
+        ({"ratios": (0.5, 1.0)}, True),
+        ({"flip": True}, True),
+        ({"mode": "slide"}, True),
+    ],
+)
+def test_pictures_taken_otherwise_than_by_predict_are_noted(
+    test: dict[str, object], noted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note_protocol(TestConfig.model_validate(test))
+    assert ("note: the model is tested" in capsys.readouterr().err) == noted

@@ -1,10 +1,15 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 import danet
-from danet.devices import choose_device, is_out_of_memory, uses_bfloat16
-from danet.errors import UserError
+from danet import devices
+from danet.cli.options import own_device
+from danet.devices import choose_device, is_out_of_memory, memory_limit, uses_bfloat16
+from danet.errors import OutOfMemory, UserError
 from danet.kernels import cpu
+from danet.processes import Share
 from networks import tiny_danet
 
 
@@ -55,6 +60,16 @@ def test_a_device_may_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda:2")
 
 
+def test_each_process_on_a_machine_gets_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    names = ("auto", "cuda", "cuda:1", "cpu")
+    for gpus, expected in ((2, ("cuda:1", "cuda:1", "cuda:1", "cpu")), (0, names)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert tuple(own_device(name, Share(3, 4)) for name in names) == expected
+        assert tuple(own_device(name, Share(0, 1)) for name in names) == names
+
+
 @pytest.mark.parametrize("name", ["cpu:foo", "cpu:", "cpu:-1", "cpu:1", "cpu:0:0"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"device {name}: no such device.*use cpu or cpu:0"):
@@ -83,5 +98,55 @@ def test_onednn_without_room_for_its_code_is_out_of_memory(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     assert is_out_of_memory(RuntimeError("could not create a primitive")) == limited
     assert is_out_of_memory(RuntimeError("can't allocate memory: you tried to allocate 8 bytes"))
+    for told in (
+        "MPS backend out of memory (MPS allocated: 8 GB)",
+        "CUDA error: out of memory",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(told))
+        assert not is_out_of_memory(ValueError(told))
+    assert not is_out_of_memory(OutOfMemory("training: out of memory in the validation"))
     unsupported = "could not create a primitive descriptor for the matmul primitive"
     assert not is_out_of_memory(RuntimeError(unsupported))
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("", {}, []),
+        ("0::/\n", {"memory.max": "max"}, []),
+        ("0::/\n", {"memory.max": "700"}, [700]),
+        (
+            "0::/user.slice/job:1\n",
+            {"user.slice/memory.max": "500", "user.slice/job:1/memory.max": "max"},
+            [500],
+        ),
+        (
+            "5:cpu,cpuacct:/a\n4:hugetlb,memory:/a/b\n",
+            {"memory/a/b/memory.limit_in_bytes": "300", "memory/memory.limit_in_bytes": "900"},
+            [300, 900],
+        ),
+        ("4:memory:/docker/x\n", {"memory/memory.limit_in_bytes": "900"}, [900]),
+        ("0::/../../outside\n", {"memory.max": "700"}, [700]),
+    ],
+)
+def test_limits_of_containers_and_of_groups_around_them(
+    groups: str,
+    files: dict[str, str],
+    expected: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in {"proc/self/cgroup": groups, **texts}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n" * (name in texts))
+    assert devices._container_limits(tmp_path) == expected
+    monkeypatch.setattr(devices, "_container_limits", lambda: expected)
+    if expected:
+        assert memory_limit(torch.device("cpu")) == min(expected)
+
+
+def test_without_groups_nothing_limits_a_container(tmp_path: Path) -> None:
+    assert devices._container_limits(tmp_path) == []

@@ -83,7 +83,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ExportFormat
     def file_of(file_format: ExportFormat) -> Path:
         path = folder / file_format / f"m{SUFFIXES[file_format]}"
         path.parent.mkdir(exist_ok=True)
-        assert export(network(), path, file_format).difference < 1e-4
+        assert export(network(), str(path), file_format).difference < 1e-4
         return path
 
     return file_of

@@ -68,6 +68,9 @@ def test_openvino_computes_in_bfloat16_where_asked_to(model: danet.DANet, files:
         assert difference > 1e-5
     with pytest.raises(UserError, match="ONNX Runtime has no bf16"):
         ExportedPredictor(files / "m.onnx", "bf16")
+    for name in ("m.onnx", "m.xml"):
+        with pytest.raises(UserError, match="precision typo: use auto, fp32 or bf16"):
+            ExportedPredictor(files / name, "typo")
 
 
 def test_predict_takes_a_file_for_the_model(files: Path, tmp_path: Path) -> None:

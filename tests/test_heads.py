@@ -41,10 +41,21 @@ def test_branches_can_be_switched_off(position: bool, channel: bool) -> None:
 
 
 def test_dropout_drops_whole_channels_before_each_classifier() -> None:
-    for classifier in (head().fused_classifier, FCNHead(8, 3).classifier):
-        dropout = classifier[0]
-        assert isinstance(dropout, torch.nn.Dropout2d)
-        assert dropout.p == 0.1
+    network = head()
+    features = torch.rand(500, 16, 3, 2) + 1
+    for classifier in (
+        network.fused_classifier,
+        network.position_classifier,
+        network.channel_classifier,
+        FCNHead(64, 3).classifier,
+    ):
+        classifier[-1] = torch.nn.Identity()
+        factors = (classifier(features) / features).flatten(2)
+        torch.testing.assert_close(factors, factors[..., :1].expand_as(factors))
+        kept = factors[..., 0] > 0
+        torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 1 / 0.9))
+        assert kept.float().mean().item() == pytest.approx(0.9, abs=0.02)
+        assert torch.equal(classifier.eval()(features), features)
 
 
 def test_auxiliary_head_has_a_quarter_of_c3s_width() -> None:

@@ -30,6 +30,8 @@ def test_layers_share_memory_one_after_the_other() -> None:
         assert later is first
         with pool.borrow(torch.empty(0, dtype=torch.bfloat16)) as other:
             assert other.take("rows", 1).dtype == torch.bfloat16
+    with pool.borrow(torch.empty(0, device="meta")) as elsewhere:
+        assert elsewhere.take("rows", 1).is_meta
 
 
 def test_threads_have_their_own() -> None:

@@ -125,6 +125,25 @@ class TestDamagedFolders:
         save_file(state, folder / "model.safetensors")
         self.fails(folder, "do not fit")
 
+    def test_weights_of_less_than_the_config_says(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A small file must not have any amount of memory taken."""
+
+        def without_memory(*sizes: int, **settings: object) -> DualAttentionHead:
+            head = DualAttentionHead(*sizes, **settings)
+            assert all(parameter.is_meta for parameter in head.parameters())
+            return head
+
+        config = json.loads((folder / "config.json").read_text())
+        config["model"]["head_channels"] = 4096
+        (folder / "config.json").write_text(json.dumps(config))
+        state = load_file(folder / "model.safetensors")
+        few = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        save_file(few, folder / "model.safetensors")
+        monkeypatch.setattr("danet.model.DualAttentionHead", without_memory)
+        self.fails(folder, "do not fit")
+
     def test_no_json(self, folder: Path) -> None:
         (folder / "config.json").write_text("{")
         self.fails(folder, "not valid JSON")
@@ -210,6 +229,17 @@ def test_an_argument_out_of_range_is_named_in_one_line(
     with pytest.raises(UserError) as caught:
         danet.DANet(num_classes, "test_resnet", pretrained_backbone=False, **options)
     assert str(caught.value) == message
+
+
+def test_counters_of_batches_may_be_missing(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    few = {n: tensor for n, tensor in state.items() if not n.endswith("num_batches_tracked")}
+    assert len(few) < len(state)
+    save_file(few, tmp_path / "model.safetensors")
+    loaded = danet.DANet.from_pretrained(tmp_path).state_dict()
+    assert not any(tensor.is_meta for tensor in loaded.values())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 def test_half_precision_keeps_what_it_cannot_hold(tmp_path: Path) -> None:

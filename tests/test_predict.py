@@ -1,4 +1,6 @@
+import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +246,18 @@ def test_a_result_is_pickled_without_the_network(predictor: danet.Predictor) -> 
     np.testing.assert_array_equal(again.probabilities, expected)
     assert len(pickle.dumps(found)) < 20_000
     assert found != predictor(noise())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copied_result_still_has_probabilities(
+    copied: Callable[[danet.Segmentation], danet.Segmentation], predictor: danet.Predictor
+) -> None:
+    found = predictor(noise())
+    again = copied(found)
+    assert again.score is found.score
+    assert (again.classes is found.classes) == (copied is copy.copy)
+    np.testing.assert_array_equal(again.probabilities, found.probabilities)
+    assert "probabilities" in vars(copied(found))
 
 
 @pytest.mark.parametrize(

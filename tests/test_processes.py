@@ -19,6 +19,7 @@ import forked
 from danet import DANet
 from danet.errors import UserError
 from danet.processes import Share
+from danet.training.checkpoint import load_checkpoint
 from networks import TINY_RUN
 
 SETTINGS = (
@@ -72,6 +73,21 @@ def test_shares_are_a_partition() -> None:
         assert sorted(position for share in shares for position in share) == list(range(5))
 
 
+@pytest.mark.parametrize(
+    ("rank", "processes"),
+    [("3", None), (None, "4"), ("", "4"), ("one", "4"), ("0", "2.0"), ("-1", "2"), ("2", "2")],
+)
+def test_numbers_of_no_process_are_refused(
+    rank: str | None, processes: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": processes}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="set both as in RANK=0 WORLD_SIZE=2, start with torchrun"):
+        Share.from_environment()
+
+
 @pytest.mark.slow
 def test_a_global_batch_is_the_same_run_on_any_number_of_processes(tmp_path: Path) -> None:
     rows = {count: train(tmp_path / f"run{count}", count) for count in (1, 2, 4)}
@@ -102,6 +118,38 @@ def test_checkpointed_activations_in_two_processes(tmp_path: Path) -> None:
     ]
     losses = [[row["loss"] for row in found if "loss" in row] for found in rows]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_processes_learn_that_one_found_logits_not_finite(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = torchrun(tmp_path, 2, *training(out, "train.steps=6", "train.checkpoint_every=4"))
+    failing = f"""
+import os
+from danet.errors import LogitsNotFinite
+from danet.training import loop
+evaluate = loop.evaluate
+def fail_in_one(*arguments, **options):
+    if os.environ["RANK"] == "1":
+        raise LogitsNotFinite("the network's logits are not finite")
+    return evaluate(*arguments, **options)
+loop.evaluate = fail_in_one
+{SMALL_SCENES}"""
+    (tmp_path / "small_scenes.py").write_text(failing)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 1
+    assert "logits were not finite in the validation after step 6" in done.stderr
+    assert load_checkpoint(out / "checkpoints/last.ckpt")["step"] == 4
+
+
+@pytest.mark.slow
+def test_layers_that_get_no_gradient_are_not_waited_for(tmp_path: Path) -> None:
+    settings = ("model.backbone=pit_ti_224", "train.optimizer=adamw", "train.lr_power=1e-9")
+    alone = train(tmp_path / "alone", 1, *settings, "train.steps=4")
+    train(tmp_path / "changed", 1, *settings, "train.steps=2")
+    changed = train(tmp_path / "changed", 2, *settings, "train.steps=4")
+    expected, losses = ([row["loss"] for row in rows if "loss" in row] for rows in (alone, changed))
+    np.testing.assert_allclose(losses, expected, rtol=2e-3)
 
 
 @pytest.mark.slow

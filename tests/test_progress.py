@@ -44,3 +44,15 @@ def test_more_steps_than_were_announced(
         report.advance()
         report.advance()
     assert lines(capsys) == ["work 1/1  ", "work 2/1  "]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_total_that_nobody_knows(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    with ProgressReport("work", None) as report:
+        report.advance("at 0")
+        report.advance("at 1")
+    assert "left" not in (printed := capsys.readouterr().err)
+    assert ("2/?" in printed) if terminal else (printed.splitlines() == ["work 1  at 0"])

@@ -43,6 +43,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
         {"step": s, "val/mIoU": m, "val/mAcc": 0.8, "val/aAcc": 0.9}
         for s, m in [(5, 0.1), (7, 0.7012)]
     ]
+    rows += [{"step": 8, "val/mIoU": 0.9}, {"val/mIoU": "much", "val/mAcc": 1, "val/aAcc": 1}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script = f"""
         import danet, torch

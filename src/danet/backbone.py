@@ -17,7 +17,7 @@ from timm.models import FeatureInfo, load_state_dict
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from danet.errors import UserError, explaining_lookup, first_line
+from danet.errors import UserError, explaining_lookup, first_line, why_not_read
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -259,7 +259,7 @@ def _pretrained_options(name: str, pretrained: bool, weights: str | Path | None)
     except Exception as error:
         raise UserError(
             f"model.backbone_weights: {weights} is not a checkpoint of plain tensors "
-            f"({first_line(error)})"
+            f"({why_not_read(error)})"
         ) from error
     missing = timm.create_model(name, num_classes=0).state_dict().keys() - state.keys()
     if missing:

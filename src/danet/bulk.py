@@ -35,6 +35,11 @@ DECODED_AHEAD = 16
 """Most decoded pictures that wait for others of their size; half as many again are decoded."""
 _THREADS = 2
 _LONGEST_NAME = 100
+_TAR_DAMAGE = (
+    *(tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError),
+    *(ValueError, OverflowError, RecursionError),
+)
+"""Raised while a damaged tar archive is read: the latter three from headers made up of nonsense."""
 
 
 class WorkItem(NamedTuple):
@@ -209,13 +214,15 @@ def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> 
                 source: bytes | UserError
                 if member.size > MAX_FILE_BYTES:
                     source = UserError(f"unpacks to over {MAX_FILE_BYTES >> 20} MiB; refused")
+                elif "\0" in member.name:
+                    source = UserError("no file can have its name, which holds a zero byte")
                 else:
                     file = archive.extractfile(member)
                     assert file is not None
                     source = file.read()
                 results = picture_results(own, overlay=overlay)
                 yield WorkItem(f"{path}:{member.name}", own, source, origin, results)
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except _TAR_DAMAGE as error:
         problem = UserError(f"{path}: damaged or no tar archive ({error})")
         yield WorkItem(str(path), stem, problem, None, {})
 

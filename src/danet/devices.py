@@ -9,13 +9,19 @@ from typing import get_args
 import torch
 
 from danet.choices import Precision
-from danet.errors import UserError
+from danet.errors import OutOfMemory, UserError
 from danet.kernels.cpu import has_onednn, multiplies_bfloat16_fast, onednn_has_bfloat16
 
 try:
     import resource
 except ModuleNotFoundError:  # Windows, which has no such limits
     resource = None  # type: ignore[assignment]
+
+_OUT_OF_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "bad_alloc"),
+    *("out of memory", "ALLOC_FAILED"),
+)
+"""Parts of messages about memory: the machine's, and a GPU's and its libraries'."""
 
 
 def choose_device(name: str | torch.device) -> torch.device:
@@ -46,11 +52,14 @@ def choose_device(name: str | torch.device) -> torch.device:
     return torch.device(kind, int(index))
 
 
-def local_device() -> str:
-    """The device of one of the processes that torchrun started on this machine: a GPU each."""
-    if torch.cuda.is_available():
+def local_device(name: str) -> str:
+    """The named device for one of the processes that torchrun started on this machine: a GPU each.
+
+    The name stays as it is where there is no GPU, or it is another device's.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    return "auto"
+    return name
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
@@ -81,18 +90,18 @@ def warn_of_slow_bfloat16(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, the machine or a limit on this process had no memory left."""
+    """Whether a GPU, the machine or a limit on this process had no memory left.
+
+    Not of an `OutOfMemory`, whose message says so and what to do.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError) or isinstance(error, OutOfMemory):
         return False
     text = str(error)
     if text == "could not create a primitive":  # oneDNN's code needs room, too
         return _address_space_limit() is not None
-    return any(
-        phrase in text
-        for phrase in ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
-    )
+    return any(phrase in text for phrase in _OUT_OF_MEMORY)
 
 
 def memory_limit(device: torch.device) -> int:
@@ -106,12 +115,28 @@ def memory_limit(device: torch.device) -> int:
     if resource is None:
         return 2**63 - 1
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    container = Path("/sys/fs/cgroup/memory.max")
-    if container.is_file() and (text := container.read_text().strip()).isdecimal():
-        limits.append(int(text))
+    limits += _container_limits()
     if (address_space := _address_space_limit()) is not None:
         limits.append(address_space - _unused_address_space())
     return min(limits)
+
+
+def _container_limits(root: Path = Path("/")) -> list[int]:
+    """The limits of this process's groups (cgroup v1 and v2) and of those around them."""
+    own, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    files = []
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            folder, name = mounted / group.lstrip("/"), "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, name = mounted / "memory" / group.lstrip("/"), "memory.limit_in_bytes"
+        else:
+            continue
+        # In a container the group's own folder may be outside; then only the mounted one is seen.
+        files += [around / name for around in (folder, *folder.parents)]
+    texts = [file.read_text().strip() for file in files if file.is_file()]
+    return [int(text) for text in texts if text.isdecimal()]  # else "max"
 
 
 def _address_space_limit() -> int | None:

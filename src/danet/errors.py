@@ -1,5 +1,6 @@
 """The errors that are the user's to mend; the command prints them as one line."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -73,6 +74,13 @@ def explaining_lookup(path: Path | str) -> AbstractContextManager[None]:
 def first_line(error: Exception) -> str:
     """The first line of another library's error message, or its type where that is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def why_not_read(error: Exception) -> str:
+    """Why torch could not read a file, without its advice to run whatever code the file holds."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "not a torch file of plain values"
+    return first_line(error)
 
 
 def printable(text: str) -> str:

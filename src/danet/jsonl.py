@@ -18,3 +18,12 @@ def read_whole_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(entry, dict):
                 yield entry
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows that a run logged: whole lines of numbers, with a step; none without the file."""
+    return [
+        row
+        for row in read_whole_lines(path)
+        if "step" in row and all(isinstance(value, int | float) for value in row.values())
+    ]

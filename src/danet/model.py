@@ -4,10 +4,11 @@ Shapes: B batch, K classes, H W the image, h w = ceil(H / output stride), ceil(W
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import ValidationError
@@ -179,13 +180,16 @@ class DANet(nn.Module):
         config = stored.model.model_copy(
             update={"pretrained_backbone": False, "backbone_weights": None}
         )
-        _require_widths(folder, config, state)
-        model = cls.from_config(config, stored.metadata)
+        # Nor ask for more memory than its weights take: first a network without any.
+        with torch.device("meta"):
+            empty = cls.from_config(config, stored.metadata)
         try:
-            model.load_state_dict(state)
+            empty.load_state_dict(state, assign=True)
         except RuntimeError as error:
             summary = " ".join(str(error).split())[:300]
             raise UserError(f"{folder}: the weights do not fit its config ({summary})") from error
+        model = cls.from_config(config, stored.metadata)
+        model.load_state_dict(state)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
@@ -232,18 +236,3 @@ class DANet(nn.Module):
                 folder, repo_id, self.config, self.metadata, run=source, license_id=license_id
             )
             return upload(folder, repo_id, private=private, token=token)
-
-
-def _require_widths(folder: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-    """Before the network is built: a config must not ask for more memory than its weights took."""
-    widths = {
-        "head_channels": ("head.fused_classifier.1.weight", 1, config.head_channels),
-        "key_channels": ("head.position_branch.attention.query.weight", 0, config.key_channels),
-    }
-    for key, (name, axis, said) in widths.items():
-        if name in state and (state[name].dim() <= axis or state[name].shape[axis] != said):
-            found = "x".join(map(str, state[name].shape))
-            raise UserError(
-                f"{folder}: the weights do not fit its config ({key} is {said}, but {name} is "
-                f"{found})"
-            )

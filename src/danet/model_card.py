@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from danet.config import ModelConfig, RunConfig, TestConfig, load_recipe
 from danet.errors import UserError
-from danet.jsonl import read_whole_lines
+from danet.jsonl import read_metrics
 from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
 
 PICTURE_FILE = "example.jpg"
@@ -101,13 +101,14 @@ def _usage(name: str) -> str:
 
 def _validation(run: Path) -> dict[str, float]:
     """The validation scores of the weights that the run kept, in percent."""
-    validated = [row for row in read_whole_lines(run / METRICS_FILE) if "val/mIoU" in row]
+    keys = {name: f"val/{name}" for name in ("mIoU", "mAcc", "aAcc")}
+    validated = [row for row in read_metrics(run / METRICS_FILE) if row.keys() >= {*keys.values()}]
     if not validated:
         return {}
     kept = validated[-1]
     if load_recipe(run / RECIPE_FILE).train.keep == "best":
         kept = max(validated, key=lambda row: row["val/mIoU"])
-    return {name: round(100 * kept[f"val/{name}"], 2) for name in ("mIoU", "mAcc", "aAcc")}
+    return {name: round(100 * kept[key], 2) for name, key in keys.items()}
 
 
 def _recipe(recipe: RunConfig) -> str:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,19 @@ class Segmentation:
     def __getstate__(self) -> dict[str, Any]:
         """Pickled without the network: `probabilities` only if they were asked for before."""
         return {**vars(self), "score": None}
+
+    def __copy__(self) -> Self:
+        return self._with_state(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copied with the same network, in contrast to pickled."""
+        state = copy.deepcopy(self.__getstate__(), memo)
+        return self._with_state({**state, "score": self.score})
+
+    def _with_state(self, state: dict[str, Any]) -> Self:
+        copied = object.__new__(type(self))
+        vars(copied).update(state)
+        return copied
 
     @functools.cached_property
     def probabilities(self) -> npt.NDArray[np.float32] | None:

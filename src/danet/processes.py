@@ -26,7 +26,21 @@ class Share(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> "Share":
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        """The share that RANK and WORLD_SIZE name; all of the work where neither is set.
+
+        Raises:
+            UserError: only one of them is set, or they number no process.
+        """
+        rank, processes = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+        if rank is None and processes is None:
+            return cls(0, 1)
+        rank, processes = rank or "empty or not set", processes or "empty or not set"
+        if not (rank.isdecimal() and processes.isdecimal() and int(rank) < int(processes)):
+            raise UserError(
+                f"RANK is {rank} and WORLD_SIZE is {processes}, which numbers no process: set both "
+                "as in RANK=0 WORLD_SIZE=2, start with torchrun, or unset both to work alone"
+            )
+        return cls(int(rank), int(processes))
 
     def positions(self, length: int) -> range:
         """Every position below `length` belongs to one process."""

@@ -17,12 +17,12 @@ class ProgressReport:
 
     Args:
         title: what is being done.
-        total: number of steps.
+        total: number of steps; None where nobody knows it.
         done: steps that were done before.
         enabled: False on all but one of several processes.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, enabled: bool = True) -> None:
+    def __init__(self, title: str, total: int | None, done: int = 0, enabled: bool = True) -> None:
         self.title = title
         self.total = total
         self._first = self._done = done
@@ -70,7 +70,9 @@ class ProgressReport:
         finishes = steps > 0 and self._done == self.total
         if now - self._last_line >= SECONDS_BETWEEN_LINES or finishes:
             self._last_line = now
-            self._console.print(f"{self.title} {self._done}/{self.total}  {status}", soft_wrap=True)
+            of_total = "" if self.total is None else f"/{self.total}"
+            line = f"{self.title} {self._done}{of_total}  {status}"
+            self._console.print(line, soft_wrap=True)
 
     def say(self, message: str) -> None:
         """A line of its own."""
@@ -79,7 +81,7 @@ class ProgressReport:
 
     def _remaining(self) -> str:
         made = self._done - self._first
-        if made == 0 or self._done >= self.total:
+        if self.total is None or made == 0 or self._done >= self.total:
             return ""
         seconds = (time.monotonic() - self._started) / made * (self.total - self._done)
         hours, rest = divmod(round(seconds), 3600)

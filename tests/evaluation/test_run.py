@@ -74,3 +74,15 @@ def test_mistakes_are_told(model: danet.DANet, dataset: Path) -> None:
         evaluate_model(model, root=dataset, mode="tiles")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="does not say what it was trained on"):
         evaluate_model(tiny_danet(3))
+
+
+def test_lines_of_metrics_that_are_none_are_skipped(
+    model: danet.DANet, dataset: Path, tmp_path: Path
+) -> None:
+    good = '{"step": 2, "loss": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"loss": 1.0}}\n{{"step": 1, "loss": "bad"}}\n{good}'
+    )
+    result = evaluate_model(model, root=dataset, precision="fp32", run=tmp_path)
+    assert result.history == [{"step": 2, "loss": 0.5}]
+    result.write_report(tmp_path / "report.html", "mine")

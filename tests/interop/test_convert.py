@@ -13,6 +13,7 @@ from danet.cli import app
 from danet.config import load_recipe
 from danet.data import dataset_spec
 from danet.errors import UserError
+from danet.heads import DualAttentionHead
 from danet.interop import mmseg
 from danet.interop.convert import convert
 
@@ -219,6 +220,21 @@ def test_weights_of_any_shape_are_named(
     state = {**authors_state(build()), name: torch.zeros(shape)}
     with pytest.raises(UserError, match=message):
         convert(saved(tmp_path, state), dataset_spec("camvid"))
+
+
+def test_one_tensor_may_not_ask_for_any_amount_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_memory(*sizes: int, **settings: object) -> DualAttentionHead:
+        head = DualAttentionHead(*sizes, **settings)
+        assert all(parameter.is_meta for parameter in head.parameters())
+        return head
+
+    state = {**authors_state(build()), "head.conv5a.0.weight": torch.zeros(4096, 1)}
+    path = saved(tmp_path, state)
+    monkeypatch.setattr("danet.model.DualAttentionHead", without_memory)
+    with pytest.raises(UserError, match="keys do not fit"):
+        convert(path, dataset_spec("camvid"))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])

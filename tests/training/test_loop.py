@@ -232,7 +232,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert weights(run(tmp_path / "run", resume=True)) == expected
     said = " ".join(capsys.readouterr().err.split())
     assert "last.ckpt: damaged" in said
+    assert "weights_only" not in said
     assert "going on from the one before, step 4" in said
+    assert load_checkpoint(folder.before_last)["step"] == 4
     for path in (folder.last, folder.before_last):
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"before_last\.ckpt: damaged"):

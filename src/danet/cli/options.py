@@ -32,7 +32,7 @@ def own_device(device: str, share: "Share") -> str:
     """The device to compute on; each of several processes on a machine gets its own."""
     from danet.devices import local_device
 
-    return local_device() if device == "auto" and share.processes > 1 else device
+    return local_device(device) if share.processes > 1 else device
 
 
 def open_exported(
@@ -54,9 +54,13 @@ def say_on_stderr(message: str) -> None:
 
 
 def note_protocol(test: "TestConfig") -> None:
-    """Notes on stderr if `danet predict` would not take pictures whole, as the command does."""
-    if test.mode == "slide" or test.flip or len(test.ratios) > 1:
+    """Notes on stderr if `danet predict` takes pictures otherwise than the command.
+
+    That takes them whole, fitted into the test scale, once.
+    """
+    scaled = test.ratios != (1.0,) or (test.ratios_of == "image" and test.scale is not None)
+    if test.mode == "slide" or test.flip or scaled:
         say_on_stderr(
-            "note: the model is tested with sliding windows, several scales or mirrored; here "
+            "note: the model is tested with sliding windows, at other scales or mirrored; here "
             "pictures are taken whole, at one scale"
         )

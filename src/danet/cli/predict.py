@@ -61,12 +61,12 @@ def predict(
         raise UserError(problems[0])
     require_writable(out)
     share = Share.from_environment()
+    # How many pictures an archive holds, only reading it to its end would tell.
+    known = not any(one.is_archive for one in found)
+    total = len(share.positions(len(found))) if known else None
     frames: Counter[Path] = Counter()
     written = before = seen = 0
-    with (
-        share.ending_together(),
-        ProgressReport("predict", len(share.positions(len(found)))) as progress,
-    ):
+    with share.ending_together(), ProgressReport("predict", total) as progress:
 
         def show_frame(video: Path, announced: int) -> None:
             frames[video] += 1

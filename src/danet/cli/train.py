@@ -21,10 +21,12 @@ def train(
     from lightning_fabric.utilities import rank_zero_only
 
     from danet.config import load_recipe
+    from danet.processes import Share
     from danet.training.loop import train as run_training
 
     folder = Path("runs") / Path(recipe).stem if out is None else out
     config = load_recipe(recipe, overrides or ())
+    share = Share.from_environment()
     try:
         run = run_training(config, folder, resume)
     except TrainingOutOfMemory as error:
@@ -34,7 +36,6 @@ def train(
         return
     # Only here, where the error no longer keeps the tensors that filled the memory.
     from danet.bench.cost import advise_after_running_out
-    from danet.processes import Share
 
-    processes = max(config.train.devices, Share.from_environment().processes)
+    processes = max(config.train.devices, share.processes)
     raise OutOfMemory(f"{problem}; {advise_after_running_out(config, processes)}")

@@ -26,7 +26,7 @@ from danet.evaluation.evaluate import (
 from danet.evaluation.report import write_report
 from danet.evaluation.submission import submission_writer
 from danet.heads import Branch
-from danet.jsonl import read_whole_lines
+from danet.jsonl import read_metrics
 from danet.model import DANet
 from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
 from danet.processes import Share
@@ -75,7 +75,7 @@ class ModelEvaluation(NamedTuple):
     test: TestConfig | None
     segment: Segment
     facts: dict[str, str]
-    history: list[dict[str, Any]]
+    history: list[dict[str, float]]
 
     def to_json(self) -> dict[str, Any]:
         """The scores, fractions in 0..1, with the dataset and the protocol."""
@@ -178,7 +178,7 @@ def evaluate_model(
             write_prediction=write,
         )
         scores = merge(share.gather(found))
-    history = [] if run is None else list(read_whole_lines(run / METRICS_FILE))
+    history = [] if run is None else read_metrics(run / METRICS_FILE)
     return ModelEvaluation(
         scores, dataset, name, split, subject.test, subject.segment, subject.facts, history
     )

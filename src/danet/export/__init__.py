@@ -52,12 +52,19 @@ class Agreement(NamedTuple):
 
 
 def export(
-    model: DANet, path: Path, file_format: ExportFormat, calibration: Sequence[Tensor] | None = None
+    model: DANet,
+    path: str | Path,
+    file_format: ExportFormat,
+    calibration: Sequence[Tensor] | None = None,
 ) -> Agreement:
     """Writes the file, runs it, and keeps it only if it agrees with the model.
 
+    How far a file in 8 bit may differ is not limited: see what is returned.
+
     Args:
         model: left as it is.
+        path: its suffix is .onnx, .pt2 (or .pt) for a torch program, or .xml for OpenVINO.
+        file_format: "onnx", "torch" or "openvino".
         calibration: float32 3 H W pictures in 0..1 to find the ranges of 8-bit convolutions on;
             the file is in float32 where None. Not for the torch format.
 
@@ -68,8 +75,10 @@ def export(
     Raises:
         UserError: a package is missing or too old, the path does not fit the format or cannot be
             written.
-        ExportDiffers: the file computes something else; nothing was written.
+        ExportDiffers: the file does not run, gives no logits of the right size, or, in float32,
+            differs from the model; nothing was written.
     """
+    path = Path(path)
     check_suffix(file_format, path)
     if calibration is not None and file_format == "torch":
         raise UserError("--int8 is for onnx and openvino; a torch program stays in float32")

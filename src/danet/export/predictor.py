@@ -42,7 +42,7 @@ class ExportedPredictor:
             "fp32", "bf16". ONNX Runtime knows fp32 only.
 
     Raises:
-        UserError: it is no such file, its engine is not installed or has not this precision.
+        UserError: it is no such file, its engine is not installed, or it has not this precision.
     """
 
     def __init__(self, path: str | Path, precision: str = "auto") -> None:
@@ -63,7 +63,8 @@ class ExportedPredictor:
             raise UserError(
                 f"{path}: ONNX Runtime has no bf16 here; use --precision fp32 or an .xml"
             )
-        self._bfloat16 = file_format == "openvino" and uses_bfloat16(precision, torch.device("cpu"))
+        bfloat16 = uses_bfloat16(precision, torch.device("cpu"))
+        self._bfloat16 = bfloat16 and file_format == "openvino"
         self._engine = self._open(file_format)
         if self._engine.metadata is None:
             raise UserError(f"{path}: does not say its classes; write it with danet export")

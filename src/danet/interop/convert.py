@@ -1,8 +1,10 @@
 """From other code bases' checkpoints to a model folder."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -51,23 +53,28 @@ def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANe
             f"{path}: its {translated.backbone} at output stride {translated.output_stride} cannot "
             "be converted, for timm's dilated ResNet-D computes something else; only stride 32 can"
         )
-    metadata = _metadata(path, translated, spec, num_classes)
+    build = partial(
+        DANet,
+        num_classes,
+        translated.backbone,
+        pretrained_backbone=False,
+        head_channels=head_channels,
+        key_channels=key_channels,
+        output_stride=translated.output_stride,
+        multi_grid=translated.multi_grid,
+        auxiliary=any(name.startswith("auxiliary_head.") for name in state),
+        align_corners=translated.align_corners,
+        metadata=_metadata(path, translated, spec, num_classes),
+    )
     try:
-        model = DANet(
-            num_classes,
-            translated.backbone,
-            pretrained_backbone=False,
-            head_channels=head_channels,
-            key_channels=key_channels,
-            output_stride=translated.output_stride,
-            multi_grid=translated.multi_grid,
-            auxiliary=any(name.startswith("auxiliary_head.") for name in state),
-            align_corners=translated.align_corners,
-            metadata=metadata,
-        )
+        # Without memory, of which one tensor of a small file could ask for any amount.
+        with torch.device("meta"):
+            wanted = build().state_dict()
     except UserError as error:
         raise UserError(f"{path}: its weights make no network ({error})") from error
-    _load(path, model, translated)
+    _require_fit(path, translated, wanted)
+    model = build()
+    model.load_state_dict(state, strict=False)  # without counters it is whole, too
     return model.eval()
 
 
@@ -80,11 +87,10 @@ def _width(path: Path, state: Mapping[str, Tensor], name: str) -> int:
     return state[name].shape[0]
 
 
-def _load(path: Path, model: DANet, translated: Translated) -> None:
-    wanted = model.state_dict()
+def _require_fit(path: Path, translated: Translated, wanted: Mapping[str, Tensor]) -> None:
     state = translated.state
     # Counters of batches seen: missing in old checkpoints, and no part of what a network computes.
-    counters = {n: t for n, t in wanted.items() if n.endswith("num_batches_tracked")}
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     problems = [f"{name} is not known" for name in translated.unknown]
     problems += [f"{name} is not in the network" for name in state if name not in wanted]
     problems += [f"{n} is missing" for n in wanted if n not in state and n not in counters]
@@ -99,7 +105,6 @@ def _load(path: Path, model: DANet, translated: Translated) -> None:
         raise UserError(
             f"{path}: {len(problems)} keys do not fit {translated.backbone}: {shown}{more}"
         )
-    model.load_state_dict({**counters, **state})
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,7 +1,6 @@
 """Reading checkpoints of strangers: tensors and plain values, nothing executed."""
 
 import ast
-import pickle
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from danet.errors import UserError, explaining_lookup, first_line
+from danet.errors import UserError, explaining_lookup, why_not_read
 
 _NO_LITERAL = (ValueError, TypeError, SyntaxError, RecursionError)
 """Raised by `ast.literal_eval` on expressions that are no literals."""
@@ -58,9 +57,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     # torch's reader, its unpickler and safetensors raise many types on damaged or foreign files.
     except Exception as error:
-        # torch would advise to run whatever code the file holds.
-        unpickled = isinstance(error, pickle.UnpicklingError)
-        reason = "not a torch file of plain values" if unpickled else first_line(error)
+        reason = why_not_read(error)
         raise UserError(f"{path}: damaged or no checkpoint of tensors ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dictionary")

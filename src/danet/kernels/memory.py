@@ -40,7 +40,7 @@ class MemoryPool:
             memory = self.idle.pop()
         except IndexError:
             memory = ReusedMemory(like)
-        if memory.like.dtype != like.dtype:
+        if (memory.like.dtype, memory.like.device) != (like.dtype, like.device):
             memory = ReusedMemory(like)
         yield memory
         self.idle.append(memory)

@@ -10,7 +10,11 @@ import timm
 import torch
 from timm.optim.muon import Muon
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +23,7 @@ from danet.config import RunConfig, Size, TrainConfig
 from danet.data.spec import DatasetSpec
 from danet.devices import uses_bfloat16
 from danet.errors import UserError
-from danet.model import DANet
+from danet.model import DANet, DANetOutput
 from danet.model_folder import Metadata, locate, read_folder
 from danet.training.convolution import use_winograd
 from danet.training.muon import Float32Muon
@@ -157,11 +161,38 @@ def require_enough_values(model: DANet, crop_size: Size) -> None:
     Raises:
         TooFewValues: it cannot.
     """
-    width, height = crop_size
     with FakeTensorMode() as fake, explaining_batch_norms():
-        tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-        without_data: dict[str, Tensor] = {name: fake.from_tensor(each) for name, each in tensors}
-        functional_call(model.train(), without_data, (torch.empty(1, 3, height, width),))
+        _train_without_data(fake, model, 1, crop_size)
+
+
+def freeze_unreached(model: DANet, crop_size: Size) -> None:
+    """Has no gradient asked for where there is none, in place; computes nothing.
+
+    Some backbones, such as HRNet, have layers that only other features than c3 and c4 come from.
+    DDP would wait for their gradients. Nothing is changed where shapes follow from values.
+    """
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    with FakeTensorMode() as fake:
+        try:
+            without_data, output = _train_without_data(fake, model, 2, crop_size)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return
+        sums = [logits.sum() for logits in output if logits is not None]
+        wanted = [without_data[name] for name in parameters]
+        gradients = torch.autograd.grad(sums, wanted, allow_unused=True)
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
+def _train_without_data(
+    fake: FakeTensorMode, model: DANet, crops: int, crop_size: Size
+) -> tuple[dict[str, Tensor], DANetOutput]:
+    """The network's tensors and its logits of a training pass, of which only shapes are known."""
+    width, height = crop_size
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    without_data: dict[str, Tensor] = {name: fake.from_tensor(each) for name, each in tensors}
+    images = torch.empty(crops, 3, height, width)
+    return without_data, functional_call(model.train(), without_data, (images,))
 
 
 def prepare_for_training(model: DANet, config: TrainConfig) -> None:

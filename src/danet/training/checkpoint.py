@@ -10,8 +10,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from danet.atomic import explaining, replacing
-from danet.errors import UserError, explaining_lookup, first_line
-from danet.jsonl import read_whole_lines
+from danet.errors import UserError, explaining_lookup, first_line, why_not_read
+from danet.jsonl import read_metrics
 from danet.model_folder import CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, RECIPE_FILE, WEIGHTS_FILE
 
 _KEYS = {"step", "model", "average", "optimizer", "optimizer_name", "best", "validated_step"}
@@ -90,12 +90,7 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """All rows of numbers; a killed process may have left the last one unfinished."""
-        return [
-            row
-            for row in read_whole_lines(self.metrics)
-            if "step" in row and all(isinstance(value, int | float) for value in row.values())
-        ]
+        return read_metrics(self.metrics)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drops what was logged after the checkpoint that the run goes on from."""
@@ -135,8 +130,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     # torch's reader and its unpickler raise many types on a damaged file.
     except Exception as error:
-        summary = first_line(error)
-        raise UserError(f"{path}: damaged or no checkpoint ({summary})") from error
+        reason = why_not_read(error)
+        raise UserError(f"{path}: damaged or no checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
         raise UserError(f"{path}: not a checkpoint of danet train")
     return checkpoint

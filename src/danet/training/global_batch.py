@@ -49,9 +49,12 @@ class _SharedDropout(nn.Dropout2d):
         return input * kept[self.rank * own : (self.rank + 1) * own].to(input)
 
 
-class _SynchronizedBatchNorm(nn.BatchNorm2d):
+class _SynchronizedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         return _normalize(self, input) if self.training else super().forward(input)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """It takes the place of batch norms of features with any number of axes."""
 
 
 class _SynchronizedBatchNormAct(BatchNormAct2d):

@@ -28,7 +28,7 @@ from danet.errors import (
 from danet.evaluation.evaluate import evaluate, segment_with
 from danet.evaluation.metrics import Scores, scores
 from danet.progress import ProgressReport
-from danet.training.build import build_model, require_enough_values
+from danet.training.build import build_model, freeze_unreached, require_enough_values
 from danet.training.checkpoint import RunFolder, load_checkpoint, model_weights, save_checkpoint
 from danet.training.events import Events
 from danet.training.launch import (
@@ -132,6 +132,8 @@ class _Trainer:
         model = build_model(config, spec, resumed, self.progress.say)
         if config.train.batch_size == config.train.accumulate:
             require_enough_values(model, data.crop_size)
+        if self.fabric.world_size > 1:
+            freeze_unreached(model, data.crop_size)
         self.state = TrainingState(self.fabric, model, config.train)
         if not begun:
             self._lock(at_end)
@@ -144,6 +146,9 @@ class _Trainer:
             self._start_folder()
         else:
             self.state.restore(checkpoint)
+            # All processes have read it, and the next save would put it in place of the good one.
+            if notes and self.fabric.is_global_zero:
+                run.last.unlink(missing_ok=True)
             self._go_on_in_folder()
         events: Events | None = None
         if self.fabric.is_global_zero:
@@ -278,10 +283,14 @@ class _Trainer:
 
     def _stops(self) -> bool:
         """Whether any process was told to stop."""
+        return self._holds_anywhere(self.stop.received is not None)
+
+    def _holds_anywhere(self, condition: bool) -> bool:
+        """Whether something is so in any process; every process must ask."""
         if self.fabric.world_size == 1:
-            return self.stop.received is not None
-        told = torch.tensor(float(self.stop.received is not None), device=self.fabric.device)
-        return bool(reduce_over_processes(self.fabric, told, "max"))
+            return condition
+        found = torch.tensor(float(condition), device=self.fabric.device)
+        return bool(reduce_over_processes(self.fabric, found, "max"))
 
     def _stopped(self, done: int) -> TrainingStopped:
         told_by = self.stop.received or "another process"
@@ -334,6 +343,7 @@ class _Trainer:
             self.progress.advance(f"validating {next(scored) * processes}/{count}", steps=0)
 
         model = self.state.kept_model().eval()
+        diverged: LogitsNotFinite | None = None
         try:
             evaluation = evaluate(
                 segment_with(model, config.test, config.train.precision),
@@ -341,12 +351,8 @@ class _Trainer:
                 indices=range(rank, count, processes),
                 on_picture=on_picture,
             )
-        # The loss is of the weights before the last update, so this may be the first to tell.
         except LogitsNotFinite as error:
-            if self.fabric.is_global_zero:
-                self.run.drop_last()
-            finding = f"the network's logits were not finite in the validation after step {done}"
-            raise TrainingDiverged.after(self.run.last, finding, config.train.lr) from error
+            diverged = error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -354,6 +360,13 @@ class _Trainer:
                 f"training: out of memory in the validation after step {done}, which is saved; set "
                 "test.mode=slide, or lower test.batch_size or test.scale, and go on with --resume"
             ) from error
+        # The loss is of the weights before the last update, so this may be the first to tell. Not
+        # all processes have a picture that shows it.
+        if self._holds_anywhere(diverged is not None):
+            if self.fabric.is_global_zero:
+                self.run.drop_last()
+            finding = f"the network's logits were not finite in the validation after step {done}"
+            raise TrainingDiverged.after(self.run.last, finding, config.train.lr) from diverged
         confusion = evaluation.confusion["fused"].to(self.fabric.device)
         return scores(reduce_over_processes(self.fabric, confusion, "sum"))
 

@@ -22,7 +22,11 @@ from results_file import RESULTS, commit, renew_rows
 ROOT = Path(__file__).parent.parent
 PEER = [str(ROOT / ".parity-venv/bin/python"), str(ROOT / "tests/parity/peer"), "time"]
 INT8 = "danet int8 (OpenVINO)"
-CHECKPOINTED = "danet bf16, early blocks checkpointed"
+CHECKPOINTED = {
+    "danet bf16, early blocks checkpointed": "early",
+    "danet bf16, all blocks checkpointed": "true",
+}
+"""And the value of train.activation_checkpointing."""
 RECIPE = "cityscapes_r50_512x1024_40k"
 
 
@@ -33,7 +37,8 @@ def our_network(args: argparse.Namespace) -> Callable[[], None]:
     from danet.bench.workload import Workload
     from danet.config import load_recipe
 
-    settings = ["train.activation_checkpointing=early"] if args.measure == CHECKPOINTED else []
+    checkpointing = CHECKPOINTED.get(args.measure, "false")
+    settings = [f"train.activation_checkpointing={checkpointing}"]
     job = Workload(load_recipe(RECIPE, settings), tuple(args.size), args.batch, args.task)
     compile_graph = args.measure == "danet bf16 compiled"
     return job.prepare(
@@ -140,7 +145,7 @@ def forms_of(args: argparse.Namespace) -> list[str]:
         return ["mmsegmentation", "danet"]
     ours = ["danet fp32", "danet bf16"]
     if args.task == "training":
-        ours.append(CHECKPOINTED)
+        ours += CHECKPOINTED
     if args.task in ("prediction", "training") and args.compiled:
         ours.append("danet bf16 compiled")
     if args.task == "prediction" and args.int8:

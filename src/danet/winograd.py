@@ -34,6 +34,8 @@ _STRIP_ELEMENTS = 12 << 20
 """Transformed inputs and outputs held at a time,"""
 _LEAST_TILES = 128
 """but these at least: the weights of fewer take longer to fetch than to multiply with."""
+_FILTERS_TOGETHER = 64 << 10
+"""Transformed at a time: all of them in float32 would be several times the weight."""
 _GRADIENT_CHANNELS = 256
 """Input channels whose filters' gradient is computed at a time."""
 _MIN_CHANNELS = {torch.float32: 256, torch.bfloat16: 512}
@@ -97,14 +99,19 @@ class TiledConvolution:
         """G g G^T of all filters: O C 3 3, float32 or wider -> n*n C O in `dtype`.
 
         Args:
-            adjoint: those of the convolution that gives the inputs' gradient, n*n O C: it reads the
-                same filters backwards.
+            adjoint: of the convolution that gives the inputs' gradient, n*n O C: it reads the same
+                filters backwards.
         """
+        out_channels, channels = weight.shape[:2]
         both_ways = self._both_ways(weight)
         if adjoint:
-            weight, both_ways = weight.transpose(0, 1), both_ways.flip(1)
-        taps = weight.permute(2, 3, 1, 0)
-        return (both_ways @ taps.reshape(9, -1)).to(self.dtype).view(-1, *taps.shape[2:])
+            both_ways = both_ways.flip(1)
+        filters = weight.new_empty(self._side**2, out_channels, channels, dtype=self.dtype)
+        taps_9OC = weight.permute(2, 3, 0, 1).flatten(0, 1)
+        rows = max(_FILTERS_TOGETHER // channels, 1)
+        for some, target in zip(taps_9OC.split(rows, 1), filters.split(rows, 1), strict=True):
+            target.copy_((both_ways @ some.reshape(9, -1)).view_as(target))
+        return filters if adjoint else filters.mT
 
     def _both_ways(self, like: Tensor) -> Tensor:
         """G for all taps of a filter at once: n*n 9."""
@@ -143,12 +150,15 @@ class TiledConvolution:
     def filters_gradient(self, input_BHWC: Tensor, grad_BHWO: Tensor) -> Tensor:
         """That of the weight, O C 3 3 in float32 or wider, from inputs and the outputs' gradient.
 
+        In channels-last memory, as weights are; else it would be copied.
+
         By `_GRADIENT_CHANNELS` at a time, because n*n O C sums would be several times the weight.
         """
         channels, out_channels = input_BHWC.shape[3], grad_BHWO.shape[3]
         exact = torch.promote_types(self.dtype, torch.float32)
-        gradient_9OC = input_BHWC.new_zeros(9, out_channels, channels, dtype=exact)
-        back = self._both_ways(gradient_9OC).T
+        gradient_O9C = input_BHWC.new_zeros(out_channels, 9, channels, dtype=exact)
+        gradient = gradient_O9C.view(out_channels, 3, 3, channels).permute(0, 3, 1, 2)
+        back = self._both_ways(gradient).T
         pieces = range(0, channels, _GRADIENT_CHANNELS)
         with self.pool.borrow(input_BHWC) as memory:
             for strip in self._strips(input_BHWC, grad_BHWO, min(channels, _GRADIENT_CHANNELS)):
@@ -159,12 +169,12 @@ class TiledConvolution:
                     inputs = self._transform_inputs(of_piece, memory).flatten(2, -2).flatten(0, 1)
                     sums = memory.take("sums", len(inputs), out_channels, inputs.shape[2])
                     if isinstance(input_BHWC, FakeTensor):
-                        return _unflattened(gradient_9OC)
+                        return gradient
                     with fast_exact_float32(input_BHWC.device):
                         torch.bmm(gradients.mT, inputs, out=sums)
                         found = back @ sums.flatten(1).to(exact)
-                    gradient_9OC[..., piece] += found.view(9, *sums.shape[1:])
-        return _unflattened(gradient_9OC)
+                    gradient_O9C[..., piece] += found.view(9, *sums.shape[1:]).transpose(0, 1)
+        return gradient
 
     @property
     def _side(self) -> int:
@@ -326,11 +336,6 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = tiled.filters_gradient(features.permute(0, 2, 3, 1), grad_BHWO)
         return of_features, of_weight, None
-
-
-def _unflattened(taps_9OC: Tensor) -> Tensor:
-    """O C 3 3."""
-    return taps_9OC.view(3, 3, *taps_9OC.shape[1:]).permute(2, 3, 0, 1)
 
 
 def _even_share(number: int, most: int) -> int:

@@ -108,9 +108,11 @@ class TiledConvolution:
             both_ways = both_ways.flip(1)
         filters = weight.new_empty(self._side**2, out_channels, channels, dtype=self.dtype)
         taps_9OC = weight.permute(2, 3, 0, 1).flatten(0, 1)
-        rows = max(_FILTERS_TOGETHER // channels, 1)
-        for some, target in zip(taps_9OC.split(rows, 1), filters.split(rows, 1), strict=True):
-            target.copy_((both_ways @ some.reshape(9, -1)).view_as(target))
+        number = max(_FILTERS_TOGETHER // channels, 1)
+        for start in range(0, out_channels, number):
+            some = slice(start, start + number)
+            transformed = both_ways @ taps_9OC[:, some].reshape(9, -1)
+            filters[:, some] = transformed.view(len(filters), -1, channels)
         return filters if adjoint else filters.mT
 
     def _both_ways(self, like: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
 import copy
+import math
+from itertools import product
 
 import pytest
 import torch
@@ -96,6 +98,14 @@ def test_strips_and_pieces_change_no_gradient(
     torch.testing.assert_close(
         gradients(features, weight, 1, "winograd"), gradients(features, weight, 1, "direct")
     )
+
+
+def test_tiles_are_counted_as_they_are_cut() -> None:
+    for dtype, dilation, size in product((torch.float32, torch.bfloat16), (1, 3, 8), (1, 10, 17)):
+        tiled = TiledConvolution(dtype, dilation, MemoryPool())
+        picture = torch.empty(2, size, size + 3, 1)
+        cut = sum(math.prod(strip.tiles) for strip in tiled._strips(picture, picture, 1))
+        assert tiled.tiles(2, size, size + 3) == cut
 
 
 @pytest.mark.parametrize(

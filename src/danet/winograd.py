@@ -178,6 +178,12 @@ class TiledConvolution:
                     gradient_O9C[..., piece] += found.view(9, *sums.shape[1:]).transpose(0, 1)
         return gradient
 
+    def tiles(self, batch: int, height: int, width: int) -> int:
+        """How many it takes for pictures of this size; those of small phases reach beyond them."""
+        phases = min(self.dilation, height) * min(self.dilation, width)
+        step = self.transforms.outputs * self.dilation
+        return batch * phases * -(-height // step) * -(-width // step)
+
     @property
     def _side(self) -> int:
         """n."""

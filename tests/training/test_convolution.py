@@ -29,7 +29,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.dtype]:
     monkeypatch.setattr(winograd, "convolve", counted)
     monkeypatch.setattr(winograd, "_MIN_CHANNELS", {torch.float32: 8, torch.bfloat16: 8})
     monkeypatch.setattr(winograd, "has_amx", lambda: False)
-    monkeypatch.setattr(convolution, "_LEAST_PIXELS", 1)
+    monkeypatch.setattr(
+        convolution, "_OVERHEADS", {torch.float32: (0, 0.0), torch.bfloat16: (0, 0.0)}
+    )
     return counts
 
 
@@ -94,14 +96,17 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_weights(
 
 
 @pytest.mark.usefixtures("taken")
-@pytest.mark.parametrize("case", ["few pixels", "float64", "AMX"])
+@pytest.mark.parametrize("case", ["few pixels", "small phases", "float64", "AMX"])
 def test_other_passes_go_the_direct_way(
     case: str, taken: Counter[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = nn.Conv2d(8, 8, 3, padding=1)
     features = torch.randn(2, 8, 10, 10)
     if case == "few pixels":
-        monkeypatch.setattr(convolution, "_LEAST_PIXELS", 201)
+        monkeypatch.setattr(convolution, "_OVERHEADS", {torch.float32: (200, 0.0)})
+    elif case == "small phases":  # 2 x 64 tiles of 4 x 4 pixels
+        layer = nn.Conv2d(8, 8, 3, padding=8, dilation=8)
+        monkeypatch.setattr(convolution, "_OVERHEADS", {torch.float32: (0, 2.0)})
     elif case == "float64":
         layer, features = layer.double(), features.double()
     else:

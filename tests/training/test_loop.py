@@ -512,6 +512,16 @@ class TestInitFrom:
         assert "weights from" not in capsys.readouterr().err
 
 
+def test_the_only_checkpoint_is_kept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.save_last({"step": 1})
+    folder.drop_last()
+    assert folder.last.exists()
+    folder.save_last({"step": 2})
+    folder.drop_last()
+    assert torch.load(folder.last)["step"] == 1
+
+
 def test_an_unfinished_line_of_metrics_is_skipped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.append_metrics({"step": 1, "loss": 2.0})

@@ -82,8 +82,9 @@ class RunFolder:
         save_checkpoint(self.last, checkpoint)
 
     def drop_last(self) -> None:
-        """Puts the checkpoint before in place of the last one, whose weights are of no use."""
-        self.before_last.replace(self.last)
+        """Puts the checkpoint before, if there is one, in place of the last, which is of no use."""
+        if self.before_last.exists():
+            self.before_last.replace(self.last)
 
     def append_metrics(self, row: dict[str, float]) -> None:
         with explaining(self.metrics), self.metrics.open("a", encoding="utf-8") as file:

@@ -21,12 +21,10 @@ def train(
     from lightning_fabric.utilities import rank_zero_only
 
     from danet.config import load_recipe
-    from danet.processes import Share
     from danet.training.loop import train as run_training
 
     folder = Path("runs") / Path(recipe).stem if out is None else out
     config = load_recipe(recipe, overrides or ())
-    share = Share.from_environment()
     try:
         run = run_training(config, folder, resume)
     except TrainingOutOfMemory as error:
@@ -35,7 +33,12 @@ def train(
         rank_zero_only(print)(f"model: {run.model}")
         return
     # Only here, where the error no longer keeps the tensors that filled the memory.
-    from danet.bench.cost import advise_after_running_out
+    from torch.distributed import is_torchelastic_launched
 
-    processes = max(config.train.devices, share.processes)
+    from danet.bench.cost import advise_after_running_out
+    from danet.processes import Share
+
+    # Processes that the recipe starts have no RANK.
+    by_torchrun = is_torchelastic_launched()
+    processes = Share.from_environment().processes if by_torchrun else config.train.devices
     raise OutOfMemory(f"{problem}; {advise_after_running_out(config, processes)}")

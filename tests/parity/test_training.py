@@ -14,9 +14,7 @@ from danet.config import TrainConfig
 from danet.interop import mmseg
 from danet.interop.convert import convert
 from danet.model import DANet, DANetOutput
-from danet.training import convolution
 from danet.training.build import build_optimizer
-from danet.training.convolution import use_winograd
 from danet.training.loss import loss_divisor, segmentation_losses
 from danet.training.schedule import learning_rate
 
@@ -109,12 +107,10 @@ def test_losses_gradients_and_weights(
     tolerance: float,
     batches: dict[str, Tensor],
     peer: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """In float64 all steps agree; in float32 the first does, and rounding grows from there.
 
-    In float32 wide 3x3 convolutions are done Winograd's way, however small their features are.
     With DANET_RECORD all 50 are taken, and the losses written to that folder.
     """
     files = [tmp_path / name for name in ("batches.safetensors", "w.pth", "out.safetensors")]
@@ -129,8 +125,6 @@ def test_losses_gradients_and_weights(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0
-    monkeypatch.setattr(convolution, "_OVERHEADS", {torch.float32: (0, 0.0)})
-    use_winograd(model)
     losses, gradients = train(model, batches)
 
     first = in_our_names(theirs, "gradient/")

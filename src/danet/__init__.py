@@ -4,7 +4,6 @@ Names are imported when they are first used, so that `import danet` is quick.
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,7 +47,9 @@ def __getattr__(name: str) -> Any:
     if name in ("config", "data", "export", "functional"):
         return importlib.import_module(f"danet.{name}")
     if name == "__version__":
-        return importlib.metadata.version("danet")
+        from importlib.metadata import version  # noqa: PLC0415 - slower than all else here
+
+        return version("danet")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'danet' has no attribute {name!r}")

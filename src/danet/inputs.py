@@ -106,30 +106,32 @@ def find_inputs(
         problems += [] if matches else [f"{text}: holds only results of earlier runs"]
     named = _named(list(found))
     if results is not None:
-        overwriting = _overwriting(named, results.resolve())
-        for writer, picture in overwriting.items():
-            over = "it" if writer is picture else picture.path
-            problems.append(
-                f"{writer.path}: results would be written over {over}; choose another --out"
-            )
-        named = [one for one in named if one not in overwriting]
-        beside = {one: place for one in named if (place := _foreign_file(one, results, earlier))}
+        over = {
+            one: f"{place}, which is not of an earlier run"
+            for one in named
+            if (place := _foreign_file(one, results.resolve(), earlier)) is not None
+        }
+        for writer, picture in _overwriting(named, results.resolve()).items():
+            over[writer] = "it" if writer is picture else str(picture.path)
         problems += [
-            f"{one.path}: results would be written over {place}, which is not of an earlier run; "
-            "choose another --out"
-            for one, place in beside.items()
+            f"{one.path}: results would be written over {what}; choose another --out"
+            for one, what in over.items()
         ]
-        named = [one for one in named if one not in beside]
+        named = [one for one in named if one not in over]
     return named, problems
 
 
 def _foreign_file(one: Input, results: Path, earlier: set[Path]) -> Path | None:
-    """The file beside a picture that its mask would be written over, if no earlier run wrote it."""
-    place = results.resolve() / mask_name(one.stem)
+    """The file beside a picture that its mask would be written over, if no earlier run wrote it.
+
+    Args:
+        results, earlier: resolved paths.
+    """
+    place = results / mask_name(one.stem)
     with explaining_lookup(place):
         is_foreign = (
             not (one.is_video or one.is_archive)
-            and one.path.resolve().parent == results.resolve()
+            and one.path.resolve().parent == results
             and place.exists()
             and place not in earlier
         )

@@ -180,9 +180,13 @@ class TiledConvolution:
 
     def tiles(self, batch: int, height: int, width: int) -> int:
         """How many it takes for pictures of this size; those of small phases reach beyond them."""
-        phases = min(self.dilation, height) * min(self.dilation, width)
+        rows, columns = self._grid(height, width)
+        return batch * min(self.dilation, height) * min(self.dilation, width) * rows * columns
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles of the largest phase."""
         step = self.transforms.outputs * self.dilation
-        return batch * phases * -(-height // step) * -(-width // step)
+        return -(-height // step), -(-width // step)
 
     @property
     def _side(self) -> int:
@@ -191,9 +195,8 @@ class TiledConvolution:
 
     def _strips(self, input_BHWC: Tensor, output_BHWO: Tensor, channels: int) -> list[_Strip]:
         """Such that so many input channels and all outputs of one are few enough."""
-        batch, *size, out_channels = output_BHWO.shape
-        step = self.transforms.outputs * self.dilation
-        rows, columns = (-(-side // step) for side in size)
+        batch, height, width, out_channels = output_BHWO.shape
+        rows, columns = self._grid(height, width)
         elements = self._side**2 * (channels + out_channels)
         tiles = max(_STRIP_ELEMENTS // elements, _LEAST_TILES)
         pictures = _even_share(batch, tiles // columns)

@@ -12,6 +12,7 @@ from danet.bench.workload import Workload
 from danet.config import RunConfig
 from danet.training import convolution
 from danet.training.convolution import use_winograd
+from networks import tiny_danet
 
 
 @pytest.fixture
@@ -35,12 +36,6 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.dtype]:
     return counts
 
 
-def network() -> danet.DANet:
-    torch.manual_seed(0)
-    sizes = {"head_channels": 16, "key_channels": 4}
-    return danet.DANet(5, "test_resnet", pretrained_backbone=False, **sizes).train()
-
-
 def gradients(model: danet.DANet, images: torch.Tensor) -> dict[str, torch.Tensor]:
     for module in model.modules():
         if isinstance(module, nn.Dropout2d):
@@ -52,7 +47,7 @@ def gradients(model: danet.DANet, images: torch.Tensor) -> dict[str, torch.Tenso
 
 def test_a_step_has_the_same_gradients(taken: Counter[torch.dtype]) -> None:
     images = torch.randn(2, 3, 72, 56)
-    plain = network()
+    plain = tiny_danet().train()
     fast = copy.deepcopy(plain)
     use_winograd(fast)
     assert fast.state_dict().keys() == plain.state_dict().keys()
@@ -95,7 +90,6 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_weights(
         assert (ours.grad - expected.grad).norm() < 0.02 * expected.grad.norm()
 
 
-@pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("case", ["few pixels", "small phases", "float64", "AMX"])
 def test_other_passes_go_the_direct_way(
     case: str, taken: Counter[torch.dtype], monkeypatch: pytest.MonkeyPatch

@@ -43,9 +43,9 @@ from danet.training.state import TrainingState
 from danet.training.step import take_step
 
 _FIRST_WEIGHTS = {"model.init_from", "model.pretrained_backbone", "model.backbone_weights"}
+"""Settings that a resumed run, which goes on from its own weights, does not look at."""
 _SCORED = {"data.name", "data.val_split", "data.mean", "data.std", "train.validate_images"}
 """With all of section test, the settings whose change makes scores incomparable."""
-"""Settings that a resumed run, which goes on from its own weights, does not look at."""
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
@@ -146,10 +146,10 @@ class _Trainer:
             self._start_folder()
         else:
             self.state.restore(checkpoint)
+            self._go_on_in_folder()
             # All processes have read it, and the next save would put it in place of the good one.
             if notes and self.fabric.is_global_zero:
                 run.last.unlink(missing_ok=True)
-            self._go_on_in_folder()
         events: Events | None = None
         if self.fabric.is_global_zero:
             events = at_end.enter_context(Events(run.path, self.first_step))

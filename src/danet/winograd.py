@@ -122,18 +122,23 @@ class TiledConvolution:
 
     def convolve(
         self,
-        input_BHWC: Tensor,
+        features: Tensor,
         filters: Tensor,
         bias: Tensor | None = None,
         *,
         rectify: bool = False,
     ) -> Tensor:
-        """B H W C in `dtype` and what `filters` gave -> B H W O.
+        """B C H W in `dtype` and what `filters` gave -> B O H W in channels-last memory.
 
         Args:
             rectify: whether a ReLU follows.
         """
-        output_BHWO = input_BHWC.new_empty(*input_BHWC.shape[:3], filters.shape[2])
+        batch, _, height, width = features.shape
+        out_channels = filters.shape[2]
+        # Not a view, to which autograd could not add another gradient in place.
+        strides = (height * width * out_channels, 1, width * out_channels, out_channels)
+        output = features.new_empty_strided((batch, out_channels, height, width), strides)
+        input_BHWC, output_BHWO = features.permute(0, 2, 3, 1), output.permute(0, 2, 3, 1)
         with self.pool.borrow(input_BHWC) as memory:
             for strip in self._strips(input_BHWC, output_BHWO, input_BHWC.shape[3]):
                 inputs = self._transform_inputs(strip, memory)
@@ -147,16 +152,17 @@ class TiledConvolution:
                 for down, row in enumerate(self.transforms.combine(products, spare[:-1])):
                     for right, pixels in enumerate(self.transforms.combine(row, spare[-1])):
                         self._write(pixels, strip, (down, right), bias, rectify)
-        return output_BHWO
+        return output
 
-    def filters_gradient(self, input_BHWC: Tensor, grad_BHWO: Tensor) -> Tensor:
+    def filters_gradient(self, features: Tensor, grad: Tensor) -> Tensor:
         """That of the weight, O C 3 3 in float32 or wider, from inputs and the outputs' gradient.
 
         In channels-last memory, as weights are; else it would be copied.
 
         By `_GRADIENT_CHANNELS` at a time, because n*n O C sums would be several times the weight.
         """
-        channels, out_channels = input_BHWC.shape[3], grad_BHWO.shape[3]
+        input_BHWC, grad_BHWO = features.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
+        channels, out_channels = features.shape[1], grad.shape[1]
         exact = torch.promote_types(self.dtype, torch.float32)
         gradient_O9C = input_BHWC.new_zeros(out_channels, 9, channels, dtype=exact)
         gradient = gradient_O9C.view(out_channels, 3, 3, channels).permute(0, 3, 1, 2)
@@ -314,9 +320,8 @@ class WinogradConv2d(Conv2dStandIn):
         self.rectify = rectify
 
     def forward(self, features: Tensor) -> Tensor:
-        input_BHWC = features.to(self.weight.dtype).permute(0, 2, 3, 1)
-        output_BHWO = self.tiled.convolve(input_BHWC, self.weight, self.bias, rectify=self.rectify)
-        return output_BHWO.permute(0, 3, 1, 2)
+        features = features.to(self.weight.dtype)
+        return self.tiled.convolve(features, self.weight, self.bias, rectify=self.rectify)
 
 
 def convolve(features: Tensor, weight: Tensor, tiled: TiledConvolution) -> Tensor:
@@ -330,22 +335,19 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, weight: Tensor, tiled: TiledConvolution) -> Tensor:
         ctx.save_for_backward(features, weight)
         ctx.tiled = tiled
-        output_BHWO = tiled.convolve(features.permute(0, 2, 3, 1), tiled.filters(weight))
-        return output_BHWO.permute(0, 3, 1, 2)
+        return tiled.convolve(features, tiled.filters(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         features, weight = ctx.saved_tensors
         tiled: TiledConvolution = ctx.tiled
-        grad_BHWO = grad.permute(0, 2, 3, 1)
         of_features: Tensor | None = None
         of_weight: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            gradient_BHWC = tiled.convolve(grad_BHWO, tiled.filters(weight, adjoint=True))
-            of_features = gradient_BHWC.permute(0, 3, 1, 2)
+            of_features = tiled.convolve(grad, tiled.filters(weight, adjoint=True))
         if ctx.needs_input_grad[1]:
-            of_weight = tiled.filters_gradient(features.permute(0, 2, 3, 1), grad_BHWO)
+            of_weight = tiled.filters_gradient(features, grad)
         return of_features, of_weight, None
 
 

@@ -136,6 +136,7 @@ def mmsegmentation() -> str:
         by_case.setdefault(case, []).append(row)
     cells = []
     for case, rows in by_case.items():
+        rows.sort(key=lambda row: not row["form"].startswith("mmsegmentation"))
         peer = rows[0]
         for row in rows:
             figures = [row["form"], row["seconds"], row["peak_MiB"]]

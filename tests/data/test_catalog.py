@@ -94,6 +94,17 @@ def test_ade20k_shifts_by_one_and_ignores_zero(parent: str, make: Maker, tmp_pat
         labels("ade20k", tmp_path, "val")
 
 
+@pytest.mark.parametrize("parent", ["", "ADEChallengeData2016/"])
+def test_ade20ks_test_pictures_have_no_labels(parent: str, make: Maker, tmp_path: Path) -> None:
+    make(f"{parent}release_test/testing/ADE_test_00000001.jpg")
+    assert labels("ade20k", tmp_path, "test") == {"ADE_test_00000001": [255, 255, 255]}
+    inside = tmp_path / "ADEChallengeData2016"
+    inside.mkdir(exist_ok=True)
+    assert len(open_dataset("ade20k", inside, "test")) == 1
+    with pytest.raises(UserError, match="split test of ade20k has no labels"):
+        open_dataset("ade20k", tmp_path, "test", needs_labels=True)
+
+
 class TestVoc:
     VOC = "VOCdevkit/VOC2012"
 
@@ -110,6 +121,16 @@ class TestVoc:
         assert labels("voc", tmp_path, "val") == {"v": [0, 20, 255]}
         assert list(labels("voc", tmp_path / "VOCdevkit", "train")) == ["a", "b"]
         assert list(labels("voc", tmp_path / self.VOC, "train")) == ["a", "b"]
+
+    def test_test_pictures_have_no_labels(self, make: Maker, tmp_path: Path) -> None:
+        make(f"{self.VOC}/ImageSets/Segmentation/test.txt", ["t"])
+        with pytest.raises(UserError, match="1 of the split's 1 images are missing, first t"):
+            open_dataset("voc", tmp_path, "test")
+        make(f"{self.VOC}/JPEGImages/t.jpg")
+        assert labels("voc", tmp_path, "test") == {"t": [255, 255, 255]}
+        assert open_dataset("voc", tmp_path, "val", needs_labels=True)[0].label.tolist()
+        with pytest.raises(UserError, match="split test of voc has no labels"):
+            open_dataset("voc", tmp_path, "test", needs_labels=True)
 
     def test_augmented_with_pngs(self, make: Maker, tmp_path: Path) -> None:
         for name in "abcv":

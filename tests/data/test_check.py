@@ -53,6 +53,20 @@ def test_one_line_for_each_kind(root: Path) -> None:
     assert lines[0].endswith("; and 6 more")
 
 
+def test_a_test_split_without_labels_is_a_note(tmp_path: Path) -> None:
+    voc = tmp_path / "VOC2012"
+    for folder in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"):
+        (voc / folder).mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        (voc / f"ImageSets/Segmentation/{split}.txt").write_text(split)
+        Image.new("RGB", (4, 2)).save(voc / f"JPEGImages/{split}.jpg")
+        Image.new("L", (4, 2), 1).save(voc / f"SegmentationClass/{split}.png")
+    status, printed, said = check(tmp_path, "voc")
+    assert status == 0
+    assert "test: 1 pictures, officially 1456" in printed
+    assert "note: test: every pixel is ignored, none has a class; it cannot be scored" in said
+
+
 def test_without_names_a_broken_label_is_a_finding_too(root: Path) -> None:
     (root / "classes.txt").unlink()
     status, printed, said = check(root)

@@ -76,6 +76,26 @@ def test_mistakes_are_told(model: danet.DANet, dataset: Path) -> None:
         evaluate_model(tiny_danet(3))
 
 
+def test_a_split_without_labels_is_segmented_for_its_server_only(tmp_path: Path) -> None:
+    voc = tmp_path / "VOCdevkit/VOC2012"
+    (voc / "ImageSets/Segmentation").mkdir(parents=True)
+    (voc / "ImageSets/Segmentation/test.txt").write_text("a\nb\n")
+    (voc / "JPEGImages").mkdir()
+    for name in "ab":
+        Image.new("RGB", (40, 32)).save(voc / f"JPEGImages/{name}.jpg")
+    network = tiny_danet(21)
+    with pytest.raises(UserError, match="has no labels, its server has them"):
+        evaluate_model(network, "voc", tmp_path, "test")
+    out = tmp_path / "results"
+    result = evaluate_model(network, "voc", tmp_path, "test", submission=out)
+    tree = result.to_json()
+    assert (tree["mIoU"], tree["images"]) == (None, 2)
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png"]
+    assert Image.open(out / "a.png").size == (40, 32)
+    result.write_report(tmp_path / "report.html", "mine")
+    assert "voc test" in (tmp_path / "report.html").read_text()
+
+
 def test_lines_of_metrics_that_are_none_are_skipped(
     model: danet.DANet, dataset: Path, tmp_path: Path
 ) -> None:

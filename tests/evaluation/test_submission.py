@@ -26,6 +26,17 @@ def test_ids_and_names_are_the_servers(
     assert written.tolist() == [ids]
 
 
+def test_vocs_files_have_the_devkits_colours(tmp_path: Path) -> None:
+    submission_writer("voc", tmp_path)("2008_000006", np.array([[0, 1, 20]], np.uint8))
+    with Image.open(tmp_path / "2008_000006.png") as image:
+        assert image.mode == "P"
+        assert np.asarray(image).tolist() == [[0, 1, 20]]
+        colors = np.asarray(image.convert("RGB"))[0].tolist()
+        everywhere = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    assert colors == [[0, 0, 0], [128, 0, 0], [0, 64, 128]]
+    assert everywhere[255].tolist() == [224, 224, 192]
+
+
 def test_other_datasets_have_no_server(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="camvid has no server"):
         submission_writer("camvid", tmp_path)

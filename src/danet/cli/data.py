@@ -55,7 +55,8 @@ def data_check(
             _say("error", split, line)
         if checks[split].is_unlabelled:
             fails |= needed
-            _say(kind, split, "every pixel is ignored, none has a class; correct the labels' ids")
+            advice = "correct the labels' ids" if needed else "it cannot be scored"
+            _say(kind, split, f"every pixel is ignored, none has a class; {advice}")
         absent = checks[split].absent(spec.classes)
         if absent and split.startswith("train"):
             _say("warning", split, f"classes that no pixel has: {len(absent)}: {first_few(absent)}")

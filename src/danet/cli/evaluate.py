@@ -13,6 +13,7 @@ from danet.cli.options import (
     ModelOrFile,
     Precision,
     open_exported,
+    output_folder,
     own_device,
     say_on_stderr,
 )
@@ -42,8 +43,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Write an HTML report with pictures.")
     ] = None,
     submission: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write label files as the dataset's server takes them."),
+        Path | None, output_folder("Write label files as the dataset's server takes them.")
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -91,8 +91,9 @@ def evaluate(
     if report is not None:
         result.write_report(report, model)
     _print_scores(result.scores)
-    if report is not None:
-        print(f"report: {report}")
+    for what, where in (("label files", submission), ("report", report)):
+        if where is not None:
+            print(f"{what}: {where}")
 
 
 def _print_scores(result: "Evaluation") -> None:
@@ -100,6 +101,9 @@ def _print_scores(result: "Evaluation") -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if not result.confusion["fused"].any():
+        print(f"no scores, for no pixel is labelled  {len(result.pictures)} pictures")
+        return
     fused = result.scores()
     table = Table("class", "IoU", "accuracy", box=None)
     for name, score in zip(result.spec.classes, fused.per_class, strict=True):

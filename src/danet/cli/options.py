@@ -1,7 +1,8 @@
 """Options and messages that several commands share."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +27,18 @@ Precision = Annotated[choices.Precision, typer.Option(help="auto, fp32 or bf16."
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")
 ]
+
+
+def output_folder(help_text: str) -> Any:
+    """An option for a folder to write to."""
+    return typer.Option(parser=_named_folder, metavar="DIR", help=help_text)
+
+
+def _named_folder(text: str) -> Path:
+    # Path("") is the working folder, which is not what an unset variable of a shell means.
+    if not text:
+        raise typer.BadParameter("it is empty; name a folder")
+    return Path(text)
 
 
 def own_device(device: str, share: "Share") -> str:

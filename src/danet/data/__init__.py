@@ -9,6 +9,7 @@ import pkgutil
 from pathlib import Path
 
 from danet.data import catalog
+from danet.data.files import PairedFiles
 from danet.data.spec import (
     CatalogEntry,
     DatasetSpec,
@@ -62,22 +63,31 @@ def submission_format(name: str) -> SubmissionFormat:
 
 
 def open_dataset(
-    name: str, root: Path | str | None = None, split: str = "train"
+    name: str, root: Path | str | None = None, split: str = "train", *, needs_labels: bool = False
 ) -> SegmentationDataset:
     """Opens one split as a sequence of `Sample(image, label, name)` with a `.spec`.
 
     Args:
         root: the folder of the data, in the layout of the dataset's official archives; None for
             generated data.
+        needs_labels: refuse a test split whose labels only a benchmark's server has. Otherwise
+            all of its pixels are ignored.
 
     Raises:
-        UserError: no such dataset or split, or its files are missing or do not pair up. Reading
-            an item raises it for a damaged file or an undefined label id.
+        UserError: no such dataset or split, its files are missing or do not pair up, or it has no
+            labels though it needs them. Reading an item raises it for a damaged file or an
+            undefined label id.
     """
     entry = _entry(name)
     if split not in entry.splits:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(entry.splits)}")
-    return entry.open_split(_path(root), split)
+    dataset = entry.open_split(_path(root), split)
+    if needs_labels and isinstance(dataset, PairedFiles) and not dataset.has_labels:
+        raise UserError(
+            f"split {split} of {name} has no labels, its server has them; danet evaluate "
+            "--submission DIR writes the files that it takes"
+        )
+    return dataset
 
 
 def _path(root: Path | str | None) -> Path | None:

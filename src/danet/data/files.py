@@ -28,10 +28,10 @@ class LabelMap(NamedTuple):
 
 
 class FilePair(NamedTuple):
-    """An image and its label, on disk or in an archive."""
+    """An image and its label, on disk or in an archive; None where only a server has the label."""
 
     image: Location
-    label: Location
+    label: Location | None
     name: str
 
 
@@ -135,9 +135,7 @@ def pair_by_stem(
     Raises:
         UserError: a folder is missing or empty, an image has no label, or two files share a stem.
     """
-    images = _by_stem(image_folder)
-    if not images:
-        raise UserError(f"{image_folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    images = images_by_stem(image_folder)
     labels = {
         stem.removesuffix(label_suffix): path
         for stem, path in _by_stem(label_folder).items()
@@ -146,6 +144,18 @@ def pair_by_stem(
     pairs = pair_up(images, labels, label_folder)
     unused = [path for stem, path in labels.items() if stem not in images]
     return FolderPairs(pairs, image_folder, unused)
+
+
+def images_by_stem(folder: Location) -> dict[str, Location]:
+    """The image files directly in a folder by their names without suffix, sorted.
+
+    Raises:
+        UserError: the folder is missing or has none, or two share a stem.
+    """
+    images = _by_stem(folder)
+    if not images:
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return images
 
 
 def _by_stem(folder: Location) -> dict[str, Location]:
@@ -181,6 +191,11 @@ def pair_up(
     return [FilePair(path, labels[name], name) for name, path in images.items()]
 
 
+def without_labels(images: Mapping[str, Location]) -> list[FilePair]:
+    """The images of a test split whose labels only a benchmark's server has."""
+    return [FilePair(path, None, name) for name, path in images.items()]
+
+
 def existing(folder: Location, names: Sequence[str], suffix: str) -> dict[str, Location]:
     """Name -> path, for the names that have a file `NAME{suffix}` in the folder."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -198,7 +213,7 @@ def require_all(found: Mapping[str, Location], names: Sequence[str], folder: Loc
 
 
 class PairedFiles:
-    """A dataset of file pairs; each pair is read on access."""
+    """A dataset of file pairs, read on access. All pixels of an image without label are ignored."""
 
     def __init__(
         self,
@@ -212,6 +227,10 @@ class PairedFiles:
         self._ids_to_train_ids = ids_to_train_ids
         self.read_label = read_label
 
+    @property
+    def has_labels(self) -> bool:
+        return any(pair.label is not None for pair in self.pairs)
+
     def __len__(self) -> int:
         return len(self.pairs)
 
@@ -221,9 +240,15 @@ class PairedFiles:
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
         image = open_image(pair.image)
+        if pair.label is None:
+            return Sample(image, self.ignored_label(image), pair.name)
         file_ids = self.read_label(pair.label)
         self.require_same_size(pair, image, file_ids)
         return Sample(image, self.to_train_ids(pair, file_ids), pair.name)
+
+    def ignored_label(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """The label of an image that has none."""
+        return np.full(image.size[::-1], self.spec.ignore_index, np.uint8)
 
     def require_same_size(
         self, pair: FilePair, image: Image.Image, file_ids: npt.NDArray[np.uint8]

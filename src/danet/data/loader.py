@@ -39,7 +39,7 @@ def training_samples(config: DataConfig) -> tuple[DatasetSpec, Subset[Sample]]:
         (part.name, part.root or (config.root if part.name == config.name else None), part.split)
         for part in parts
     ]
-    opened = {source: open_dataset(*source) for source in dict.fromkeys(sources)}
+    opened = {source: open_dataset(*source, needs_labels=True) for source in dict.fromkeys(sources)}
     starts = dict(zip(opened, accumulate(map(len, opened.values()), initial=0), strict=False))
     spec = opened[sources[0]].spec
     shown: list[int] = []

@@ -64,10 +64,12 @@ class SubmissionFormat(NamedTuple):
     Attributes:
         file_ids: the id to write for each train id.
         suffix: follows the picture's name in the file name.
+        palette: the colours of the file ids; files are grey where it is empty.
     """
 
     file_ids: tuple[int, ...]
     suffix: str
+    palette: tuple[Color, ...] = ()
 
 
 class SegmentationDataset(Protocol):

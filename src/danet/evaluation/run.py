@@ -156,7 +156,8 @@ def evaluate_model(
     Raises:
         UserError: an exported file is to be tested in another way than it predicts, the dataset is
             not known or not there, its classes are not the model's, a picture or label cannot be
-            read, or the dataset has no server that takes label files.
+            read, the split has no labels and no submission is written, or the dataset has no server
+            that takes label files.
     """
     run = None if run is None else Path(run)
     if isinstance(model, DANet):
@@ -164,7 +165,7 @@ def evaluate_model(
     else:
         subject = _exported_subject(model, mode, multi_scale, flip, branches)
     name, folder = _dataset_of(subject.metadata.dataset, run, data, root)
-    dataset = open_dataset(name, folder, split)
+    dataset = open_dataset(name, folder, split, needs_labels=submission is None)
     check_classes(subject.metadata, dataset.spec, say)
     write = None if submission is None else submission_writer(name, Path(submission))
     own = share.positions(len(dataset))

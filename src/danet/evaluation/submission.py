@@ -9,6 +9,7 @@ from PIL import Image
 
 from danet.atomic import replacing, require_writable
 from danet.data import submission_format
+from danet.palette import colored
 
 
 def submission_writer(dataset: str, folder: Path) -> Callable[[str, npt.NDArray[np.uint8]], None]:
@@ -29,7 +30,9 @@ def submission_writer(dataset: str, folder: Path) -> Callable[[str, npt.NDArray[
     require_writable(folder)
 
     def write(name: str, classes: npt.NDArray[np.uint8]) -> None:
+        ids = file_ids[classes]
+        image = colored(ids, submission.palette) if submission.palette else Image.fromarray(ids)
         with replacing(folder / f"{name}{submission.suffix}") as path:
-            Image.fromarray(file_ids[classes]).save(path, format="PNG")
+            image.save(path, format="PNG")
 
     return write

@@ -1,9 +1,11 @@
-"""PASCAL VOC 2012, 21 classes: 1464 / 1449 pictures, 10582 with SBD's annotations.
+"""PASCAL VOC 2012, 21 classes: 1464 / 1449 / 1456 pictures, 10582 with SBD's annotations.
 
 Layout: `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}`. Split `train_aug`
 is VOC's training images and SBD's, without VOC's validation images. SBD's labels are read from
 `SegmentationClassAug/*.png` in VOC2012, or from SBD's own `cls/*.mat` in
-`benchmark_RELEASE/dataset` or `VOCaug/dataset`. Images of VOC's own list keep VOC's labels.
+`benchmark_RELEASE/dataset` or `VOCaug/dataset`. Images of VOC's own list keep VOC's labels. The
+test split, from an archive of its own, has no labels; its server takes palette PNGs in
+`results/VOC2012/Segmentation/comp6_test_cls`.
 """
 
 from pathlib import Path
@@ -23,11 +25,13 @@ from danet.data.files import (
     read_names,
     require_all,
     require_root,
+    without_labels,
 )
 from danet.data.images import open_label
 from danet.data.mat import open_sbd_label
-from danet.data.spec import CatalogEntry, constant
+from danet.data.spec import CatalogEntry, SubmissionFormat, constant
 from danet.errors import UserError
+from danet.palette import default_palette
 
 SPEC = read_spec("voc")
 _AUGMENTED = "SegmentationClassAug"
@@ -44,17 +48,18 @@ _SBD = (
 def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
     voc = find_folder(folder, "VOCdevkit/VOC2012", "VOC2012", ".")
-    names = read_names(_listing(voc, "val" if split == "val" else "train"))
-    labels = existing(voc / "SegmentationClass", names, ".png")
+    names = read_names(_listing(voc, "train" if split == "train_aug" else split))
     label_folder = voc / "SegmentationClass"
+    labels = existing(label_folder, names, ".png")
     if split == "train_aug":
         label_folder, added = _added_labels(folder, voc)
         labels = {**added, **labels}
         names = [*names, *(name for name in added if name not in set(names))]
     images = existing(voc / "JPEGImages", names, ".jpg")
     require_all(images, names, voc / "JPEGImages")
+    pairs = without_labels(images) if split == "test" else pair_up(images, labels, label_folder)
     train_ids = label_map({i: i for i in range(SPEC.num_classes)})
-    return PairedFiles(SPEC, pair_up(images, labels, label_folder), train_ids, _open_any_label)
+    return PairedFiles(SPEC, pairs, train_ids, _open_any_label)
 
 
 def _listing(voc: Location, split: str) -> Location:
@@ -87,8 +92,10 @@ def _open_any_label(path: Location) -> npt.NDArray[np.uint8]:
 
 
 ENTRY = CatalogEntry(
-    splits=("train", "val", "train_aug"),
+    splits=("train", "val", "test", "train_aug"),
     spec=constant(SPEC),
     open_split=_open_split,
-    counts=constant({"train": 1464, "val": 1449, "train_aug": 10_582}),
+    counts=constant({"train": 1464, "val": 1449, "test": 1456, "train_aug": 10_582}),
+    # The devkit's colours, of all 256 ids.
+    submission=SubmissionFormat(tuple(range(SPEC.num_classes)), ".png", default_palette(256)),
 )

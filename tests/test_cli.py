@@ -328,6 +328,17 @@ def test_unwritable_output(model: Path, tmp_path: Path, fails: Callable[..., str
     assert "file" in line
 
 
+@pytest.mark.parametrize("wrong", ["model", "picture"])
+def test_wrong_input_leaves_no_folder(
+    wrong: str, model: Path, tmp_path: Path, run: Command
+) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    named = {"model": model, "picture": picture, wrong: tmp_path / "nowhere"}
+    run("predict", named["model"], named["picture"], "--out", tmp_path / "out", status=2)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -403,6 +414,8 @@ def test_bench_probes_its_file_before_it_measures(
         (("bench", "--rounds", "abc"), "Invalid value for '--rounds'"),
         (("export", "m", "--format=tflite", "--out=m.onnx"), "'tflite' is not one of 'onnx',"),
         (("data", "check"), "see danet data check --help"),
+        (("predict", "street-small", "a.png", "--out", ""), "it is empty; name a folder"),
+        (("train", "demo", "--out="), "it is empty; name a folder"),
     ],
 )
 def test_mistakes_on_the_command_line(

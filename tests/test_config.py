@@ -46,6 +46,7 @@ def test_a_recipe_extends_another_and_states_what_differs(tmp_path: Path) -> Non
         (["trian.steps=3"], "trian: unknown key; did you mean train"),
         (["train.steps=many"], "train.steps"),
         (["train.steps=0"], "train.steps"),
+        (["train.class_weights=[0, 0]"], "class_weights are all 0"),
         (["train.lr=.nan"], "train.lr"),
         (["steps=3"], "SECTION.KEY=VALUE"),
         (["train.steps"], "SECTION.KEY=VALUE"),

@@ -52,6 +52,18 @@ def test_classes_are_the_models(
     assert found.palette == expected.palette
 
 
+@pytest.mark.parametrize("name", ["m.onnx", "m.xml"])
+def test_probabilities_are_the_models(name: str, model: danet.DANet, files: Path) -> None:
+    exported = ExportedPredictor(files / name, precision="fp32")
+    picture = render(2, 5)[0].resize((51, 77))
+    found = exported(picture, probabilities=True)
+    expected = danet.Predictor(model, device="cpu", precision="fp32")(picture)
+    assert found.probabilities.shape == (5, 77, 51)
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-4)
+    np.testing.assert_array_equal(exported(picture).probabilities, found.probabilities)
+    assert found.overlay().size == picture.size
+
+
 def test_openvino_computes_in_bfloat16_where_asked_to(model: danet.DANet, files: Path) -> None:
     picture = render(2, 5)[0].resize((96, 64))
     exact, rounded = (

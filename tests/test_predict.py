@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,9 @@ def test_overlay_blends_the_class_colours() -> None:
     assert overlay.getpixel((1, 0)) == (150, 100, 50)
     with pytest.raises(UserError, match="3x3 but its classes are 2x1"):
         segmentation.overlay(Image.new("RGB", (3, 3)))
+    for opacity in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match=r"opacity must be in 0\.\.1"):
+            segmentation.overlay(Image.new("RGB", (2, 1)), opacity)
 
 
 def test_masks_are_palette_images(tmp_path: Path) -> None:
@@ -233,6 +237,16 @@ def test_batches(predictor: danet.Predictor) -> None:
     for wrong in (np.zeros((1, 30, 50, 3), np.float32), np.zeros((30, 50, 3), np.uint8)):
         with pytest.raises(UserError, match="P H W 3 uint8"):
             predictor.segment_batch(wrong)
+
+
+def test_read_only_arrays_are_taken_without_a_warning(predictor: danet.Predictor) -> None:
+    pictures = np.array(noise())[None]
+    expected = predictor.segment_batch(pictures)[0].classes
+    pictures.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = predictor.segment_batch(pictures)[0].classes
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_result_is_pickled_without_the_network(predictor: danet.Predictor) -> None:

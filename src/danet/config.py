@@ -195,6 +195,12 @@ class TrainConfig(Section):
     """Which weights become the run's model: the last, or those that validated best."""
 
     @model_validator(mode="after")
+    def _some_class_counts(self) -> "TrainConfig":
+        if self.class_weights is not None and not any(self.class_weights):
+            raise ValueError("class_weights are all 0, so nothing would be learnt; raise some")
+        return self
+
+    @model_validator(mode="after")
     def _rate_falls(self) -> "TrainConfig":
         if self.lr_min > self.lr:
             raise ValueError(

@@ -92,7 +92,7 @@ class Inspection:
         keep_channels: bool = True,
     ) -> None:
         self.image = as_rgb(image)
-        self.metadata = predictor.model.metadata
+        self.metadata = predictor.metadata
         self._received: FloatMap | None = None
         self._receiving = threading.Lock()
         names = predictor.model.branches

@@ -23,6 +23,7 @@ from danet.evaluation.inference import predict_probabilities, views
 from danet.evaluation.strips import most_likely_classes
 from danet.inputs import mask_name, overlay_name
 from danet.model import DANet
+from danet.model_folder import Metadata
 from danet.optimize import optimize_for_inference, require_finite_weights
 from danet.palette import Color, colored
 
@@ -93,8 +94,11 @@ class Segmentation:
             opacity: of the colours, 0..1.
 
         Raises:
-            UserError: the picture is of another size, or is not given and was not kept.
+            UserError: the picture is of another size, or is not given and was not kept, or the
+                opacity is out of range.
         """
+        if not 0 <= opacity <= 1:
+            raise UserError(f"overlay: opacity must be in 0..1, not {opacity:g}")
         image = self.image if image is None else image
         if image is None:
             raise UserError("overlay: the picture was not kept; give the one that was segmented")
@@ -111,6 +115,13 @@ class Segmentation:
 class Segmenter(Protocol):
     """Interface of `Predictor` and `danet.export.predictor.ExportedPredictor`."""
 
+    @property
+    def metadata(self) -> Metadata: ...
+
+    def probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        """The softmax scores of an RGB picture, K H W."""
+        ...
+
     def segment_batch(self, images: npt.NDArray[np.uint8]) -> list[Segmentation]:
         """Segments pictures of one size together, uint8 RGB P H W 3."""
         ...
@@ -118,6 +129,24 @@ class Segmenter(Protocol):
     def fingerprint(self) -> str:
         """Hex digits that differ where the results may."""
         ...
+
+
+def segment_picture(
+    segmenter: Segmenter,
+    image: Image.Image | npt.NDArray[np.uint8] | str | Path,
+    *,
+    probabilities: bool,
+) -> Segmentation:
+    """Segments one picture, as `Predictor` says."""
+    upright = as_rgb(image)
+    if not probabilities:
+        found = segmenter.segment_batch(np.array(upright)[None])[0]
+        score = functools.partial(segmenter.probabilities, upright)
+        return dataclasses.replace(found, image=upright, score=score)
+    scores = segmenter.probabilities(upright)
+    classes = scores.argmax(0).astype(np.uint8)
+    metadata = segmenter.metadata
+    return Segmentation(classes, metadata.classes, metadata.palette, upright, lambda: scores)
 
 
 class Predictor:
@@ -164,7 +193,10 @@ class Predictor:
         require_finite_weights(self.model)
         self.test = network.metadata.test if test is None else test
 
-    @torch.inference_mode()
+    @property
+    def metadata(self) -> Metadata:
+        return self.model.metadata
+
     def __call__(
         self,
         image: Image.Image | npt.NDArray[np.uint8] | str | Path,
@@ -180,18 +212,11 @@ class Predictor:
         Raises:
             UserError: it is not a readable picture.
         """
-        upright = as_rgb(image)
-        if not probabilities:
-            found = self.segment_batch(np.array(upright)[None])[0]
-            score = functools.partial(self._probabilities, upright)
-            return dataclasses.replace(found, image=upright, score=score)
-        scores = self._probabilities(upright)
-        metadata = self.model.metadata
-        classes = scores.argmax(0).astype(np.uint8)
-        return Segmentation(classes, metadata.classes, metadata.palette, upright, lambda: scores)
+        return segment_picture(self, image, probabilities=probabilities)
 
     @torch.inference_mode()
-    def _probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
+    def probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        """The softmax scores of an RGB picture, K H W."""
         pixels = TF.pil_to_tensor(image).to(self.device)
         with autocast(self.precision, self.device):
             scores = predict_probabilities(self.model, pixels, self.test)[0]
@@ -211,17 +236,17 @@ class Predictor:
         require_rgb_batch(images)
         if not len(images):
             return []
-        # Not all arrays can be tensors: a view in reversed order, as of BGR channels, cannot.
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        # Not all arrays can be tensors: a view in reversed order, as of BGR channels, cannot, and
+        # torch warns of those that may not be written.
+        pixels = torch.from_numpy(np.require(images, requirements="CW")).permute(0, 3, 1, 2)
         pixels = pixels.to(self.device)
-        metadata = self.model.metadata
         with autocast(self.precision, self.device):
             found = [
                 most_likely_classes(of_picture)[0]
                 for of_picture in views(self.model, pixels, self.test)
             ]
         return [
-            Segmentation(classes.cpu().numpy(), metadata.classes, metadata.palette)
+            Segmentation(classes.cpu().numpy(), self.metadata.classes, self.metadata.palette)
             for classes in found
         ]
 

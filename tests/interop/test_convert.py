@@ -222,6 +222,29 @@ def test_weights_of_any_shape_are_named(
         convert(saved(tmp_path, state), dataset_spec("camvid"))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.full((1,), float("nan")), "residual_weight holds nan or infinite numbers"),
+        (torch.full((1,), float("inf")), "residual_weight holds nan or infinite numbers"),
+        (torch.ones(1, dtype=torch.int64), "residual_weight holds int64, not floating point"),
+        (torch.ones(1, dtype=torch.complex64), "residual_weight holds complex64, not floating"),
+    ],
+)
+def test_weights_that_are_no_real_numbers_are_named(
+    values: Tensor, message: str, tmp_path: Path
+) -> None:
+    state = {**authors_state(build()), "head.sa.gamma": values}
+    with pytest.raises(UserError, match=message):
+        convert(saved(tmp_path, state), dataset_spec("camvid"))
+
+
+def test_half_precision_is_taken(tmp_path: Path) -> None:
+    state = {name: tensor.half() for name, tensor in authors_state(build()).items()}
+    model = convert(saved(tmp_path, state), dataset_spec("camvid"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_one_tensor_may_not_ask_for_any_amount_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +324,8 @@ def test_classes_can_be_those_of_a_folder(tmp_path: Path) -> None:
     command = ["convert", str(path), "--out", str(tmp_path / "model"), "--root", str(tmp_path)]
     refused = CliRunner().invoke(app, command)
     assert str(refused.exception).startswith("--root goes with --data")
+    refused = CliRunner().invoke(app, [*command, "--data", "camvid"])
+    assert str(refused.exception).startswith("--root goes with --data folder")
     done = CliRunner().invoke(app, [*command, "--data", "folder"], catch_exceptions=False)
     assert done.exit_code == 0
     assert list(danet.DANet.from_pretrained(tmp_path / "model").metadata.classes) == names

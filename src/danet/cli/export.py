@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from danet.choices import ExportFormat
-from danet.cli.options import Model, note_protocol, say_on_stderr
+from danet.cli.options import Model, note_protocol, output_folder, say_on_stderr
 from danet.errors import UserError
 
 
@@ -45,7 +45,7 @@ def export(
 
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Of mmsegmentation or of the authors.")],
-    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    out: Annotated[Path, output_folder("The model folder to write.")],
     data: Annotated[
         str | None, typer.Option(help="The dataset whose classes it has, if it names none.")
     ] = None,
@@ -59,7 +59,7 @@ def convert(
     from danet.interop.convert import convert as convert_checkpoint
     from danet.model_folder import RECIPE_FILE, Metadata
 
-    if root is not None and data is None:
+    if root is not None and data != "folder":
         raise UserError("--root goes with --data folder, whose classes it holds")
     if (out / RECIPE_FILE).exists():
         raise UserError(

@@ -12,6 +12,7 @@ from danet.cli.options import (
     ModelOrFile,
     Precision,
     open_exported,
+    output_folder,
     own_device,
 )
 from danet.errors import UserError
@@ -27,7 +28,7 @@ def predict(
         list[str],
         typer.Argument(metavar="INPUT...", help="Pictures, videos, folders, globs, tars, @LIST."),
     ],
-    out: Annotated[Path, typer.Option(help="The folder for the results.")],
+    out: Annotated[Path, output_folder("The folder for the results.")],
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Also write the picture with the classes over it.")
     ] = False,
@@ -59,7 +60,6 @@ def predict(
     found, problems = find_inputs(inputs, out)
     if strict and problems:
         raise UserError(problems[0])
-    require_writable(out)
     share = Share.from_environment()
     # How many pictures an archive holds, only reading it to its end would tell.
     known = not any(one.is_archive for one in found)
@@ -75,8 +75,10 @@ def predict(
         for problem in problems:
             progress.say(f"error: {problem}")
         if found:
+            segmenter = _open(model, device, precision, share, compile_graph=compile_graph)
+            require_writable(out)
             outcomes = segment_inputs(
-                _open(model, device, precision, share, compile_graph=compile_graph),
+                segmenter,
                 found,
                 out,
                 overlay=overlay,

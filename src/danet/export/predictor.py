@@ -1,6 +1,5 @@
 """Segmenting with an exported file, in its own engine."""
 
-import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -16,7 +15,12 @@ from danet.errors import UserError, explaining_lookup, first_line
 from danet.evaluation.strips import Stored, most_likely_classes, require_finite
 from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, load
 from danet.model_folder import Metadata
-from danet.predict import FINGERPRINT_DIGITS, Segmentation, as_rgb, require_rgb_batch
+from danet.predict import (
+    FINGERPRINT_DIGITS,
+    Segmentation,
+    require_rgb_batch,
+    segment_picture,
+)
 
 _HEADER_BYTES = 1024
 _FORMATS = {suffix: name for name, suffix in SUFFIXES.items() if name != "torch"}
@@ -93,10 +97,19 @@ class ExportedPredictor:
                 f"{self.path}: cannot be opened as {file_format} ({first_line(error)})"
             ) from error
 
-    def __call__(self, image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Segmentation:
+    def __call__(
+        self,
+        image: Image.Image | npt.NDArray[np.uint8] | str | Path,
+        probabilities: bool = False,
+    ) -> Segmentation:
         """Segments one picture, as `danet.Predictor` does."""
-        upright = as_rgb(image)
-        return dataclasses.replace(self.segment_batch(np.array(upright)[None])[0], image=upright)
+        return segment_picture(self, image, probabilities=probabilities)
+
+    def probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        """The softmax scores of an RGB picture, K H W."""
+        scores = self._pictures_logits(np.array(image)[None])[0].softmax(0)
+        found: npt.NDArray[np.float32] = scores.numpy()
+        return found
 
     def segment_batch(self, images: npt.NDArray[np.uint8]) -> list[Segmentation]:
         """Segments pictures of one size together, uint8 RGB P H W 3.
@@ -106,25 +119,25 @@ class ExportedPredictor:
                 it says.
         """
         require_rgb_batch(images)
+        names, palette = self.metadata.classes, self.metadata.palette
+        return [
+            Segmentation(most_likely_classes([Stored(of_picture)])[0].numpy(), names, palette)
+            for of_picture in self._pictures_logits(images).unsqueeze(1)
+        ]
+
+    def _pictures_logits(self, images: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """P K H W float32 of uint8 RGB P H W 3."""
         height, width = images.shape[1:3]
         missing = [max(0, SMALLEST_SIDE - side) for side in (height, width)]
         filled = np.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
         pixels = filled.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
         logits = self._logits(pixels)
-        names, palette = self.metadata.classes, self.metadata.palette
-        expected = (len(images), len(names), *pixels.shape[2:])
+        expected = (len(images), len(self.metadata.classes), *pixels.shape[2:])
         if logits.shape != expected:
             raise UserError(f"{self.path}: gives {logits.shape} where {expected} is expected")
         found = torch.from_numpy(logits)
         require_finite(found)
-        return [
-            Segmentation(
-                most_likely_classes([Stored(of_picture)])[0, :height, :width].numpy(),
-                names,
-                palette,
-            )
-            for of_picture in found.unsqueeze(1)
-        ]
+        return found[..., :height, :width]
 
     def _logits(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         try:

@@ -94,10 +94,21 @@ def _require_fit(path: Path, translated: Translated, wanted: Mapping[str, Tensor
     problems = [f"{name} is not known" for name in translated.unknown]
     problems += [f"{name} is not in the network" for name in state if name not in wanted]
     problems += [f"{n} is missing" for n in wanted if n not in state and n not in counters]
+    known = {name: tensor for name, tensor in state.items() if name in wanted}
     problems += [
         f"{name} is {_shape(tensor)}, not {_shape(wanted[name])}"
-        for name, tensor in state.items()
-        if name in wanted and tensor.shape != wanted[name].shape
+        for name, tensor in known.items()
+        if tensor.shape != wanted[name].shape
+    ]
+    problems += [
+        f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating point"
+        for name, tensor in known.items()
+        if wanted[name].is_floating_point() and not tensor.is_floating_point()
+    ]
+    problems += [
+        f"{name} holds nan or infinite numbers"
+        for name, tensor in known.items()
+        if not tensor.isfinite().all()
     ]
     if problems:
         shown = "; ".join(problems[:_NAMES_SHOWN])

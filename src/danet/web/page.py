@@ -51,7 +51,7 @@ CSS = """
 
 def build_page(sessions: Sessions) -> gr.Blocks:
     """The page for one model."""
-    metadata = sessions.predictor.model.metadata
+    metadata = sessions.predictor.metadata
     page: gr.Blocks
     with gr.Blocks(title="danet", analytics_enabled=False, delete_cache=(1800, 1800)) as page:
         gr.Markdown(

@@ -127,9 +127,7 @@ class _Trainer:
             self.progress.say(note)
         data = config.data
         spec, self.training_data = training_samples(data)
-        self.validation_data = open_dataset(
-            data.name, data.root, data.val_split, needs_labels=True
-        )
+        self.validation_data = open_dataset(data.name, data.root, data.val_split, needs_labels=True)
         resumed = None if checkpoint is None else checkpoint["model"]
         model = build_model(config, spec, resumed, self.progress.say)
         if config.train.batch_size == config.train.accumulate:

@@ -238,7 +238,7 @@ class Predictor:
             return []
         # Not all arrays can be tensors: a view in reversed order, as of BGR channels, cannot, and
         # torch warns of those that may not be written.
-        pixels = torch.from_numpy(np.require(images, requirements="CW")).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.require(images, requirements=("C", "W"))).permute(0, 3, 1, 2)
         pixels = pixels.to(self.device)
         with autocast(self.precision, self.device):
             found = [

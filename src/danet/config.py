@@ -175,7 +175,8 @@ class TrainConfig(Section):
     same result, less memory, more time. early: leave out the last stage, which would take three
     quarters of the extra time and save a quarter of the memory."""
     compile: bool = False
-    """Compile backbone and branches at the first step; takes minutes, pays in long runs."""
+    """Compile backbone and branches at the first step, which takes minutes. For long runs on a GPU:
+    the CPUs measured gained nothing."""
     device: DeviceName = "auto"
     devices: int = Field(1, ge=1)
     """Processes on this machine, one per device."""

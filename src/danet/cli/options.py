@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from danet.export.predictor import ExportedPredictor
     from danet.processes import Share
 
-Model = Annotated[str, typer.Argument(help="A model folder, a run folder, or a hub id.")]
+Model = Annotated[str, typer.Argument(help="A model or run folder, a hub id, or street-small.")]
 ModelOrFile = Annotated[
-    str, typer.Argument(help="A model or run folder, a hub id, or an exported .onnx or .xml.")
+    str, typer.Argument(help="A model or run folder, a hub id, street-small, or an exported .onnx, .xml.")
 ]
 Recipe = Annotated[str, typer.Argument(help="A built-in recipe (danet recipes) or a YAML file.")]
 Overrides = Annotated[
@@ -25,7 +25,7 @@ Overrides = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Precision = Annotated[choices.Precision, typer.Option(help="auto, fp32 or bf16.")]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")
+    bool, typer.Option("--compile", help="Compile the network first: for many pictures on a GPU.")
 ]
 
 

@@ -21,7 +21,7 @@ import forked
 from danet.bulk import DECODED_AHEAD, WorkItem, segment_inputs
 from danet.cli import app
 from danet.errors import UserError
-from danet.inputs import Input, find_inputs
+from danet.inputs import Input, Results, find_inputs
 from danet.processes import Share
 from networks import tiny_danet
 
@@ -169,6 +169,58 @@ def test_what_another_model_wrote_over_is_segmented(
     assert "1 were before" in predict(model, path, "--out", out).output
 
 
+def test_what_a_stopped_run_wrote_is_segmented_again(
+    model: Path, network: danet.DANet, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no line in the manifest, but is not taken for the earlier model's."""
+    out = tmp_path / "out"
+    other = copy.deepcopy(network)
+    torch.nn.init.normal_(other.head.fused_classifier[1].weight)
+    other.save_pretrained(tmp_path / "other")
+    assert predict(model, photos, "--out", out).exit_code == 0
+    before = masks(out)
+    real = danet.bulk.write_segmentation
+
+    def stopped(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once:
+        once.setattr(danet.bulk, "write_segmentation", stopped)
+        predict(tmp_path / "other", photos, "--out", out)
+    changed = sum(before[name] != content for name, content in masks(out).items())
+    assert changed > 0
+    again = predict(model, photos / "12.png", "--out", out)  # another one, which forgets nothing
+    assert again.exit_code == 0, again.output
+    again = predict(model, photos, "--out", out)
+    assert again.exit_code == 0, again.output
+    assert f"{13 - changed} were before" in again.output
+    assert masks(out) == before
+    assert [path.name for path in out.glob("manifest*")] == ["manifest.jsonl"]
+
+
+def test_a_stopped_run_beside_its_pictures_can_be_run_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        picture(0).save(tmp_path / f"{index}.jpg")
+    real = danet.bulk.write_segmentation
+
+    def full(*arguments: Any) -> None:
+        real(*arguments)
+        if arguments[-1] == "1":
+            raise UserError("full") from OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as once:
+        once.setattr(danet.bulk, "write_segmentation", full)
+        assert isinstance(predict(model, tmp_path, "--out", tmp_path).exception, UserError)
+    assert len(masks(tmp_path)) == 3
+    for inputs in (tmp_path, f"{tmp_path}/*.jpg"):
+        again = predict(model, inputs, "--out", tmp_path)
+        assert again.exit_code == 0, again.output
+        assert "of 3" in again.output
+
+
 def test_a_manifest_names_its_inputs_and_older_ones_prove_nothing(
     model: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +269,16 @@ def test_labels_beside_pictures_are_not_written_over(model: Path, tmp_path: Path
     assert "a.jpg: results would be written over" in done.output
     assert (tmp_path / "a.png").read_bytes() == b"a label"
     assert (tmp_path / "b.png").exists()
+
+
+def test_own_overlays_beside_pictures_are_not_written_over(model: Path, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.jpg")
+    (tmp_path / "a_overlay.jpg").write_bytes(b"mine")
+    done = predict(model, tmp_path / "a.jpg", "--out", tmp_path, "--overlay")
+    assert done.exit_code == 2
+    assert "a_overlay.jpg, which is not of an earlier run" in done.output
+    assert (tmp_path / "a_overlay.jpg").read_bytes() == b"mine"
+    assert predict(model, tmp_path / "a.jpg", "--out", tmp_path).exit_code == 0
 
 
 @pytest.mark.parametrize("pattern", ["", "/**/*.png"])
@@ -444,7 +506,8 @@ def test_names_that_cannot_be_looked_up(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "stat", guarded)
     wrong = ["x" * 300, "foo**.jpg", f"{tmp_path}/closed/a.png", f"{tmp_path}/loop.png"]
-    found, problems = find_inputs([*wrong, str(tmp_path / "good.png")], tmp_path / "out")
+    results = Results(tmp_path / "out", overlay=True, frame_masks=True)
+    found, problems = find_inputs([*wrong, str(tmp_path / "good.png")], results)
     assert [one.path for one in found] == [tmp_path / "good.png"]
     assert [problem.partition(": ")[0] for problem in problems] == wrong
 

@@ -1,3 +1,4 @@
+import errno
 import tarfile
 from pathlib import Path
 
@@ -233,6 +234,78 @@ def test_frames_of_an_earlier_longer_video_are_removed(model_folder: Path, tmp_p
         (tmp_path / "out/a/notes.png").touch()
     names = sorted(path.name for path in (tmp_path / "out/a").iterdir())
     assert names == ["000000.png", "000001.png", "000002.png", "notes.png"]
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+def test_what_lies_beside_a_video_is_not_written_over(
+    overlay: bool, model_folder: Path, tmp_path: Path
+) -> None:
+    make_video(tmp_path / "a.mp4", frames=3)
+    mine = tmp_path / ("a_overlay.mp4" if overlay else "a/000000.png")
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_bytes(b"mine")
+    options = ["--overlay"] if overlay else []
+    done = predict(model_folder, tmp_path / "a.mp4", "--out", tmp_path, *options)
+    assert done.exit_code == 2
+    assert "which is not of an earlier run" in done.output
+    assert mine.read_bytes() == b"mine"
+    # Other results of it are in nobody's way, and its own may be written anew.
+    options = [] if overlay else ["--overlay"]
+    for _ in range(2):
+        done = predict(model_folder, tmp_path / "a.mp4", "--out", tmp_path, *options)
+        assert done.exit_code == 0, done.output
+
+
+def test_masks_of_a_video_that_fails_are_not_an_earlier_runs(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_video(tmp_path / "a.mp4", frames=6)
+    out = tmp_path / "out"
+    assert predict(model_folder, source, "--out", out).exit_code == 0
+    (tmp_path / "other").mkdir()
+    tiny_danet(4).save_pretrained(tmp_path / "other")
+    real = danet.Predictor.segment_batch
+
+    def little_memory(self: danet.Predictor, images: np.ndarray) -> list[danet.Segmentation]:
+        if len(images) < 4:  # the last frames
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        return real(self, images)
+
+    with monkeypatch.context() as once:
+        once.setattr(danet.Predictor, "segment_batch", little_memory)
+        assert predict(tmp_path / "other", source, "--out", out).exit_code == 2
+    again = predict(model_folder, source, "--out", out)
+    assert "1 of 1" in again.output
+    assert "before" not in again.output
+
+
+def test_a_full_disk_ends_the_run(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        make_video(tmp_path / f"{name}.mp4", frames=2)
+
+    def full(*_: object) -> None:
+        av.error.err_check(-errno.ENOSPC)
+
+    monkeypatch.setattr("danet.video._Writer._encode", full)
+    videos = [tmp_path / f"{name}.mp4" for name in "ab"]
+    done = predict(model_folder, *videos, "--out", tmp_path / "out", "--overlay")
+    assert isinstance(done.exception, UserError)
+    assert "cannot be written (No space left on device)" in str(done.exception)
+    assert not list((tmp_path / "out").glob("*.mp4"))
+
+
+def test_frames_without_times_are_a_frame_apart(predictor: danet.Predictor, tmp_path: Path) -> None:
+    """As in a stream without a container."""
+    source = make_video(tmp_path / "a.h264", frames=6, codec="libx264")
+    with av.open(str(source)) as container:
+        assert all(frame.pts is None for frame in container.decode(video=0))
+    segment_video(predictor, source, tmp_path, "a", overlay=True, masks=False)
+    times = read(tmp_path / "a_overlay.mp4")[1]
+    with av.open(str(source)) as container:
+        rate = float(container.streams.video[0].average_rate)
+    np.testing.assert_allclose(times, np.arange(6) / rate, atol=2e-3)
 
 
 def test_frames_that_no_run_wrote_stay(model_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import errno
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice
@@ -25,7 +25,7 @@ from danet.devices import is_out_of_memory
 from danet.errors import UserError
 from danet.inputs import Input, member_stem, picture_results, video_results
 from danet.manifest import Manifest, Origin, earlier_results, finished_results
-from danet.predict import Segmenter, write_segmentation
+from danet.predict import Segmentation, Segmenter, write_segmentation
 from danet.processes import Share
 from danet.threads import map_ahead
 
@@ -65,12 +65,12 @@ class Outcome(NamedTuple):
 
     Attributes:
         error: why it, or the rest of a video, could not be segmented; None if it was.
-        written: whether this run wrote any result.
+        written: the names of the results that this run wrote, by kind.
     """
 
     item: WorkItem
     error: str | None
-    written: bool
+    written: Mapping[str, str]
 
 
 def segment_inputs(
@@ -101,12 +101,12 @@ def segment_inputs(
     own_videos = videos[share.rank :: share.processes]
     with Manifest(folder, share, model) as manifest:
         for outcome in chain(
-            _segment_pictures(predictor, own_pictures, folder, finished),
-            _segment_videos(predictor, own_videos, folder, finished, on_frame),
+            _segment_pictures(predictor, own_pictures, folder, finished, manifest),
+            _segment_videos(predictor, own_videos, folder, finished, manifest, on_frame),
         ):
             item, error, written = outcome
             if written or error is not None:  # else it was finished before, and has its line
-                manifest.append(item.name, item.origin, item.results if written else {}, error)
+                manifest.append(item.name, item.origin, written, error)
             yield outcome
 
 
@@ -133,43 +133,75 @@ def _segment_videos(
     videos: Sequence[WorkItem],
     folder: Path,
     finished: dict[str, Origin],
+    manifest: Manifest,
     on_frame: Callable[[Path, int], None],
 ) -> Iterator[Outcome]:
     for video in videos:
         if _is_done(video, folder, finished):
-            yield Outcome(video, None, written=False)
+            yield Outcome(video, None, written={})
+        elif isinstance(video.source, UserError):
+            yield Outcome(video, str(video.source), written={})
         else:
-            yield _segment_video(predictor, video, folder, on_frame)
+            frames = folder.resolve() / video.stem
+            renew = frames.is_dir() and frames in earlier_results(folder)
+            manifest.begin([(video.name, video.origin, video.results)])
+            yield _segment_video(predictor, video, folder, on_frame, renew=renew)
 
 
 def _segment_video(
-    predictor: Segmenter, video: WorkItem, folder: Path, on_frame: Callable[[Path, int], None]
+    predictor: Segmenter,
+    video: WorkItem,
+    folder: Path,
+    on_frame: Callable[[Path, int], None],
+    *,
+    renew: bool,
 ) -> Outcome:
+    """The outcome of one video; raises a UserError that would stop the next one too."""
+    frames = 0
+
+    def count(path: Path, announced: int) -> None:
+        nonlocal frames
+        frames += 1
+        on_frame(path, announced)
+
     try:
-        if isinstance(video.source, UserError):
-            raise video.source
-        problem = _write_video(predictor, video, folder, on_frame)
-        return Outcome(video, problem, written=True)
+        problem = _write_video(predictor, video, folder, count, renew=renew)
+        return Outcome(video, problem, video.results)
     except (RuntimeError, MemoryError, UserError) as error:
         if is_out_of_memory(error):
             problem = f"{video.name}: out of memory at the size of its frames; make them smaller"
-        elif isinstance(error, UserError):
+        elif isinstance(error, UserError) and not _is_full_disk(error):
             problem = str(error)
         else:
             raise
-    return Outcome(video, problem, written=False)
+    # A video with overlay appears whole or not at all, but frames' masks one by one.
+    kept = {kind: name for kind, name in video.results.items() if kind == "frames" and frames}
+    return Outcome(video, problem, kept)
+
+
+def _is_full_disk(error: UserError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _write_video(
-    predictor: Segmenter, video: WorkItem, folder: Path, on_frame: Callable[[Path, int], None]
+    predictor: Segmenter,
+    video: WorkItem,
+    folder: Path,
+    on_frame: Callable[[Path, int], None],
+    *,
+    renew: bool,
 ) -> str | None:
-    """Returns why the rest of a video could not be read; None if all of it was."""
+    """Returns why the rest of a video could not be read; None if all of it was.
+
+    Args:
+        renew: its folder of masks is an earlier run's.
+    """
     path = Path(video.name)
     try:
         from danet.video import segment_video  # noqa: PLC0415 - few have what it needs
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: videos need {error.name}: pip install 'danet[video]'") from error
-    frames = folder.resolve() / video.stem
     return segment_video(
         predictor,
         path,
@@ -177,7 +209,7 @@ def _write_video(
         video.stem,
         overlay="overlay" in video.results,
         masks="frames" in video.results,
-        renew=frames.is_dir() and frames in earlier_results(folder),
+        renew=renew,
         on_frame=lambda announced: on_frame(path, announced),
     ).problem
 
@@ -228,22 +260,26 @@ def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> 
 
 
 def _segment_pictures(
-    predictor: Segmenter, pictures: Iterator[WorkItem], folder: Path, finished: dict[str, Origin]
+    predictor: Segmenter,
+    pictures: Iterator[WorkItem],
+    folder: Path,
+    finished: dict[str, Origin],
+    manifest: Manifest,
 ) -> Iterator[Outcome]:
     with ThreadPoolExecutor(_THREADS) as pool:
         waiting: dict[tuple[int, int], list[tuple[WorkItem, Image.Image]]] = {}
         decode = partial(_decode, folder=folder, finished=finished)
         for picture, image in map_ahead(pool, decode, pictures, BATCH * 2 - 1):
             if image is None or isinstance(image, str):
-                yield Outcome(picture, image, written=False)
+                yield Outcome(picture, image, written={})
                 continue
             same_size = waiting.setdefault(image.size, [])
             same_size.append((picture, image))
             if len(same_size) == BATCH or sum(map(len, waiting.values())) == DECODED_AHEAD:
                 largest = max(waiting, key=lambda size: len(waiting[size]))
-                yield from _segment_batch(predictor, waiting.pop(largest), folder, pool)
+                yield from _segment_batch(predictor, waiting.pop(largest), folder, manifest, pool)
         for batch in waiting.values():
-            yield from _segment_batch(predictor, batch, folder, pool)
+            yield from _segment_batch(predictor, batch, folder, manifest, pool)
 
 
 def _is_done(item: WorkItem, folder: Path, finished: dict[str, Origin]) -> bool:
@@ -272,24 +308,30 @@ def _segment_batch(
     predictor: Segmenter,
     batch: Sequence[tuple[WorkItem, Image.Image]],
     folder: Path,
+    manifest: Manifest,
     pool: ThreadPoolExecutor,
-) -> list[Outcome]:
-    found = None
+) -> Iterator[Outcome]:
+    found: list[Segmentation] | None = None
+    problem = ""
     try:
         found = predictor.segment_batch(np.stack([np.asarray(image) for _, image in batch]))
     except (RuntimeError, MemoryError, UserError) as error:
         too_large = is_out_of_memory(error)
         if not (too_large or isinstance(error, UserError)):
             raise
-        if len(batch) == 1:
-            picture, image = batch[0]
-            advice = f"out of memory at {image.width}x{image.height}; make it smaller"
-            problem = advice if too_large else str(error)
-            return [Outcome(picture, f"{picture.name}: {problem}", written=False)]
+        _, image = batch[0]
+        advice = f"out of memory at {image.width}x{image.height}; make it smaller"
+        problem = advice if too_large else str(error)
+    # Not in the handler, where the error keeps the batch's tensors alive.
+    if found is None and len(batch) == 1:
+        picture, _ = batch[0]
+        yield Outcome(picture, f"{picture.name}: {problem}", written={})
+        return
     if found is None:
-        # Not in the handler, where the error keeps the batch's tensors alive.
-        alone = [_segment_batch(predictor, [one], folder, pool) for one in batch]
-        return [outcome for outcomes in alone for outcome in outcomes]
+        for one in batch:
+            yield from _segment_batch(predictor, [one], folder, manifest, pool)
+        return
+    manifest.begin((picture.name, picture.origin, picture.results) for picture, _ in batch)
     written = [
         pool.submit(
             write_segmentation,
@@ -300,7 +342,8 @@ def _segment_batch(
         )
         for one, (picture, image) in zip(found, batch, strict=True)
     ]
-    return [_written(picture, one) for (picture, _), one in zip(batch, written, strict=True)]
+    for (picture, _), writing in zip(batch, written, strict=True):
+        yield _written(picture, writing)
 
 
 def _written(picture: WorkItem, future: Future[None]) -> Outcome:
@@ -313,5 +356,5 @@ def _written(picture: WorkItem, future: Future[None]) -> Outcome:
             if error.__cause__.errno != errno.ENAMETOOLONG:
                 raise
             problem = "its results' names would be too long; give it a shorter one"
-        return Outcome(picture, f"{picture.name}: {problem}", written=False)
-    return Outcome(picture, None, written=True)
+        return Outcome(picture, f"{picture.name}: {problem}", written={})
+    return Outcome(picture, None, picture.results)

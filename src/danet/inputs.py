@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,25 @@ class Input(NamedTuple):
     @property
     def is_archive(self) -> bool:
         return self.path.suffix.lower() == TAR_SUFFIX
+
+
+class Results(NamedTuple):
+    """Where results go, and which are wanted besides pictures' masks.
+
+    Attributes:
+        overlay: of pictures and videos.
+        frame_masks: the masks of videos' frames.
+    """
+
+    folder: Path
+    overlay: bool
+    frame_masks: bool
+
+    def of(self, one: Input) -> dict[str, str]:
+        """The names of a picture's or a video's results, by kind."""
+        if one.is_video:
+            return video_results(one.stem, overlay=self.overlay, masks=self.frame_masks)
+        return picture_results(one.stem, overlay=self.overlay)
 
 
 def mask_name(stem: str) -> str:
@@ -75,7 +94,7 @@ def member_stem(archive_stem: str, index: int, name: str) -> str:
 
 
 def find_inputs(
-    inputs: Sequence[str], results: Path | None = None
+    inputs: Sequence[str], results: Results | None = None
 ) -> tuple[list[Input], list[str]]:
     """Finds the files that paths, folders and globs name, with a message for each mistake.
 
@@ -83,14 +102,15 @@ def find_inputs(
     the file names, one a line.
 
     Args:
-        results: the folder for the results. Its files are skipped when a folder around it is
-            searched; files that earlier runs wrote there, by their manifests, are skipped in any
-            search. It is a mistake if an input's results would be written over an input, or over
-            a file beside it, such as its label, that no earlier run wrote.
+        results: files in their folder are skipped when a folder around it is searched; files that
+            earlier runs wrote there, by their manifests, are skipped in any search. It is a mistake
+            if an input's results would be written over an input, or over a file or folder beside
+            it, such as its label, that no earlier run wrote.
     """
     found: dict[Path, None] = {}
     problems: list[str] = []
-    earlier = set() if results is None else earlier_results(results)
+    folder = None if results is None else results.folder.resolve()
+    earlier = set() if folder is None else earlier_results(folder)
     for text in _unlisted(inputs, problems):
         if not text:
             problems.append("an input is empty; name a picture, a video, a folder or an archive")
@@ -100,18 +120,18 @@ def find_inputs(
         except UserError as error:
             problems.append(str(error))
             continue
-        if results is not None and not _is_file(text):
-            matches = _without_results(matches, results.resolve(), _searched(text), earlier)
+        if folder is not None and not _is_file(text):
+            matches = _without_results(matches, folder, _searched(text), earlier)
         found.update(dict.fromkeys(matches))
         problems += [] if matches else [f"{text}: holds only results of earlier runs"]
     named = _named(list(found))
-    if results is not None:
+    if results is not None and folder is not None:
         over = {
             one: f"{place}, which is not of an earlier run"
             for one in named
-            if (place := _foreign_file(one, results.resolve(), earlier)) is not None
+            if (place := _foreign(one, folder, results.of(one), earlier)) is not None
         }
-        for writer, picture in _overwriting(named, results.resolve()).items():
+        for writer, picture in _overwriting(named, folder).items():
             over[writer] = "it" if writer is picture else str(picture.path)
         problems += [
             f"{one.path}: results would be written over {what}; choose another --out"
@@ -121,21 +141,21 @@ def find_inputs(
     return named, problems
 
 
-def _foreign_file(one: Input, results: Path, earlier: set[Path]) -> Path | None:
-    """The file beside a picture that its mask would be written over, if no earlier run wrote it.
+def _foreign(one: Input, folder: Path, names: Mapping[str, str], earlier: set[Path]) -> Path | None:
+    """What lies beside a picture or video where its results go, and no earlier run wrote.
 
     Args:
-        results, earlier: resolved paths.
+        folder, earlier: resolved paths.
+        names: of its results.
     """
-    place = results / mask_name(one.stem)
-    with explaining_lookup(place):
-        is_foreign = (
-            not (one.is_video or one.is_archive)
-            and one.path.resolve().parent == results
-            and place.exists()
-            and place not in earlier
-        )
-    return place if is_foreign else None
+    with explaining_lookup(one.path):
+        if one.is_archive or one.path.resolve().parent != folder:
+            return None
+    for place in (folder / name for name in names.values()):
+        with explaining_lookup(place):
+            if place.exists() and place not in earlier:
+                return place
+    return None
 
 
 def _named(paths: Sequence[Path]) -> list[Input]:

@@ -10,17 +10,21 @@ own manifest; all of them are read. A line has the keys
     mask, overlay, frames    the names of the results (`RESULT_KINDS`) that were written
     time        when the line was written, ISO 8601 in UTC
     path, size, mtime_ns     the `Origin`, if the item could be looked up
+
+A few items are written at a time. Their lines are first in a file of their own, with an error, so
+that a run that is stopped in between leaves no results that nobody knows of, or that pass for an
+earlier run's. The next run takes these lines into the manifest.
 """
 
 import datetime
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from danet.atomic import explaining
+from danet.atomic import explaining, replacing
 from danet.jsonl import read_whole_lines
 from danet.processes import Share
 
@@ -46,6 +50,8 @@ class Origin(NamedTuple):
 class Manifest:
     """One process's manifest, opened to append whole lines; use as a context manager.
 
+    `begin` comes before the results of some items are written, and `append` after each of them.
+
     Args:
         folder: of the results.
         share: this process's; it chooses the file's name.
@@ -58,6 +64,7 @@ class Manifest:
     def __init__(self, folder: Path, share: Share, model: str) -> None:
         suffix = f"-{share.rank}-of-{share.processes}" if share.processes > 1 else ""
         self.path = folder / f"manifest{suffix}.jsonl"
+        self._begun = folder / f"manifest{suffix}-begun.jsonl"
         self.model = model
         with explaining(self.path):
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666)
@@ -67,12 +74,33 @@ class Manifest:
                 last = os.read(self._file, 1)
         # A process that was killed, or a full disk, may have left a line unfinished.
         self._separator = b"" if last == b"\n" else b"\n"
+        for line in read_whole_lines(self._begun):
+            self._write(line)
+        self._forget_begun()
 
     def __enter__(self) -> "Manifest":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         os.close(self._file)
+        if kind is None:
+            self._forget_begun()
+
+    def _forget_begun(self) -> None:
+        with explaining(self._begun):
+            self._begun.unlink(missing_ok=True)
+
+    def begin(self, items: Iterable[tuple[str, Origin | None, Mapping[str, str]]]) -> None:
+        """Says whose results are written next: names, origins, and results by kind.
+
+        All items before have their lines.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        lines = [self._line(*item, "the run was stopped while this was written") for item in items]
+        with replacing(self._begun) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def append(
         self, name: str, origin: Origin | None, results: Mapping[str, str], error: str | None
@@ -86,11 +114,18 @@ class Manifest:
         Raises:
             UserError: the disk is full.
         """
-        line: dict[str, str | int] = {"input": name, "model": self.model}
+        self._write(self._line(name, origin, results, error))
+
+    def _line(
+        self, name: str, origin: Origin | None, results: Mapping[str, str], error: str | None
+    ) -> dict[str, Any]:
+        line: dict[str, Any] = {"input": name, "model": self.model}
         line |= {"status": "ok"} if error is None else {"status": "error", "error": error}
         line |= results
         line["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-        line |= {} if origin is None else origin._asdict()
+        return line | ({} if origin is None else origin._asdict())
+
+    def _write(self, line: dict[str, Any]) -> None:
         data = self._separator + json.dumps(line).encode() + b"\n"
         with explaining(self.path):
             if os.write(self._file, data) < len(data):

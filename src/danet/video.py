@@ -137,6 +137,7 @@ class _Reader:
             raise UserError(f"{path}: frames of more than {MAX_PIXELS // 1_000_000} million pixels")
         self.rate = Fraction(self._stream.average_rate or 25)
         self.time_base = Fraction(self._stream.time_base or 1 / self.rate)
+        self._ticks = max(1, round(1 / (self.rate * self.time_base)))  # from frame to frame
         length = self._stream.frames
         if not length and self._container.duration:
             length = round(self._container.duration / av.time_base * self.rate)
@@ -151,7 +152,7 @@ class _Reader:
     def frames(self) -> Iterator[_Timed]:
         damaged = count = 0
         size: tuple[int, int] | None = None
-        next_time = 0
+        earliest = expected = 0
         packets = self._container.demux(self._stream)
         while True:
             try:
@@ -168,8 +169,8 @@ class _Reader:
                 continue
             for frame in decoded:
                 size = size or (frame.width, frame.height)
-                time = next_time if frame.pts is None else max(frame.pts, next_time)
-                next_time = time + 1
+                time = expected if frame.pts is None else max(frame.pts, earliest)
+                earliest, expected = time + 1, time + self._ticks
                 count += 1
                 yield _Timed(time, _upright(frame, size))
         if damaged:
@@ -215,6 +216,8 @@ class _Writer:
     def write(self, picture: Image.Image, time: int) -> None:
         try:
             self._encode(picture, time)
+        except OSError:  # of the file, which PyAV's own errors may be, too
+            raise
         except (av.FFmpegError, ValueError) as error:
             width, height = picture.size
             raise UserError(

@@ -53,17 +53,20 @@ def predict(
     """
     from danet.atomic import require_writable
     from danet.bulk import segment_inputs
-    from danet.inputs import find_inputs
+    from danet.inputs import Results, find_inputs
     from danet.processes import Share
     from danet.progress import ProgressReport
 
-    found, problems = find_inputs(inputs, out)
+    found, problems = find_inputs(
+        inputs, Results(out, overlay=overlay, frame_masks=frame_masks or not overlay)
+    )
     if strict and problems:
         raise UserError(problems[0])
     share = Share.from_environment()
     # How many pictures an archive holds, only reading it to its end would tell.
     known = not any(one.is_archive for one in found)
-    total = len(share.positions(len(found))) if known else None
+    kinds = Counter(one.is_video for one in found)  # which are shared out each by itself
+    total = sum(len(share.positions(count)) for count in kinds.values()) if known else None
     frames: Counter[Path] = Counter()
     written = before = seen = 0
     with share.ending_together(), ProgressReport("predict", total) as progress:
@@ -88,7 +91,7 @@ def predict(
             )
             for outcome in outcomes:
                 seen += 1
-                written += outcome.written
+                written += bool(outcome.written)
                 before += not outcome.written and outcome.error is None
                 progress.advance()
                 if outcome.error is not None:
@@ -96,8 +99,8 @@ def predict(
                     progress.say(f"error: {outcome.error}")
                     if strict:
                         raise UserError(outcome.error)
-        earlier = f", {before} were before" if before else ""
-        print(f"{written} of {seen} pictures and videos segmented in {out}{earlier}")
+    earlier = f", {before} were before" if before else ""
+    print(f"{written} of {seen} pictures and videos segmented in {out}{earlier}")
     if problems:
         raise typer.Exit(2)
 

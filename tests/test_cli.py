@@ -218,6 +218,7 @@ LONG = "x" * 300
         (("train", "demo", "--set", "model.backbone=resnet7"), "no 'resnet7'"),
         (("train", "demo", "--set", "model.init_from=/nowhere"), "no such folder"),
         (("evaluate", "/nowhere"), "no such folder"),
+        (("serve", "street-small", "--host", ""), "--host is empty"),
         (("evaluate", __file__), "is a file"),
         (("predict", "street-small", "", "--out", "/tmp/x"), "an input is empty"),
         (("predict", "/nowhere", __file__, "--out", "/tmp/x"), "no such folder"),

@@ -106,6 +106,9 @@ def test_onednn_without_room_for_its_code_is_out_of_memory(
     ):
         assert is_out_of_memory(RuntimeError(told))
         assert not is_out_of_memory(ValueError(told))
+    of_onnx = type("RuntimeException", (Exception,), {"__module__": "onnxruntime.capi.state"})
+    assert is_out_of_memory(of_onnx("Failed to allocate memory for requested buffer of size 8"))
+    assert not is_out_of_memory(of_onnx("Invalid input name"))
     assert not is_out_of_memory(OutOfMemory("training: out of memory in the validation"))
     unsupported = "could not create a primitive descriptor for the matmul primitive"
     assert not is_out_of_memory(RuntimeError(unsupported))

@@ -62,6 +62,7 @@ def test_probabilities_are_the_models(name: str, model: danet.DANet, files: Path
     np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-4)
     np.testing.assert_array_equal(exported(picture).probabilities, found.probabilities)
     assert found.overlay().size == picture.size
+    assert exported.segment_batch(np.zeros((0, 64, 64, 3), np.uint8)) == []
 
 
 def test_openvino_computes_in_bfloat16_where_asked_to(model: danet.DANet, files: Path) -> None:

@@ -139,6 +139,21 @@ def test_what_is_no_picture(predictor: danet.Predictor, image: object) -> None:
         predictor(image)
 
 
+def test_damaged_exif_of_a_picture_in_memory(predictor: danet.Predictor, tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.png", exif=b"garbage!!")
+    for image in (Image.open(tmp_path / "a.png"), tmp_path / "a.png"):
+        with pytest.raises(UserError, match="cannot convert RGB to RGB"):
+            predictor(image)
+
+
+def test_probabilities_are_of_the_upright_picture(predictor: danet.Predictor) -> None:
+    image = noise()
+    image.getexif()[0x0112] = 6  # lies on its side
+    scores = predictor.probabilities(image)
+    assert scores.shape == (5, 50, 30)
+    np.testing.assert_array_equal(scores, predictor(image, probabilities=True).probabilities)
+
+
 def test_unknown_precision() -> None:
     with pytest.raises(UserError, match="auto, fp32 or bf16"):
         danet.Predictor(tiny_danet(), device="cpu", precision="fp16")
@@ -255,8 +270,8 @@ def test_a_result_is_pickled_without_the_network(predictor: danet.Predictor) -> 
     np.testing.assert_array_equal(again.classes, found.classes)
     assert again.probabilities is None
     scored = predictor(noise(), probabilities=True)
-    expected = scored.probabilities
     again = pickle.loads(pickle.dumps(scored))
+    expected = scored.probabilities
     np.testing.assert_array_equal(again.probabilities, expected)
     assert len(pickle.dumps(found)) < 20_000
     assert found != predictor(noise())
@@ -307,6 +322,11 @@ def test_a_predictors_network_is_not_saved(predictor: danet.Predictor, tmp_path:
     with pytest.raises(UserError, match="save the network that the Predictor was made from"):
         predictor.model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_predictors_network_is_not_for_another_one(predictor: danet.Predictor) -> None:
+    with pytest.raises(UserError, match="is a Predictor's network"):
+        danet.Predictor(predictor.model)
 
 
 def test_a_device_of_torch_and_a_network_that_is_none() -> None:

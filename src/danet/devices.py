@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # Windows, which has no such limits
     resource = None  # type: ignore[assignment]
 
 _OUT_OF_MEMORY = (
-    *("can't allocate memory", "Cannot allocate memory", "bad_alloc"),
+    *("can't allocate memory", "Cannot allocate memory", "Failed to allocate memory", "bad_alloc"),
     *("out of memory", "ALLOC_FAILED"),
 )
 """Parts of messages about memory: the machine's, and a GPU's and its libraries'."""
@@ -96,7 +96,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if not isinstance(error, RuntimeError) or isinstance(error, OutOfMemory):
+    # ONNX Runtime's errors are no RuntimeErrors.
+    of_runtime = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+    if not of_runtime or isinstance(error, OutOfMemory):
         return False
     text = str(error)
     if text == "could not create a primitive":  # oneDNN's code needs room, too

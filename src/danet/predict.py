@@ -11,12 +11,12 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from danet.atomic import replacing
 from danet.config import TestConfig
-from danet.data.images import open_image, require_jpeg_size, to_rgb
+from danet.data.images import open_image, require_jpeg_size, upright_rgb
 from danet.devices import autocast, choose_device, uses_bfloat16, warn_of_slow_bfloat16
 from danet.errors import UserError
 from danet.evaluation.inference import predict_probabilities, views
@@ -118,8 +118,10 @@ class Segmenter(Protocol):
     @property
     def metadata(self) -> Metadata: ...
 
-    def probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        """The softmax scores of an RGB picture, K H W."""
+    def probabilities(
+        self, image: Image.Image | npt.NDArray[np.uint8] | str | Path
+    ) -> npt.NDArray[np.float32]:
+        """The softmax scores of a picture, upright, K H W float32."""
         ...
 
     def segment_batch(self, images: npt.NDArray[np.uint8]) -> list[Segmentation]:
@@ -139,14 +141,16 @@ def segment_picture(
 ) -> Segmentation:
     """Segments one picture, as `Predictor` says."""
     upright = as_rgb(image)
+    score = functools.partial(segmenter.probabilities, upright)
     if not probabilities:
         found = segmenter.segment_batch(np.array(upright)[None])[0]
-        score = functools.partial(segmenter.probabilities, upright)
         return dataclasses.replace(found, image=upright, score=score)
-    scores = segmenter.probabilities(upright)
+    scores = score()
     classes = scores.argmax(0).astype(np.uint8)
     metadata = segmenter.metadata
-    return Segmentation(classes, metadata.classes, metadata.palette, upright, lambda: scores)
+    found = Segmentation(classes, metadata.classes, metadata.palette, upright, score)
+    vars(found)["probabilities"] = scores  # as if they had been asked for
+    return found
 
 
 class Predictor:
@@ -160,7 +164,8 @@ class Predictor:
         compile_graph: compile the network, for many pictures of one size.
 
     Raises:
-        UserError: there is no such model or device, or its weights are damaged.
+        UserError: there is no such model or device, or its weights are damaged, or it is another
+            `Predictor`'s network.
     """
 
     def __init__(
@@ -173,6 +178,11 @@ class Predictor:
     ) -> None:
         if isinstance(model, str | Path):
             network = DANet.from_pretrained(model)
+        elif isinstance(model, DANet) and model.optimized:
+            raise UserError(
+                "the model is a Predictor's network, made for one device and precision; give the "
+                "network or folder that the Predictor was made from"
+            )
         elif isinstance(model, DANet):
             network = copy.deepcopy(model)
         else:
@@ -215,9 +225,15 @@ class Predictor:
         return segment_picture(self, image, probabilities=probabilities)
 
     @torch.inference_mode()
-    def probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        """The softmax scores of an RGB picture, K H W."""
-        pixels = TF.pil_to_tensor(image).to(self.device)
+    def probabilities(
+        self, image: Image.Image | npt.NDArray[np.uint8] | str | Path
+    ) -> npt.NDArray[np.float32]:
+        """The softmax scores of a picture, upright, K H W float32.
+
+        Raises:
+            UserError: it is not a readable picture.
+        """
+        pixels = TF.pil_to_tensor(as_rgb(image)).to(self.device)
         with autocast(self.precision, self.device):
             scores = predict_probabilities(self.model, pixels, self.test)[0]
         found: npt.NDArray[np.float32] = scores.float().cpu().numpy()
@@ -286,10 +302,7 @@ def as_rgb(image: Image.Image | npt.NDArray[np.uint8] | str | Path) -> Image.Ima
         return Image.fromarray(image)
     if not isinstance(image, Image.Image) or not image.width * image.height:
         raise UserError("an image is a path, a Pillow picture with pixels, or an H W 3 uint8 array")
-    try:
-        return to_rgb(ImageOps.exif_transpose(image))
-    except (ValueError, OSError) as error:
-        raise UserError(f"the image cannot be converted to RGB ({error})") from error
+    return upright_rgb(image, "the image")
 
 
 def write_segmentation(

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="A model or run folder, a hub id, or street-small.")]
 ModelOrFile = Annotated[
-    str, typer.Argument(help="A model or run folder, a hub id, street-small, or an exported .onnx, .xml.")
+    str,
+    typer.Argument(
+        help="A model or run folder, a hub id, street-small, or an exported .onnx, .xml."
+    ),
 ]
 Recipe = Annotated[str, typer.Argument(help="A built-in recipe (danet recipes) or a YAML file.")]
 Overrides = Annotated[

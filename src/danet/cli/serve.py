@@ -33,6 +33,8 @@ def serve(
         raise UserError(f"danet serve needs {error.name}: pip install 'danet[web]'") from error
     from danet.web.sessions import Limits
 
+    if not host:
+        raise UserError("--host is empty; name an address, such as 127.0.0.1")
     limits = Limits(megabytes=megabytes, megapixels=megapixels)
     predictor = Predictor(model, device, precision)
     note_protocol(predictor.test)

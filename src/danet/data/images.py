@@ -34,6 +34,9 @@ _LOSSY = {"JPEG": "are lossy", "MPO": "are lossy", "WEBP": "may be lossy"}
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 """Pillow's names of 2- and 4-bit grey, and the factor by which it scales their levels to 0..255."""
 
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, MemoryError)
+"""What Pillow's decoders raise on damaged files."""
+
 _SCALED = "scaled"
 """Stands for the raw mode of a PGM or PPM whose largest level Pillow scales to 255 or 65535."""
 
@@ -53,9 +56,21 @@ def open_image(source: Location | str | bytes, max_pixels: int | None = None) ->
         UserError: the file cannot be read, is not a picture, or is damaged.
     """
     image, where, _ = _decode(source, max_pixels)
+    return upright_rgb(image, where)
+
+
+def upright_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Turns a picture upright by its EXIF orientation, and converts it to 8-bit RGB.
+
+    Args:
+        where: its name for error messages.
+
+    Raises:
+        UserError: it cannot be converted, or its orientation, or a file not yet read, is damaged.
+    """
     try:
         return to_rgb(ImageOps.exif_transpose(image))
-    except (ValueError, OSError, SyntaxError, struct.error) as error:
+    except (*_DAMAGE, struct.error) as error:
         raise UserError(f"{where}: cannot convert {image.mode} to RGB ({error})") from error
 
 
@@ -172,16 +187,7 @@ def _decode(source: Location | str | bytes, max_pixels: int | None = None) -> _D
         raise PictureTooLarge(
             f"{where}: more than {limit // 1_000_000} million pixels; scale it down first"
         ) from error
-    # Pillow's decoders raise each of these on damaged files.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        TypeError,
-        MemoryError,
-    ) as error:
+    except _DAMAGE as error:
         raise UserError(f"{where}: damaged or unreadable picture ({error})") from error
 
 

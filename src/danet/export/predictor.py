@@ -18,6 +18,7 @@ from danet.model_folder import Metadata
 from danet.predict import (
     FINGERPRINT_DIGITS,
     Segmentation,
+    as_rgb,
     require_rgb_batch,
     segment_picture,
 )
@@ -105,9 +106,15 @@ class ExportedPredictor:
         """Segments one picture, as `danet.Predictor` does."""
         return segment_picture(self, image, probabilities=probabilities)
 
-    def probabilities(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        """The softmax scores of an RGB picture, K H W."""
-        scores = self._pictures_logits(np.array(image)[None])[0].softmax(0)
+    def probabilities(
+        self, image: Image.Image | npt.NDArray[np.uint8] | str | Path
+    ) -> npt.NDArray[np.float32]:
+        """The softmax scores of a picture, upright, K H W float32.
+
+        Raises:
+            UserError: it is not a readable picture, or as `segment_batch`.
+        """
+        scores = self._pictures_logits(np.array(as_rgb(image))[None])[0].softmax(0)
         found: npt.NDArray[np.float32] = scores.numpy()
         return found
 
@@ -119,6 +126,8 @@ class ExportedPredictor:
                 it says.
         """
         require_rgb_batch(images)
+        if not len(images):
+            return []
         names, palette = self.metadata.classes, self.metadata.palette
         return [
             Segmentation(most_likely_classes([Stored(of_picture)])[0].numpy(), names, palette)

@@ -7,6 +7,8 @@ for the price of forming the scores once a head.
 Shapes: B batch, D key width, C value width, E heads, N query positions, M key positions.
 """
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,8 @@ _HEAD_CHANNELS = 128
 _ALIGNMENT = 8
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """In the order of preference. The math backend, which holds N x M, is never among them."""
+_settings = threading.Lock()
+"""Which kernels torch may take is a setting of the whole process."""
 
 
 def fused_attention_fits(query_BDN: Tensor, value_BCM: Tensor) -> bool:
@@ -48,7 +52,7 @@ def attend_by_heads(
     channels = value_BCM.shape[1]
     heads = -(-channels // head_channels)
     width = -(-channels // (heads * _ALIGNMENT)) * _ALIGNMENT
-    with sdpa_kernel(backends, set_priority=True):
+    with _settings, sdpa_kernel(backends, set_priority=True):
         return attend_spread(query_BDN, key_BDM, value_BCM, width)
 
 

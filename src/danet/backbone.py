@@ -3,6 +3,7 @@
 Shapes: B batch, H W the image, h w = ceil(H / output stride), ceil(W / output stride).
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers.format import Format
-from timm.models import FeatureInfo, load_state_dict
+from timm.models import FeatureInfo, FeatureListNet, load_state_dict
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ _ANY_SIZE_OPTIONS: tuple[Mapping[str, Any], ...] = (
 
 _ONEDNN_CHANNEL_BLOCK = 16
 
+_LISTS = (nn.Sequential, nn.ModuleList)
 _PROBE_SIZE = (75, 97)
 """Sides that no stride divides, and that the deepest family's last convolution still fits into."""
 
@@ -85,6 +87,8 @@ class Backbone(nn.Module):
         if len(info.channels()) < 2:
             raise UserError(f"model.backbone: {name} gives fewer than two feature maps")
         self.c3_channels, self.c4_channels = info.channels()[-2:]
+        if isinstance(self.body, FeatureListNet):  # which would hold the others while it runs
+            self.body.return_layers = dict([*self.body.return_layers.items()][-2:])
         self.size_multiple = 1
         self.fixed_size: tuple[int, int] | None = None
         expected = tuple(-(-side // output_stride) for side in _PROBE_SIZE)
@@ -148,15 +152,39 @@ class Backbone(nn.Module):
         stages = self._stages()
         return [block for stage in stages[:-1] for block in stage] or self.blocks()[:-1]
 
+    def stem(self) -> list[nn.Module]:
+        """What a network of stages computes before the first of them, one after the other.
+
+        Empty where that is not known, or something in between is one of the features.
+        """
+        if not isinstance(self.body, FeatureListNet):
+            return []
+        within = {id(block) for block in self.blocks()}
+        stem = list(
+            itertools.takewhile(
+                lambda child: within.isdisjoint(map(id, child[1].modules())),
+                self.body.named_children(),
+            )
+        )
+        names = {name for name, _ in stem}
+        return [] if names & {*self.body.return_layers} else [module for _, module in stem]
+
     def _stages(self) -> list[list[nn.Module]]:
         stages = [
-            list(stage.children()) if isinstance(stage, nn.Sequential) else [stage]
-            for stage in self.body.children()
+            list(stage.children()) if isinstance(stage, _LISTS) else [stage]
+            for stage in self._parts()
         ]
         blocks = [
             [block for block in stage if any(True for _ in block.children())] for stage in stages
         ]
         return [stage for stage in blocks if stage]
+
+    def _parts(self) -> list[nn.Module]:
+        whole = getattr(self.body, "model", None)
+        if not isinstance(whole, nn.Module):
+            return list(self.body.children())
+        # Of transformers timm calls the parts, whose lists are of blocks, and not the whole.
+        return [part for part in whole.children() if isinstance(part, _LISTS)]
 
     def _channels_first(self, features: Tensor) -> Tensor:
         # Networks of timm that do not name their format have B C H W.

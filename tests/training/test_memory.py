@@ -15,6 +15,8 @@ from danet.training.build import prepare_for_training
         ("test_resnet", True),
         ("mobilenetv3_small_100", True),
         ("convnext_atto", True),
+        ("vit_tiny_patch16_224", True),
+        ("eva02_tiny_patch14_224", True),  # whose blocks take named inputs
         ("test_resnet", "early"),
         ("mobilenetv3_small_100", "early"),
     ],
@@ -47,6 +49,38 @@ def test_early_blocks_are_those_before_the_last_stage() -> None:
     assert one_stage.early_blocks() == one_stage.blocks()[:-1]
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224", "hiera_tiny_224"])
+def test_checkpointing_keeps_little_but_the_blocks_inputs(backbone: str) -> None:
+    plain = danet.DANet(3, backbone, pretrained_backbone=False, head_channels=16).train()
+    early, checkpointed = copy.deepcopy(plain), copy.deepcopy(plain)
+    prepare_for_training(early, TrainConfig(activation_checkpointing="early"))
+    prepare_for_training(checkpointed, TrainConfig(activation_checkpointing=True))
+    whole = kept_bytes(plain)
+    assert kept_bytes(checkpointed) < kept_bytes(early) < 0.6 * whole
+    assert kept_bytes(checkpointed) < 0.25 * whole
+
+
+def kept_bytes(model: torch.nn.Module) -> int:
+    """Of what the backward pass will read."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model(torch.zeros(2, 3, 64, 64))
+    assert output.fused.requires_grad
+    return sum(kept.values())
+
+
+def test_the_stem_is_what_comes_before_the_stages() -> None:
+    body = danet.DANet(3, "resnet18", pretrained_backbone=False).backbone
+    assert body.stem() == [body.body.conv1, body.body.bn1, body.body.act1, body.body.maxpool]
+    assert danet.DANet(3, "regnety_002", pretrained_backbone=False).backbone.stem() == []
+
+
 def test_compile_and_checkpointing_exclude_each_other() -> None:
     with pytest.raises(UserError, match="choose one"):
         load_recipe("demo", ["train.compile=true", "train.activation_checkpointing=true"])
@@ -55,4 +89,8 @@ def test_compile_and_checkpointing_exclude_each_other() -> None:
 def test_a_network_without_blocks_has_no_early_ones() -> None:
     backbone = danet.DANet(3, "test_resnet", pretrained_backbone=False).backbone
     backbone.body = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
-    assert backbone.early_blocks() == backbone.blocks() == []
+    assert backbone.early_blocks() == backbone.blocks() == backbone.stem() == []
+    model = danet.DANet(3, "test_resnet", pretrained_backbone=False)
+    model.backbone.body = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
+    with pytest.raises(UserError, match="has no blocks whose activations"):
+        prepare_for_training(model, TrainConfig(activation_checkpointing=True))

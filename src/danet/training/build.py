@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import timm
 import torch
@@ -19,7 +19,9 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from danet.backbone import Backbone
 from danet.config import RunConfig, Size, TrainConfig
+from danet.convolution import has_hooks
 from danet.data.spec import DatasetSpec
 from danet.devices import uses_bfloat16
 from danet.errors import UserError
@@ -195,38 +197,75 @@ def _train_without_data(
     return without_data, functional_call(model.train(), without_data, (images,))
 
 
-def prepare_for_training(model: DANet, config: TrainConfig) -> None:
+def prepare_for_training(
+    model: DANet, config: TrainConfig, runs_on: torch.device | None = None
+) -> None:
     """Sets activation checkpointing, compilation and fast convolutions on a CPU, in place.
 
     To be called when no more copies of the network are made: a copy would share what is set here.
+
+    Args:
+        runs_on: the device to train on, if the network is not on it.
+
+    Raises:
+        UserError: the backbone has no blocks to checkpoint.
     """
     if config.activation_checkpointing:
-        early = config.activation_checkpointing == "early"
-        for block in model.backbone.early_blocks() if early else model.backbone.blocks():
-            checkpoint_activations(block)
+        _checkpoint_backbone(model.backbone, early=config.activation_checkpointing == "early")
+    device = runs_on or next(model.parameters()).device
     if config.compile:
         model.compile_parts()
-    elif next(model.parameters()).device.type == "cpu":
+    elif device.type == "cpu":
         use_winograd(model)
 
 
-def checkpoint_activations(block: nn.Module) -> None:
-    """Makes a module forget what is inside it until the backward pass."""
-    plain_forward = block.forward
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+def _checkpoint_backbone(backbone: Backbone, *, early: bool) -> None:
+    blocks = backbone.early_blocks() if early else backbone.blocks()
+    if not blocks:
+        raise UserError(
+            "train.activation_checkpointing: the backbone has no blocks whose activations could be "
+            "computed again; set it to false"
+        )
+    for block in blocks:
+        checkpoint_activations(block)
+    stem = backbone.stem()
+    if stem and not any(has_hooks(module) for module in stem[1:]):
+        checkpoint_activations(*stem)
 
-    def forward(*inputs: Tensor) -> Tensor:
+
+def checkpoint_activations(*modules: nn.Module) -> None:
+    """Makes modules that follow one another forget what is inside them until the backward pass.
+
+    All are computed where the first is called; the others pass on what they get.
+    """
+    first, *others = modules
+    forwards = [module.forward for module in modules]
+    norms = [part for each in modules for part in each.modules() if isinstance(part, _BatchNorm)]
+
+    def compute(*inputs: Any, **named: Any) -> Any:
+        output = forwards[0](*inputs, **named)
+        for forward in forwards[1:]:
+            output = forward(output)
+        return output
+
+    def forget(*inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            return cast(Tensor, plain_forward(*inputs))
-        output = checkpoint(
-            plain_forward,
+            return compute(*inputs, **named)
+        return checkpoint(
+            compute,
             *inputs,
             use_reentrant=False,
             context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(norms)),
+            **named,
         )
-        return cast(Tensor, output)
 
-    block.forward = forward
+    first.forward = forget
+    for module in others:
+        module.forward = _unchanged
+
+
+def _unchanged(features: Tensor) -> Tensor:
+    return features
 
 
 @contextlib.contextmanager

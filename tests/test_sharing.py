@@ -124,6 +124,28 @@ def test_the_model_that_comes_along_knows_streets() -> None:
     assert min(right) > 0.85
 
 
+def test_a_card_scores_the_weights_that_were_kept(tmp_path: Path) -> None:
+    """Not those of another protocol, which the run had been validated by before."""
+    model = network()
+    model.save_pretrained(tmp_path / "model")
+    recipe = load_recipe("demo", ["train.keep=best", "train.validate_images=20"])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    scored = [(2, 0.9), (2, 0.2), (4, 0.4), (6, 0.3)]
+    rows = [
+        {"step": step, **{f"val/{name}": score for name in ("mIoU", "mAcc", "aAcc")}}
+        for step, score in scored
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"best": {"step": 4, "mIoU": 0.4}}, tmp_path / "checkpoints/best.ckpt")
+    write_model_card(tmp_path / "model", "m", model.config, model.metadata, run=tmp_path)
+    card = (tmp_path / "model/README.md").read_text()
+    assert "40.00 on the first 20 pictures of the validation split" in card
+    (tmp_path / "checkpoints/best.ckpt").unlink()
+    write_model_card(tmp_path / "model", "m", model.config, model.metadata, run=tmp_path)
+    assert "90.00" in (tmp_path / "model/README.md").read_text()
+
+
 def test_a_card_tells_no_paths(tmp_path: Path) -> None:
     model = network()
     model.save_pretrained(tmp_path / "model")

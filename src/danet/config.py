@@ -166,8 +166,8 @@ class TrainConfig(Section):
     hard_example_min_kept: int = Field(100_000, ge=1)
     """Keep at least this many pixels per picture of the batch, the hardest ones."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Average the weights over steps, and keep the average as the model. The decay per step rises
-    to this as 1 - (step + 1)^(-2/3), so 0.998 is reached after 11,000 steps."""
+    """Average the weights over steps, and keep the average as the model. After s steps the decay is
+    1 - s^(-2/3), up to this: 0.998 is reached after 11,000 steps."""
     precision: Precision = "auto"
     """auto: bfloat16 autocast where the device computes in it."""
     activation_checkpointing: bool | Literal["early"] = False

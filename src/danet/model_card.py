@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from pydantic import BaseModel
 
 from danet.config import ModelConfig, RunConfig, TestConfig, load_recipe
 from danet.errors import UserError
 from danet.jsonl import read_metrics
-from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
+from danet.model_folder import BEST_CHECKPOINT, METRICS_FILE, RECIPE_FILE, Metadata
 
 PICTURE_FILE = "example.jpg"
 
@@ -41,8 +42,10 @@ def write_model_card(
     """
     if run is not None and not (run / RECIPE_FILE).is_file():
         raise UserError(f"{run}: not a run folder; it has no {RECIPE_FILE}")
-    if scores is None:
-        scores = {} if run is None else _validation(run)
+    scored_on = "the validation split"
+    if scores is None and run is not None:
+        scores, scored_on = _validation(run), _validated_on(load_recipe(run / RECIPE_FILE))
+    scores = scores or {}
     data = ModelCardData(
         license=license_id,
         library_name="danet",
@@ -65,13 +68,13 @@ def write_model_card(
     sections = [f"---\n{data.to_yaml()}\n---", f"# {name}", *([note] if note else [])]
     if (folder / PICTURE_FILE).exists():
         sections.append(f"![A picture and its classes]({PICTURE_FILE})")
-    sections += [_facts(model, metadata, scores), _usage(name)]
+    sections += [_facts(model, metadata, scores, scored_on), _usage(name)]
     if run is not None:
         sections.append(_recipe(load_recipe(run / RECIPE_FILE)))
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _facts(model: ModelConfig, metadata: Metadata, scores: dict[str, float]) -> str:
+def _facts(model: ModelConfig, metadata: Metadata, scores: dict[str, float], scored_on: str) -> str:
     branches = [name for name in ("position", "channel") if getattr(model, name)]
     rows = {
         "network": f"dual attention ({' and '.join(branches) or 'no'} attention) on "
@@ -79,7 +82,7 @@ def _facts(model: ModelConfig, metadata: Metadata, scores: dict[str, float]) -> 
         "trained on": metadata.dataset or "not recorded",
         "classes": f"{len(metadata.classes)}: {', '.join(metadata.classes)}",
         "tested": _protocol(metadata.test),
-        **{name: f"{value:.2f} on the validation split" for name, value in scores.items()},
+        **{name: f"{value:.2f} on {scored_on}" for name, value in scores.items()},
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
@@ -101,14 +104,37 @@ def _usage(name: str) -> str:
 
 def _validation(run: Path) -> dict[str, float]:
     """The validation scores of the weights that the run kept, in percent."""
+    kept_best = load_recipe(run / RECIPE_FILE).train.keep == "best"
     keys = {name: f"val/{name}" for name in ("mIoU", "mAcc", "aAcc")}
     validated = [row for row in read_metrics(run / METRICS_FILE) if row.keys() >= {*keys.values()}]
     if not validated:
         return {}
     kept = validated[-1]
-    if load_recipe(run / RECIPE_FILE).train.keep == "best":
-        kept = max(validated, key=lambda row: row["val/mIoU"])
+    if kept_best:
+        # Scores may be of several protocols, one after the other.
+        of_best = [row for row in validated if row["step"] == _best_step(run)]
+        kept = of_best[-1] if of_best else max(validated, key=lambda row: row["val/mIoU"])
     return {name: round(100 * kept[key], 2) for name, key in keys.items()}
+
+
+def _best_step(run: Path) -> int | None:
+    """The step of the best checkpoint; None where that is no more there."""
+    try:
+        checkpoint = torch.load(
+            run / BEST_CHECKPOINT, map_location="cpu", mmap=True, weights_only=True
+        )
+        step: int = checkpoint["best"]["step"]
+    # Of damaged files in particular.
+    except Exception:
+        return None
+    return step
+
+
+def _validated_on(recipe: RunConfig) -> str:
+    count = recipe.train.validate_images
+    if recipe.train.keep == "best" and count is not None:
+        return f"the first {count} pictures of the validation split"
+    return "the validation split"
 
 
 def _recipe(recipe: RunConfig) -> str:

@@ -21,6 +21,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
+BEST_CHECKPOINT = "checkpoints/best.ckpt"
 MODEL_FOLDER = "model"
 """A run folder's resolved recipe, what it logged, and its model."""
 MAX_CLASSES = 255

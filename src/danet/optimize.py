@@ -40,7 +40,9 @@ _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 Follower = TypeVar("Follower", bound=nn.Module)
 
 
-def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool) -> DANet:
+def optimize_for_inference(
+    model: DANet, *, bfloat16: bool, compile_graph: bool, runs_on: torch.device | None = None
+) -> DANet:
     """Changes the network in place, for inference only, and returns it.
 
     Args:
@@ -48,12 +50,14 @@ def optimize_for_inference(model: DANet, *, bfloat16: bool, compile_graph: bool)
         bfloat16: keep the convolutions' weights in bfloat16; to be run under its autocast.
         compile_graph: compile backbone and branches at first use; later processes find the code
             in torch's cache, which the variable TORCHINDUCTOR_CACHE_DIR moves.
+        runs_on: the device to compute on, if the network is not on it.
     """
     model.eval().requires_grad_(False)
     model.optimized = True
     model.auxiliary_head = None  # of use in training alone
     fold_batch_norms(model)
-    if not compile_graph and next(model.parameters()).device.type == "cpu":
+    device = runs_on or next(model.parameters()).device
+    if not compile_graph and device.type == "cpu":
         _choose_convolutions(model, torch.bfloat16 if bfloat16 else torch.float32)
     convert_parameters(model, bfloat16=bfloat16)
     if compile_graph:

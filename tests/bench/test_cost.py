@@ -119,13 +119,32 @@ def test_few_estimates_find_the_largest_batch(
     assert max(estimated) <= max(2, 8 * found.batch)  # training on more takes longer to estimate
 
 
+def test_a_gpus_estimate_has_none_of_the_cpus_convolutions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Winograd's filters are four times as large, and are not what a GPU convolves with."""
+    taken: list[object] = []
+    monkeypatch.setattr("danet.winograd.WinogradConv2d.__init__", lambda *_, **__: taken.append(1))
+    monkeypatch.setattr("danet.training.build.use_winograd", taken.append)
+    for mode in ("prediction", "training"):
+        job = Workload(load_recipe("demo", ["model.head_channels=256"]), (64, 64), 2, mode)
+        assert estimate_peak_bytes(job, "cuda", bfloat16=False) > 0
+    assert not taken
+
+
+def test_advice_takes_no_batch_that_cannot_be_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "memory_limit", lambda _: 1 << 20)
+    settings = ["model.backbone=skresnet18", "model.head_channels=16", "train.batch_size=2"]
+    advice = cost.advise_after_running_out(load_recipe("demo", settings), 1)
+    assert "lower data.crop_size" in advice
+
+
 def test_checkpointing_needs_less_memory() -> None:
     plain, early, checkpointed = (
-        estimate_peak_bytes(workload(small(**train), (256, 256), 4), "cpu", bfloat16=False)
-        for train in (
-            {},
-            {"activation_checkpointing": "early"},
-            {"activation_checkpointing": True},
+        estimate_peak_bytes(workload(config, (256, 256), 4), "cpu", bfloat16=False)
+        for config in (
+            load_recipe(R50, [f"train.activation_checkpointing={which}"])
+            for which in ("false", "early", "true")
         )
     )
     assert checkpointed < early < plain

@@ -30,6 +30,7 @@ from danet.errors import (
 from danet.evaluation.metrics import Scores
 from danet.training import loop, state
 from danet.training.checkpoint import RunFolder, load_checkpoint
+from danet.training.launch import launch
 from danet.training.loop import train
 from danet.training.state import TrainingState
 from networks import TINY_RUN
@@ -698,6 +699,50 @@ def test_scores_of_another_protocol_do_not_count(
     assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.2}
     run(tmp_path / "run", "train.steps=4", "test.flip=true", *settings, resume=True)
     assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.3}
+
+
+def test_scores_of_few_pictures_do_not_count_beside_those_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last score is of all pictures unless the best weights are kept."""
+    found = iter([0.9, 0.3, 0.2])
+    real = loop.scores
+    monkeypatch.setattr(
+        loop, "scores", lambda confusion: real(confusion)._replace(mean_iou=next(found))
+    )
+    settings = ("train.validate_every=2", "train.validate_images=1", "train.steps=4")
+    run(tmp_path / "run", *settings, "train.keep=last")
+    folder = run(tmp_path / "run", *settings, "train.keep=best", resume=True)
+    assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.2}
+
+
+@pytest.mark.parametrize("name", ["gloo_test", "DataLoader worker"])
+def test_a_folders_name_is_no_reason(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*_: object) -> None:
+        raise TrainingDiverged.after(tmp_path / name, "the loss was not finite", 0.1)
+
+    monkeypatch.setattr(loop, "take_step", diverged)
+    with pytest.raises(TrainingDiverged, match=r"Lower train\.lr"):
+        run(tmp_path / name)
+
+
+def test_a_process_lost_while_a_run_is_set_up_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    monkeypatch.setattr(loop, "training_samples", lost)
+    with pytest.raises(TrainingStopped, match="another process of this run was lost"):
+        run(tmp_path / "run")
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"train\.devices=2 .* sees 1 devices of type cuda"):
+        launch(TrainConfig(devices=2), torch.device("cuda"), bfloat16=False)
 
 
 def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path) -> None:

@@ -85,7 +85,9 @@ def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> i
     The optimizer's state is made by hand, for its step may look at data.
     """
     with FakeTensorMode(), _LiveBytes() as live:
-        runner = workload.prepare(torch.device("cpu"), bfloat16=bfloat16, to_labels=False)
+        runner = workload.prepare(
+            torch.device("cpu"), bfloat16=bfloat16, to_labels=False, runs_on=device
+        )
         live.add([*runner.model.parameters(), *runner.model.buffers(), runner.images])
         parameters = list(runner.model.parameters())
         copies = _STATE_COPIES[workload.config.train.optimizer] if runner.update else 0
@@ -181,8 +183,12 @@ def advise_after_running_out(config: RunConfig, processes: int) -> str:
     now = settings.accumulate
     found = f"{whole // now} crops of {width}x{height} need about {_gib(needed(now))} by estimate"
     found += f", and {_gib(limit)} may be filled"
-    for accumulate in range(now + 1, whole + 1):
-        if whole % accumulate == 0 and (fits := needed(accumulate)) <= limit * _SAFE_SHARE:
+    for accumulate in [n for n in range(now + 1, whole + 1) if whole % n == 0]:
+        try:
+            fits = needed(accumulate)
+        except TooFewValues:
+            break
+        if fits <= limit * _SAFE_SHARE:
             return f"{found}; set train.accumulate={accumulate}, which needs about {_gib(fits)}"
     return (
         f"{found}; lower data.crop_size, or set train.activation_checkpointing=true; "

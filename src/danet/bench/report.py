@@ -98,7 +98,7 @@ def print_benchmark(result: dict[str, Any]) -> None:
     forms = Table("form", "precision", "seconds", "images/s", "peak MiB", "estimated", box=None)
     for row in result["forms"]:
         if row["seconds"] is None:
-            forms.add_row(row["form"], row["precision"], "out of memory", "", "", "")
+            forms.add_row(row["form"], row["precision"], "out of memory, or crashed", "", "", "")
             continue
         estimate = row["estimated_MiB"]
         forms.add_row(

@@ -69,6 +69,7 @@ class Workload(NamedTuple):
         materialized: bool = False,
         compile_graph: bool = False,
         to_labels: bool = True,
+        runs_on: str | None = None,
     ) -> Runner:
         """Builds the network and its inputs.
 
@@ -77,12 +78,14 @@ class Workload(NamedTuple):
                 matrix, memory is laid out channels-first, batch norms stay, logits of all classes
                 are brought to full size.
             to_labels: prediction goes on to the label maps, which takes tensors with data.
+            runs_on: the device whose form of the network is built, if not the tensors' own.
         """
         torch.manual_seed(0)
         with device:  # not Module.to, which fails on tensors without data
             model = self.build_model()
         width, height = self.size
         images = torch.rand(self.batch, 3, height, width, device=device)
+        target = device if runs_on is None else torch.device(runs_on)
         precision = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
         if materialized:
             for module in model.modules():
@@ -92,11 +95,13 @@ class Workload(NamedTuple):
             if not materialized:
                 convert_parameters(model, bfloat16=False)
                 settings = self.config.train.model_copy(update={"compile": compile_graph})
-                prepare_for_training(model, settings)
+                prepare_for_training(model, settings, target)
                 images = images.contiguous(memory_format=torch.channels_last)
             return Runner(model, images, *self._training_step(model, images, precision))
         if not materialized:
-            optimize_for_inference(model, bfloat16=bfloat16, compile_graph=compile_graph)
+            optimize_for_inference(
+                model, bfloat16=bfloat16, compile_graph=compile_graph, runs_on=target
+            )
             images = images.contiguous(memory_format=torch.channels_last)
         segment = _all_logits if materialized else _label_maps if to_labels else None
         return Runner(model, images, _prediction(model.eval(), images, precision, segment), None)

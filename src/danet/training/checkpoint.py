@@ -1,6 +1,7 @@
 """The run folder, and checkpoints that appear whole or not at all."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from torch import Tensor
 from danet.atomic import explaining, replacing
 from danet.errors import UserError, explaining_lookup, first_line, why_not_read
 from danet.jsonl import read_metrics
-from danet.model_folder import CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, RECIPE_FILE, WEIGHTS_FILE
+from danet.model_folder import (
+    BEST_CHECKPOINT,
+    CONFIG_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+)
 
 _KEYS = {"step", "model", "average", "optimizer", "optimizer_name", "best", "validated_step"}
 
@@ -27,7 +35,7 @@ class RunFolder:
         self.model = path / MODEL_FOLDER
         self.last = path / "checkpoints" / "last.ckpt"
         self.before_last = path / "checkpoints" / "before_last.ckpt"
-        self.best = path / "checkpoints" / "best.ckpt"
+        self.best = path / BEST_CHECKPOINT
 
     def exists(self) -> bool:
         with explaining_lookup(self.path):
@@ -118,6 +126,8 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], former: Path | None 
         except RuntimeError as error:
             raise OSError(first_line(error)) from error
         if former is not None and path.exists():
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             path.replace(former)
 
 

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from danet.config import TrainConfig
-from danet.errors import first_line
+from danet.errors import UserError, first_line
 from danet.processes import join_process_group
 from danet.training.sharding import sharding_strategy
 
@@ -34,6 +34,7 @@ def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fa
         on_each = int(os.environ["LOCAL_WORLD_SIZE"])
         machines = int(os.environ["WORLD_SIZE"]) // on_each
     processes = on_each * machines
+    _require_devices(on_each, device)
     sharded = sharding_strategy(processes) if settings.strategy == "fsdp" else "ddp"
     fabric = Fabric(
         accelerator=device.type,
@@ -46,6 +47,16 @@ def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fa
         join_process_group("nccl" if device.type == "cuda" else "gloo")
     fabric.launch()
     return fabric
+
+
+def _require_devices(number: int, device: torch.device) -> None:
+    """Raises a UserError if this machine has fewer devices than processes."""
+    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, number)
+    if number > there:
+        raise UserError(
+            f"train.devices={number} (or torchrun's --nproc-per-node): PyTorch sees {there} "
+            f"devices of type {device.type} on this machine; start as many processes"
+        )
 
 
 def reduce_over_processes(fabric: Fabric, tensor: Tensor, operation: str) -> Tensor:

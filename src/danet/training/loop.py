@@ -44,8 +44,12 @@ from danet.training.step import take_step
 
 _FIRST_WEIGHTS = {"model.init_from", "model.pretrained_backbone", "model.backbone_weights"}
 """Settings that a resumed run, which goes on from its own weights, does not look at."""
-_SCORED = {"data.name", "data.val_split", "data.mean", "data.std", "train.validate_images"}
-"""With all of section test, the settings whose change makes scores incomparable."""
+_SCORED = {
+    *("data.name", "data.val_split", "data.mean", "data.std"),
+    *("train.validate_images", "train.keep"),
+}
+"""With all of section test, the settings whose change makes scores incomparable: what is kept
+decides on how many pictures the last score is."""
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
@@ -74,10 +78,12 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
             "folder with --out"
         )
     with StopSignal() as stop, ExitStack() as at_end:
-        trainer = _Trainer(config, run, stop, at_end)
         try:
+            trainer = _Trainer(config, run, stop, at_end)
             with broken_handover_told(config.data.workers):
                 trainer.fit()
+        except (TrainingDiverged, TrainingStopped, OutOfMemory):
+            raise
         # Raised by the loader's signal handler, wherever training is at that moment, and by gloo.
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):

@@ -56,7 +56,9 @@ def test_a_model_is_scored_by_the_protocol_that_was_asked_for(
     assert len(notes) == 1
     assert "3 of 3 class names" in notes[0]
     result.write_report(tmp_path / "report.html", "mine")
-    assert "mine" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "mine" in page
+    assert "float32 on cpu" in page
 
 
 def test_the_runs_recipe_says_where_its_dataset_is(

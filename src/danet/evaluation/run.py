@@ -12,6 +12,7 @@ from danet.choices import Precision, TestMode
 from danet.config import PUBLISHED_RATIOS, TestConfig, load_recipe
 from danet.data import open_dataset
 from danet.data.spec import SegmentationDataset
+from danet.devices import uses_bfloat16
 from danet.errors import UserError
 from danet.evaluation.evaluate import (
     Evaluation,
@@ -195,12 +196,18 @@ def _network_subject(
 ) -> _Subject:
     test = _changed_test(model.metadata.test, mode, multi_scale, flip)
     wanted = model.branches if branches else ("fused",)
+    device = next(model.parameters()).device
+    dtype = "bfloat16" if uses_bfloat16(precision, device) else "float32"
     return _Subject(
         segment_with(model, test, precision, wanted),
         model.metadata,
         wanted,
         test,
-        {"Backbone": model.config.backbone, "Protocol": _describe(test)},
+        {
+            "Backbone": model.config.backbone,
+            "Protocol": _describe(test),
+            "Precision": f"{dtype} on {device.type}",
+        },
     )
 
 

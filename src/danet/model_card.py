@@ -104,15 +104,15 @@ def _usage(name: str) -> str:
 
 def _validation(run: Path) -> dict[str, float]:
     """The validation scores of the weights that the run kept, in percent."""
-    kept_best = load_recipe(run / RECIPE_FILE).train.keep == "best"
     keys = {name: f"val/{name}" for name in ("mIoU", "mAcc", "aAcc")}
     validated = [row for row in read_metrics(run / METRICS_FILE) if row.keys() >= {*keys.values()}]
     if not validated:
         return {}
     kept = validated[-1]
-    if kept_best:
+    if load_recipe(run / RECIPE_FILE).train.keep == "best":
         # Scores may be of several protocols, one after the other.
-        of_best = [row for row in validated if row["step"] == _best_step(run)]
+        best = _best_step(run)
+        of_best = [row for row in validated if row["step"] == best]
         kept = of_best[-1] if of_best else max(validated, key=lambda row: row["val/mIoU"])
     return {name: round(100 * kept[key], 2) for name, key in keys.items()}
 

@@ -220,13 +220,12 @@ def prepare_for_training(
 
 
 def _checkpoint_backbone(backbone: Backbone, *, early: bool) -> None:
-    blocks = backbone.early_blocks() if early else backbone.blocks()
-    if not blocks:
+    if not backbone.blocks():
         raise UserError(
             "train.activation_checkpointing: the backbone has no blocks whose activations could be "
             "computed again; set it to false"
         )
-    for block in blocks:
+    for block in backbone.early_blocks() if early else backbone.blocks():
         checkpoint_activations(block)
     stem = backbone.stem()
     if stem and not any(has_hooks(module) for module in stem[1:]):

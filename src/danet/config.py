@@ -171,7 +171,7 @@ class TrainConfig(Section):
     precision: Precision = "auto"
     """auto: bfloat16 autocast where the device computes in it."""
     activation_checkpointing: bool | Literal["early"] = False
-    """Keep only the inputs of the backbone's stem and blocks, and recompute the rest in the backward
+    """Keep only the inputs of the backbone's stem and blocks; recompute the rest in the backward
     pass: same result, less memory, more time. early: leave out the last stage, which would take
     three quarters of the extra time and save a quarter of the memory."""
     compile: bool = False

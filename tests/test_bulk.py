@@ -536,9 +536,7 @@ def test_memory_holds_a_few_pictures(
     for _ in segment_inputs(
         predictor,
         pictures,
-        out,
-        overlay=False,
-        frame_masks=False,
+        Results(out, overlay=False, frame_masks=False),
         share=share,
         on_frame=lambda *_: None,
     ):

@@ -36,11 +36,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)  # it may be a link, which may lead anywhere
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until what was written to a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
@@ -73,8 +78,7 @@ def staging(path: Path) -> Iterator[Path]:
         try:
             yield folder / path.name
             for written in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-                with written.open("rb") as file:
-                    os.fsync(file.fileno())
+                flush(written)
                 written.replace(path.with_name(written.name))
         finally:
             shutil.rmtree(folder, ignore_errors=True)

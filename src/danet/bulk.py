@@ -23,7 +23,7 @@ from danet.data.archives import MAX_FILE_BYTES
 from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
-from danet.inputs import Input, member_stem, picture_results, video_results
+from danet.inputs import Input, Results, member_stem, picture_results
 from danet.manifest import Manifest, Origin, earlier_results, finished_results
 from danet.predict import Segmentation, Segmenter, write_segmentation
 from danet.processes import Share
@@ -76,10 +76,8 @@ class Outcome(NamedTuple):
 def segment_inputs(
     predictor: Segmenter,
     inputs: Sequence[Input],
-    folder: Path,
+    results: Results,
     *,
-    overlay: bool,
-    frame_masks: bool,
     share: Share,
     on_frame: Callable[[Path, int], None],
 ) -> Iterator[Outcome]:
@@ -89,12 +87,11 @@ def segment_inputs(
     of other models, or of other files of the same name, are computed again.
 
     Args:
-        frame_masks: with `overlay`, write the masks of videos' frames too.
         on_frame: called after each frame with the video and its announced number of frames.
     """
-    pictures = list_pictures([one for one in inputs if not one.is_video], overlay=overlay)
-    masks = frame_masks or not overlay
-    videos = [_video(one, overlay=overlay, masks=masks) for one in inputs if one.is_video]
+    folder = results.folder
+    pictures = list_pictures([one for one in inputs if not one.is_video], overlay=results.overlay)
+    videos = [_video(one, results.of(one)) for one in inputs if one.is_video]
     model = predictor.fingerprint()
     finished = finished_results(folder, model)
     own_pictures = islice(pictures, share.rank, None, share.processes)
@@ -110,9 +107,8 @@ def segment_inputs(
             yield outcome
 
 
-def _video(video: Input, *, overlay: bool, masks: bool) -> WorkItem:
+def _video(video: Input, results: dict[str, str]) -> WorkItem:
     path, stem = video
-    results = video_results(stem, overlay=overlay, masks=masks)
     try:
         return WorkItem(str(path), stem, path, _origin_of(path), results)
     except UserError as error:
@@ -142,21 +138,20 @@ def _segment_videos(
         elif isinstance(video.source, UserError):
             yield Outcome(video, str(video.source), written={})
         else:
-            frames = folder.resolve() / video.stem
-            renew = frames.is_dir() and frames in earlier_results(folder)
-            manifest.begin([(video.name, video.origin, video.results)])
-            yield _segment_video(predictor, video, folder, on_frame, renew=renew)
+            yield _segment_video(predictor, video, folder, manifest, on_frame)
 
 
 def _segment_video(
     predictor: Segmenter,
     video: WorkItem,
     folder: Path,
+    manifest: Manifest,
     on_frame: Callable[[Path, int], None],
-    *,
-    renew: bool,
 ) -> Outcome:
     """The outcome of one video; raises a UserError that would stop the next one too."""
+    masks = folder.resolve() / video.stem
+    renew = masks.is_dir() and masks in earlier_results(folder)
+    manifest.begin([(video.name, video.origin, video.results)])
     frames = 0
 
     def count(path: Path, announced: int) -> None:
@@ -312,24 +307,22 @@ def _segment_batch(
     pool: ThreadPoolExecutor,
 ) -> Iterator[Outcome]:
     found: list[Segmentation] | None = None
-    problem = ""
+    first, image = batch[0]
     try:
         found = predictor.segment_batch(np.stack([np.asarray(image) for _, image in batch]))
     except (RuntimeError, MemoryError, UserError) as error:
         too_large = is_out_of_memory(error)
         if not (too_large or isinstance(error, UserError)):
             raise
-        _, image = batch[0]
         advice = f"out of memory at {image.width}x{image.height}; make it smaller"
         problem = advice if too_large else str(error)
     # Not in the handler, where the error keeps the batch's tensors alive.
-    if found is None and len(batch) == 1:
-        picture, _ = batch[0]
-        yield Outcome(picture, f"{picture.name}: {problem}", written={})
+    if found is None and len(batch) > 1:
+        for each in batch:
+            yield from _segment_batch(predictor, [each], folder, manifest, pool)
         return
     if found is None:
-        for one in batch:
-            yield from _segment_batch(predictor, [one], folder, manifest, pool)
+        yield Outcome(first, f"{first.name}: {problem}", written={})
         return
     manifest.begin((picture.name, picture.origin, picture.results) for picture, _ in batch)
     written = [

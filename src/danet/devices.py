@@ -24,6 +24,15 @@ _OUT_OF_MEMORY = (
 """Parts of messages about memory: the machine's, and a GPU's and its libraries'."""
 
 
+def device_counts() -> dict[str, int]:
+    """How many devices of each kind PyTorch sees on this machine."""
+    return {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+
+
 def choose_device(name: str | torch.device) -> torch.device:
     """The named device; auto takes a GPU where there is one.
 
@@ -31,11 +40,7 @@ def choose_device(name: str | torch.device) -> torch.device:
         UserError: the device is not there.
     """
     name = str(name)
-    counts = {
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-        "cpu": 1,
-    }
+    counts = device_counts()
     if name == "auto":
         name = next(candidate for candidate, count in counts.items() if count)
     kind, colon, index = name.partition(":")

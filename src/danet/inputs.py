@@ -43,8 +43,8 @@ class Results(NamedTuple):
     """Where results go, and which are wanted besides pictures' masks.
 
     Attributes:
-        overlay: of pictures and videos.
-        frame_masks: the masks of videos' frames.
+        overlay: pictures and videos with the classes over them.
+        frame_masks: with `overlay`, the masks of videos' frames too; without, there are always.
     """
 
     folder: Path
@@ -54,7 +54,8 @@ class Results(NamedTuple):
     def of(self, one: Input) -> dict[str, str]:
         """The names of a picture's or a video's results, by kind."""
         if one.is_video:
-            return video_results(one.stem, overlay=self.overlay, masks=self.frame_masks)
+            masks = self.frame_masks or not self.overlay
+            return video_results(one.stem, overlay=self.overlay, masks=masks)
         return picture_results(one.stem, overlay=self.overlay)
 
 
@@ -109,8 +110,7 @@ def find_inputs(
     """
     found: dict[Path, None] = {}
     problems: list[str] = []
-    folder = None if results is None else results.folder.resolve()
-    earlier = set() if folder is None else earlier_results(folder)
+    earlier = set() if results is None else earlier_results(results.folder)
     for text in _unlisted(inputs, problems):
         if not text:
             problems.append("an input is empty; name a picture, a video, a folder or an archive")
@@ -120,12 +120,13 @@ def find_inputs(
         except UserError as error:
             problems.append(str(error))
             continue
-        if folder is not None and not _is_file(text):
-            matches = _without_results(matches, folder, _searched(text), earlier)
+        if results is not None and not _is_file(text):
+            matches = _without_results(matches, results.folder.resolve(), _searched(text), earlier)
         found.update(dict.fromkeys(matches))
         problems += [] if matches else [f"{text}: holds only results of earlier runs"]
     named = _named(list(found))
-    if results is not None and folder is not None:
+    if results is not None:
+        folder = results.folder.resolve()
         over = {
             one: f"{place}, which is not of an earlier run"
             for one in named

@@ -42,9 +42,10 @@ def write_model_card(
     """
     if run is not None and not (run / RECIPE_FILE).is_file():
         raise UserError(f"{run}: not a run folder; it has no {RECIPE_FILE}")
+    recipe = None if run is None else load_recipe(run / RECIPE_FILE)
     scored_on = "the validation split"
-    if scores is None and run is not None:
-        scores, scored_on = _validation(run), _validated_on(load_recipe(run / RECIPE_FILE))
+    if scores is None and run is not None and recipe is not None:
+        scores, scored_on = _validation(run, recipe), _validated_on(recipe)
     scores = scores or {}
     data = ModelCardData(
         license=license_id,
@@ -69,8 +70,8 @@ def write_model_card(
     if (folder / PICTURE_FILE).exists():
         sections.append(f"![A picture and its classes]({PICTURE_FILE})")
     sections += [_facts(model, metadata, scores, scored_on), _usage(name)]
-    if run is not None:
-        sections.append(_recipe(load_recipe(run / RECIPE_FILE)))
+    if recipe is not None:
+        sections.append(_recipe(recipe))
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -102,14 +103,14 @@ def _usage(name: str) -> str:
     )
 
 
-def _validation(run: Path) -> dict[str, float]:
+def _validation(run: Path, recipe: RunConfig) -> dict[str, float]:
     """The validation scores of the weights that the run kept, in percent."""
     keys = {name: f"val/{name}" for name in ("mIoU", "mAcc", "aAcc")}
     validated = [row for row in read_metrics(run / METRICS_FILE) if row.keys() >= {*keys.values()}]
     if not validated:
         return {}
     kept = validated[-1]
-    if load_recipe(run / RECIPE_FILE).train.keep == "best":
+    if recipe.train.keep == "best":
         # Scores may be of several protocols, one after the other.
         best = _best_step(run)
         of_best = [row for row in validated if row["step"] == best]

@@ -740,6 +740,7 @@ def test_a_process_lost_while_a_run_is_set_up_is_told(
 
 
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"train\.devices=2 .* sees 1 devices of type cuda"):
         launch(TrainConfig(devices=2), torch.device("cuda"), bfloat16=False)

@@ -57,9 +57,8 @@ def predict(
     from danet.processes import Share
     from danet.progress import ProgressReport
 
-    found, problems = find_inputs(
-        inputs, Results(out, overlay=overlay, frame_masks=frame_masks or not overlay)
-    )
+    results = Results(out, overlay=overlay, frame_masks=frame_masks)
+    found, problems = find_inputs(inputs, results)
     if strict and problems:
         raise UserError(problems[0])
     share = Share.from_environment()
@@ -83,9 +82,7 @@ def predict(
             outcomes = segment_inputs(
                 segmenter,
                 found,
-                out,
-                overlay=overlay,
-                frame_masks=frame_masks,
+                results,
                 share=share,
                 on_frame=show_frame,
             )

@@ -74,10 +74,8 @@ def _check_pair(dataset: PairedFiles, pair: FilePair) -> Finding | npt.NDArray[n
         image = open_image(pair.image)
     except UserError as error:
         return Finding("unreadable images", str(error))
-    if pair.label is None:
-        return _count(dataset, dataset.ignored_label(image))
     try:
-        file_ids = dataset.read_label(pair.label)
+        file_ids = dataset.read_file_ids(pair, image)
     except UserError as error:
         return Finding("unreadable labels", str(error))
     try:
@@ -85,13 +83,9 @@ def _check_pair(dataset: PairedFiles, pair: FilePair) -> Finding | npt.NDArray[n
     except UserError as error:
         return Finding("images and labels of different size", str(error))
     try:
-        return _count(dataset, dataset.to_train_ids(pair, file_ids))
+        label = dataset.to_train_ids(pair, file_ids)
     except UserError as error:
         return Finding("label ids out of range", str(error))
-
-
-def _count(dataset: PairedFiles, label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """K + 1 pixel counts by train id, ignored pixels last."""
     counts = np.bincount(label.ravel(), minlength=256)
     return np.append(counts[: dataset.spec.num_classes], counts[dataset.spec.ignore_index])
 

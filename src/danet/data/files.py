@@ -225,7 +225,7 @@ class PairedFiles:
         self.spec = spec
         self.pairs = pairs
         self._ids_to_train_ids = ids_to_train_ids
-        self.read_label = read_label
+        self._read_label = read_label
 
     @property
     def has_labels(self) -> bool:
@@ -240,15 +240,15 @@ class PairedFiles:
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
         image = open_image(pair.image)
-        if pair.label is None:
-            return Sample(image, self.ignored_label(image), pair.name)
-        file_ids = self.read_label(pair.label)
+        file_ids = self.read_file_ids(pair, image)
         self.require_same_size(pair, image, file_ids)
         return Sample(image, self.to_train_ids(pair, file_ids), pair.name)
 
-    def ignored_label(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """The label of an image that has none."""
-        return np.full(image.size[::-1], self.spec.ignore_index, np.uint8)
+    def read_file_ids(self, pair: FilePair, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """The label file's ids H W; those of ignored pixels where the image has no label."""
+        if pair.label is None:
+            return np.full(image.size[::-1], IGNORE_INDEX, np.uint8)
+        return self._read_label(pair.label)
 
     def require_same_size(
         self, pair: FilePair, image: Image.Image, file_ids: npt.NDArray[np.uint8]

@@ -1,7 +1,6 @@
 """The run folder, and checkpoints that appear whole or not at all."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from danet.atomic import explaining, replacing
+from danet.atomic import explaining, flush, replacing
 from danet.errors import UserError, explaining_lookup, first_line, why_not_read
 from danet.jsonl import read_metrics
 from danet.model_folder import (
@@ -126,8 +125,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], former: Path | None 
         except RuntimeError as error:
             raise OSError(first_line(error)) from error
         if former is not None and path.exists():
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             path.replace(former)
 
 

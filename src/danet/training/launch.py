@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from danet.config import TrainConfig
+from danet.devices import device_counts
 from danet.errors import UserError, first_line
 from danet.processes import join_process_group
 from danet.training.sharding import sharding_strategy
@@ -50,9 +51,9 @@ def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fa
 
 
 def _require_devices(number: int, device: torch.device) -> None:
-    """Raises a UserError if this machine has fewer devices than processes."""
-    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, number)
-    if number > there:
+    """Raises a UserError if there are fewer devices than processes, which may share a CPU only."""
+    there = device_counts()[device.type]
+    if device.type != "cpu" and number > there:
         raise UserError(
             f"train.devices={number} (or torchrun's --nproc-per-node): PyTorch sees {there} "
             f"devices of type {device.type} on this machine; start as many processes"

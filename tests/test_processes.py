@@ -270,3 +270,28 @@ def test_processes_that_nothing_connects_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="start them with torchrun"), Share(0, 2).connected():
         pytest.fail("connected to nothing")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_process_of_a_group_ends_before_python_takes_itself_apart(
+    grouped: bool, tmp_path: Path
+) -> None:
+    code = f"""
+import atexit
+import torch.distributed as dist
+from danet.processes import end_process
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+kept = Kept()
+atexit.register(print, "at exit")
+if {grouped}:
+    dist.init_process_group("gloo", init_method="file://{tmp_path}/group", rank=0, world_size=1)
+print("said")
+end_process(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    expected = ["said", "at exit", *([] if grouped else ["taken apart"])]
+    assert (done.returncode, done.stdout.splitlines()) == (3, expected)

@@ -1,10 +1,12 @@
 """Several processes that share work, as torchrun starts them."""
 
+import atexit
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
@@ -98,3 +100,18 @@ def join_process_group(backend: str, timeout: datetime.timedelta | None = None) 
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=timeout)
+
+
+def end_process(status: int) -> NoReturn:
+    """`sys.exit`, but in a process group over gloo without what Python takes apart at its end.
+
+    Gloo's threads may still let go of tensors then, for which they need the interpreter's lock, and
+    are aborted with the process (PyTorch's issue 190489; Python 3.14 lets them wait). Nor can the
+    group be taken apart first: caches of sharded tensors hold it.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -4,7 +4,7 @@ import errno
 import io
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -73,7 +73,7 @@ def main() -> None:
     try:
         status = app(prog_name="danet", standalone_mode=False)
         sys.stdout.flush()
-        sys.exit(status)
+        _exit(status or 0)
     except _CommandLineError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
@@ -106,7 +106,15 @@ def main() -> None:
         sys.exit(1)  # who read the output, such as head, has seen enough
 
 
-def _fail(error: Exception, status: int) -> None:
+def _fail(error: Exception, status: int) -> NoReturn:
     print(f"error: {printable(str(error))}", file=sys.stderr)
     sys.stderr.flush()
-    sys.exit(status)
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    if "torch.distributed" not in sys.modules:  # which commands without a network do not import
+        sys.exit(status)
+    from danet.processes import end_process
+
+    end_process(status)

@@ -311,6 +311,7 @@ def test_a_name_that_is_too_long_for_its_results(model: Path, photos: Path, tmp_
     done = predict(model, photos, "--out", tmp_path / "out", "--overlay")
     assert done.exit_code == 2
     assert "13 of 14" in done.output
+    assert len(list((tmp_path / "out").glob("*.png"))) == 13
     errors = [line for line in manifest(tmp_path / "out") if line["status"] == "error"]
     assert [line["error"].partition(": ")[2] for line in errors] == [
         "its results' names would be too long; give it a shorter one"

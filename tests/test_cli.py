@@ -336,7 +336,20 @@ def test_wrong_input_leaves_no_folder(
     picture = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(picture)
     named = {"model": model, "picture": picture, wrong: tmp_path / "nowhere"}
-    run("predict", named["model"], named["picture"], "--out", tmp_path / "out", status=2)
+    for command in ("predict", "explain"):
+        out = tmp_path / f"{command}.out" / "why.png"
+        run(command, named["model"], named["picture"], "--out", out, status=2)
+        assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("export", "--format", "onnx", "--out"), ("evaluate", "--json")]
+)
+def test_a_missing_model_leaves_no_folder(
+    arguments: tuple[str, ...], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    command, *options = arguments
+    assert "nowhere" in fails(command, tmp_path / "nowhere", *options, tmp_path / "out/a.onnx")
     assert not (tmp_path / "out").exists()
 
 

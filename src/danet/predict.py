@@ -315,8 +315,8 @@ def write_segmentation(
     """
     if image is not None:
         require_jpeg_size(image)
-    with replacing(folder / mask_name(stem)) as path:
-        segmentation.mask().save(path, format="PNG")
-    if image is not None:
+        # First, for only its name may be too long.
         with replacing(folder / overlay_name(stem)) as path:
             segmentation.overlay(image).save(path, format="JPEG", quality=92)
+    with replacing(folder / mask_name(stem)) as path:
+        segmentation.mask().save(path, format="PNG")

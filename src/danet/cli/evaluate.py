@@ -61,13 +61,13 @@ def evaluate(
 
     share = Share.from_environment()
     speaks = share.rank == 0
-    if speaks:
-        require_writable_files(json_file, report)
     exported = open_exported(model, device, precision, compile_graph=compile_graph)
     subject = (
         exported
         or Predictor(model, own_device(device, share), precision, compile_graph=compile_graph).model
     )
+    if speaks:
+        require_writable_files(json_file, report)
     result = evaluate_model(
         subject,
         data,

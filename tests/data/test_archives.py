@@ -58,6 +58,20 @@ def assert_same(name: str, first: Path, second: Path) -> None:
         np.testing.assert_array_equal(ours.label, theirs.label)
 
 
+def test_members_whose_names_begin_with_a_dot(tmp_path: Path) -> None:
+    """As some programs write them."""
+    for kind, suffix in (("images", "jpg"), ("labels", "png")):
+        for number in (0, 1):
+            write(tmp_path / f"folder/{kind}/val/{number}.{suffix}", number)
+    (tmp_path / "folder/classes.txt").write_text("\n".join("abcdefghi"))
+    archive = tmp_path / "folder.ZIP"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in (tmp_path / "folder").rglob("*.*"):
+            file.writestr(f"./{path.relative_to(tmp_path / 'folder')}", path.read_bytes())
+    assert any(name.startswith("./") for name in zipfile.ZipFile(archive).namelist())
+    assert_same("folder", tmp_path / "folder", archive)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_official_archives_as_they_are(name: str, tmp_path: Path) -> None:
     extracted, packed = tmp_path / "extracted", tmp_path / "packed"

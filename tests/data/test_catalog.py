@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import SBDataset, VOCSegmentation
 
-from danet.data import dataset_spec, open_dataset
+from danet.data import dataset_spec, open_dataset, splits_of
 from danet.data.catalog import cityscapes, coco_stuff
 from danet.errors import UserError
 
@@ -78,6 +78,15 @@ class TestCityscapes:
         make("gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", [[7, 7, 7]])
         with pytest.raises(UserError, match="1 of 2 images have no label here, first bonn"):
             open_dataset("cityscapes", tmp_path, "val")
+
+    def test_the_test_split_may_lie_there_without_labels(self, make: Maker, tmp_path: Path) -> None:
+        make("leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png")
+        name = "berlin_000000_000019"
+        assert labels("cityscapes", tmp_path, "test") == {name: [255, 255, 255]}
+        with pytest.raises(UserError, match="split test of cityscapes has no labels"):
+            open_dataset("cityscapes", tmp_path, "test", needs_labels=True)
+        make(f"gtFine/test/berlin/{name}_gtFine_labelIds.png", [[7, 0, 33]])
+        assert labels("cityscapes", tmp_path, "test") == {name: [0, 255, 18]}
 
     def test_every_label_id(self) -> None:
         assert len(cityscapes.LABEL_IDS) == 19
@@ -244,6 +253,18 @@ class TestCocoStuff:
         make("images/test2014/1.jpg")
         make("annotations/test2014/1_labelTrainIds.png", [[0, 1, 171]])
         assert labels("coco_stuff", tmp_path, "val") == {"1": [255, 0, 170]}
+
+    def test_the_labels_tell_the_version(self, make: Maker, tmp_path: Path) -> None:
+        """Not COCO's own pictures of 2014, which may lie beside those of 2017."""
+        make("images/train2014/1.jpg")
+        make("images/test2014/1.jpg")
+        make("images/val2017/7.jpg")
+        make("annotations/val2017/7.png", [[0, 181, 255]])
+        assert labels("coco_stuff", tmp_path, "val") == {"7": [0, 170, 255]}
+        assert splits_of("coco_stuff", tmp_path)["val"] == 5000
+        make("annotations/train2014/1_labelTrainIds.png", [[0, 1, 171]])
+        with pytest.raises(UserError, match="both versions, 10k and 164k"):
+            labels("coco_stuff", tmp_path, "val")
 
     def test_an_id_that_no_class_has(self, make: Maker, tmp_path: Path) -> None:
         make("val2017/7.jpg")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 from danet.cli import app
@@ -178,6 +178,35 @@ def test_files_that_are_not_read_are_noted(root: Path) -> None:
         f"note: train: labels without a picture: 2, first {root}/labels/train/y.png",
         f"note: train: pictures in subfolders, not read: 2, first {root}/images/train/more/a.png",
     ]
+
+
+def test_folders_that_lead_back_are_not_followed(root: Path) -> None:
+    remove_faults(root)
+    for name in ("self", "again"):
+        (root / "images/train" / name).symlink_to(".")
+    status, _, complaints = check(root)
+    assert status == 0
+    assert not [line for line in complaints if "in subfolders" in line]
+
+
+def test_pictures_that_are_not_stored_upright(root: Path) -> None:
+    remove_faults(root)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    for split in ("train", "val"):
+        Image.new("RGB", (4, 2)).save(root / f"images/{split}/turned.jpg", exif=exif)
+        Image.new("L", (4, 2)).save(root / f"labels/{split}/turned.png")
+    status, _, complaints = check(root)
+    assert status == 0
+    notes = [line for line in complaints if "EXIF orientation" in line]
+    assert [line.partition(": 1: ")[0] for line in notes] == [
+        f"note: {split}: pictures that their EXIF orientation turns" for split in ("train", "val")
+    ]
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (4, 2)).save(root / "images/val/turned.jpg", exif=exif)
+    status, _, complaints = check(root)
+    assert status == 2
+    assert any("its EXIF orientation turns it; label it upright" in line for line in complaints)
 
 
 def test_official_counts_of_an_archive(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from danet.data import catalog, dataset_names, dataset_spec, open_dataset, splits_of
 from danet.data.catalog import folder
+from danet.data.check import check_pictures
 from danet.data.images import open_label
 from danet.data.spec import CatalogEntry
 from danet.errors import UserError
@@ -76,9 +77,17 @@ class TestFolder:
         assert spec.palette[0] == (1, 2, 3)
         assert len(set(spec.palette)) == 3
 
+    def test_comments_in_the_classes_file(self, root: Path) -> None:
+        (root / "classes.txt").write_text("# of my drive\nsky\n\n10 km sign\n#\nroad 1 2 3\n")
+        assert dataset_spec("folder", root).classes == ("sky", "10 km sign", "road")
+
+    def test_accents_of_either_form(self, root: Path) -> None:
+        write_pair(root, "images/train/cafe\u0301.jpg", "labels/train/caf\u00e9.png", [[0, 1]])
+        assert [sample.name for sample in open_dataset("folder", root)] == ["a", "caf\u00e9"]
+
     def test_an_id_beyond_the_named_classes(self, root: Path) -> None:
         (root / "classes.txt").write_text("sky\nroad\n")
-        with pytest.raises(UserError, match=r"label ids \[2\] that folder does not define"):
+        with pytest.raises(UserError, match=r"label ids \[2\] that dataset folder does not define"):
             open_dataset("folder", root)[0]
 
     def test_the_most_classes_that_8_bits_hold_are_all_usable(self, root: Path) -> None:
@@ -86,10 +95,21 @@ class TestFolder:
         write_pair(root, "images/train/a.jpg", "labels/train/a.png", [[253, 254], [0, 255]])
         np.testing.assert_array_equal(open_dataset("folder", root)[0].label, [[253, 254], [0, 255]])
         (root / "classes.txt").write_text("\n".join(f"class {index}" for index in range(254)))
-        with pytest.raises(UserError, match=r"label ids \[254\] that folder does not define"):
+        with pytest.raises(
+            UserError, match=r"label ids \[254\] that dataset folder does not define"
+        ):
             open_dataset("folder", root)[0]
 
-    @pytest.mark.parametrize(("text", "message"), [("", "0 classes"), ("a\na\n", "twice")])
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "0 classes"),
+            ("a\na\n", "twice"),
+            ("a 1 2 256\nb\n", "'a 1 2 256' ends in no colour of three numbers 0..255"),
+            ("a,1,2,3\nb,4,5,6\n", "'a,1,2,3': separate a colour's numbers by spaces"),
+            ("0 a\n1 b\n", "every line begins with its id; write the names alone"),
+        ],
+    )
     def test_classes_file_mistakes(self, root: Path, text: str, message: str) -> None:
         (root / "classes.txt").write_text(text)
         with pytest.raises(UserError, match=message):
@@ -150,15 +170,38 @@ def test_a_new_module_of_the_catalog_is_all_that_a_dataset_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "made_up.py").write_text(
-        "from danet.data.spec import CatalogEntry, DatasetSpec, constant\n"
+        "import numpy as np\n"
+        "from PIL import Image\n"
+        "from danet.data.spec import CatalogEntry, DatasetSpec, Sample, constant\n"
         "SPEC = DatasetSpec('made_up', ('sky', 'road'))\n"
-        "ENTRY = CatalogEntry(('val',), constant(SPEC), lambda root, split: (root, split))\n"
+        "class MadeUp(list):\n"
+        "    spec = SPEC\n"
+        "def sample(mode, shape, dtype, label_id):\n"
+        "    return Sample(Image.new(mode, (3, 2)), np.full(shape, label_id, dtype), 'one')\n"
+        "SAMPLES = MadeUp([\n"
+        "    sample('RGB', (2, 3), np.uint8, 1), sample('RGB', (3, 2), np.uint8, 1),\n"
+        "    sample('RGB', (2, 3), np.uint8, 2), sample('L', (2, 3), np.uint8, 255),\n"
+        "    sample('RGB', (2, 3), np.int64, 1), sample('RGB', (2, 3), np.uint8, 255)])\n"
+        "ENTRY = CatalogEntry(('val',), constant(SPEC), lambda root, split: SAMPLES)\n"
     )
     monkeypatch.setattr(catalog, "__path__", [*catalog.__path__, str(tmp_path)])
     assert "made_up" in dataset_names()
     assert dataset_spec("made_up").classes == ("sky", "road")
     assert splits_of("made_up") == {"val": None}
-    assert open_dataset("made_up", tmp_path, "val") == (tmp_path, "val")
+    dataset = open_dataset("made_up", tmp_path, "val")
+    assert len(dataset) == 6
+    assert dataset[0].label.tolist() == [[1] * 3] * 2
+    found = check_pictures(dataset)
+    assert found.pixels.tolist() == [0, 6, 6]
+    assert [finding.message for finding in found.findings] == [
+        f"dataset made_up: sample one {problem}"
+        for problem in (
+            "has labels 2x3 for an image 3x2; they must have the same size",
+            "holds label ids [2]; train ids are 0..1, and 255 is ignored",
+            "has an image of mode L; it must be RGB",
+            "has no labels of uint8 H W",
+        )
+    ]
     with pytest.raises(UserError, match="no split 'train'; it has val"):
         open_dataset("made_up", tmp_path)
 

@@ -183,12 +183,18 @@ def test_labels_of_every_depth_give_the_stored_ids(
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("JPEG", "JPEG are lossy"), ("MPO", "MPO are lossy"), ("WEBP", "WEBP may be lossy")],
+    [
+        *(("JPEG", "JPEG are lossy"), ("MPO", "MPO are lossy"), ("WEBP", "WEBP may be lossy")),
+        ("TIFF", "JPEG are lossy"),
+    ],
 )
 def test_lossy_labels_are_refused(kind: str, message: str, tmp_path: Path) -> None:
     """Told by their content: a wrong suffix does not hide it."""
     image = Image.new("L" if kind != "WEBP" else "RGB", (8, 8))
-    options = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
+    options = {
+        "MPO": {"save_all": True, "append_images": [image]},
+        "TIFF": {"compression": "jpeg"},
+    }.get(kind, {})
     path = saved(tmp_path, image, format=kind, **options)
     with pytest.raises(UserError, match=rf"picture\.png: labels in {message}; save them as PNG"):
         open_label(path)

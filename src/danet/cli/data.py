@@ -37,7 +37,7 @@ def data_check(
     fails = False
     for split, official in splits_of(name, root).items():
         needed = split in ("train", "val")  # benchmarks' test splits may lack labels
-        kind = "error" if needed else "note"
+        kind = "error" if needed else "warning" if split.startswith("train") else "note"
         try:
             dataset = open_dataset(name, root, split)
         except UserError as error:
@@ -50,6 +50,13 @@ def data_check(
         print(f"{split}: {len(dataset)} pictures{expected}")
         for line in left_out(dataset):
             _say("note", split, line)
+        if turned := checks[split].turned:
+            _say(
+                "note",
+                split,
+                f"pictures that their EXIF orientation turns: {len(turned)}: {first_few(turned)}; "
+                "labels must be of the upright pictures",
+            )
         for line in summarize(checks[split].findings):
             fails = True
             _say("error", split, line)

@@ -9,6 +9,7 @@ import pkgutil
 from pathlib import Path
 
 from danet.data import catalog
+from danet.data.check import CheckedDataset
 from danet.data.files import PairedFiles
 from danet.data.spec import (
     CatalogEntry,
@@ -82,7 +83,9 @@ def open_dataset(
     if split not in entry.splits:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(entry.splits)}")
     dataset = entry.open_split(_path(root), split)
-    if needs_labels and isinstance(dataset, PairedFiles) and not dataset.has_labels:
+    if not isinstance(dataset, PairedFiles):
+        return dataset if entry.generated else CheckedDataset(dataset)
+    if needs_labels and not dataset.has_labels:
         raise UserError(
             f"split {split} of {name} has no labels, its server has them; danet evaluate "
             "--submission DIR writes the files that it takes"

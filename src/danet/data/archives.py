@@ -60,15 +60,14 @@ class ZipPath:
         return (self / name for name in _opened(self.archive).folders[self.inner])
 
     def read_bytes(self) -> bytes:
-        file = _opened(self.archive).file
-        try:
-            member = file.getinfo(str(self.inner))
-        except KeyError as error:
-            raise UserError(f"{self}: no such file in the archive") from error
+        archive = _opened(self.archive)
+        member = archive.members.get(self.inner)
+        if member is None:
+            raise UserError(f"{self}: no such file in the archive")
         if member.file_size > MAX_FILE_BYTES:
             raise UserError(f"{self}: unpacks to over {MAX_FILE_BYTES >> 20} MiB; refused")
         try:
-            return file.read(member)
+            return archive.file.read(member)
         # zipfile raises many types on damage, encryption and unknown compression.
         except Exception as error:
             raise UserError(f"{self}: cannot be unpacked ({error})") from error
@@ -87,6 +86,8 @@ Location = Path | ZipPath
 @dataclass(frozen=True)
 class _Archive:
     file: zipfile.ZipFile
+    members: dict[PurePosixPath, zipfile.ZipInfo]
+    """The files; some programs begin their names with "./"."""
     folders: dict[PurePosixPath, dict[str, None]]
     """The names in each folder, in the archive's order."""
 
@@ -97,19 +98,27 @@ def _opened(archive: Path) -> _Archive:
         file = zipfile.ZipFile(archive)
     except Exception as error:
         raise UserError(f"{archive}: cannot be read as a .zip archive ({error})") from error
+    members: dict[PurePosixPath, zipfile.ZipInfo] = {}
     folders: dict[PurePosixPath, dict[str, None]] = {_TOP: {}}
-    for member in file.namelist():
-        path = PurePosixPath(member)
-        if member.endswith("/"):
+    for member in file.infolist():
+        path = PurePosixPath(member.filename)
+        if member.is_dir():
             folders.setdefault(path, {})
+        else:
+            members[path] = member
         for inside in (path, *path.parents):
             if inside.name:
                 folders.setdefault(inside.parent, {})[inside.name] = None
-    return _Archive(file, folders)
+    return _Archive(file, members, folders)
 
 
 if hasattr(os, "register_at_fork"):  # an open file's position would be shared by both processes
     os.register_at_fork(after_in_child=_opened.cache_clear)
+
+
+def is_zip(path: Path) -> bool:
+    """Whether it is a .zip file by its name."""
+    return path.suffix.lower() == ".zip" and path.is_file()
 
 
 def locate(root: Location, path: str) -> Location:
@@ -117,6 +126,6 @@ def locate(root: Location, path: str) -> Location:
     location = root
     for part in PurePosixPath(path).parts:
         location = location / part
-        if isinstance(location, Path) and location.suffix == ".zip" and location.is_file():
+        if isinstance(location, Path) and is_zip(location):
             location = ZipPath(location)
     return location

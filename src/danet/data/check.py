@@ -1,7 +1,8 @@
-"""Checks a dataset's files before a training run."""
+"""Checks a dataset: all of it before a training run, or its samples as they are read."""
 
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -9,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from danet.data.files import FilePair, FolderPairs, PairedFiles
-from danet.data.images import open_image
-from danet.data.spec import SegmentationDataset
+from danet.data.images import UPRIGHT, open_oriented
+from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
 from danet.errors import UserError
 
 FILES_SHOWN = 3
@@ -29,10 +30,12 @@ class SplitCheck(NamedTuple):
     Attributes:
         findings: the problems on which training or evaluation would fail.
         pixels: K + 1 pixel counts by train id, ignored pixels last.
+        turned: the pictures that are not stored upright.
     """
 
     findings: list[Finding]
     pixels: npt.NDArray[np.int64]
+    turned: list[str]
 
     @property
     def is_unlabelled(self) -> bool:
@@ -47,6 +50,61 @@ class SplitCheck(NamedTuple):
         return [name for name, count in zip(classes, counts, strict=True) if not count]
 
 
+class CheckedDataset:
+    """A dataset of any other kind than `PairedFiles`, whose samples are checked on access.
+
+    Raises:
+        UserError: from `[]`, for a sample that is not as `Sample` says.
+    """
+
+    def __init__(self, dataset: SegmentationDataset) -> None:
+        self.spec = dataset.spec
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._dataset[index]
+        problem = self._problem(sample)
+        if problem is not None:
+            raise UserError(f"dataset {self.spec.name}: sample {sample.name} {problem}")
+        return sample
+
+    def _problem(self, sample: Sample) -> str | None:
+        image, label, _ = sample
+        if image.mode != "RGB":
+            return f"has an image of mode {image.mode}; it must be RGB"
+        if not isinstance(label, np.ndarray) or label.dtype != np.uint8 or label.ndim != 2:
+            return "has no labels of uint8 H W"
+        if label.shape != image.size[::-1]:
+            height, width = label.shape
+            return (
+                f"has labels {width}x{height} for an image {image.width}x{image.height}; they must "
+                "have the same size"
+            )
+        counts = np.bincount(label.ravel(), minlength=256)
+        counts[self.spec.ignore_index] = 0
+        unknown = np.flatnonzero(counts[self.spec.num_classes :]) + self.spec.num_classes
+        if len(unknown):
+            return (
+                f"holds label ids {unknown[:5].tolist()}; train ids are "
+                f"0..{self.spec.num_classes - 1}, and {self.spec.ignore_index} is ignored"
+            )
+        return None
+
+
+class _PictureCheck(NamedTuple):
+    """What was found of one picture: a problem, or its pixels and whether it was turned."""
+
+    finding: Finding | None = None
+    pixels: npt.NDArray[np.int64] | None = None
+    turned: str | None = None
+
+
 def check_pictures(
     dataset: SegmentationDataset, on_picture: Callable[[], None] = lambda: None
 ) -> SplitCheck:
@@ -55,39 +113,56 @@ def check_pictures(
     Args:
         on_picture: called after each picture.
     """
-    pixels = np.zeros(dataset.spec.num_classes + 1, np.int64)
-    findings: list[Finding] = []
-    if isinstance(dataset, PairedFiles):
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            outcomes = threads.map(lambda pair: _check_pair(dataset, pair), dataset.pairs)
-            for outcome in outcomes:
-                if isinstance(outcome, Finding):
-                    findings.append(outcome)
-                else:
-                    pixels += outcome
-                on_picture()
-    return SplitCheck(findings, pixels)
+    result = SplitCheck([], np.zeros(dataset.spec.num_classes + 1, np.int64), [])
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        checks: Iterable[_PictureCheck] = ()
+        if isinstance(dataset, PairedFiles):
+            checks = threads.map(functools.partial(_check_pair, dataset), dataset.pairs)
+        elif isinstance(dataset, CheckedDataset):
+            checks = map(functools.partial(_check_sample, dataset), range(len(dataset)))
+        for finding, pixels, turned in checks:
+            if finding is not None:
+                result.findings.append(finding)
+            if pixels is not None:
+                np.add(result.pixels, pixels, out=result.pixels)
+            if turned is not None:
+                result.turned.append(turned)
+            on_picture()
+    return result
 
 
-def _check_pair(dataset: PairedFiles, pair: FilePair) -> Finding | npt.NDArray[np.int64]:
+def _check_pair(dataset: PairedFiles, pair: FilePair) -> _PictureCheck:
     try:
-        image = open_image(pair.image)
+        image, orientation = open_oriented(pair.image)
     except UserError as error:
-        return Finding("unreadable images", str(error))
+        return _PictureCheck(Finding("unreadable images", str(error)))
     try:
         file_ids = dataset.read_file_ids(pair, image)
     except UserError as error:
-        return Finding("unreadable labels", str(error))
+        return _PictureCheck(Finding("unreadable labels", str(error)))
     try:
         dataset.require_same_size(pair, image, file_ids)
     except UserError as error:
-        return Finding("images and labels of different size", str(error))
+        return _PictureCheck(Finding("images and labels of different size", str(error)))
     try:
         label = dataset.to_train_ids(pair, file_ids)
     except UserError as error:
-        return Finding("label ids out of range", str(error))
+        return _PictureCheck(Finding("label ids out of range", str(error)))
+    turned = None if orientation == UPRIGHT else str(pair.image)
+    return _PictureCheck(None, _count(label, dataset.spec), turned)
+
+
+def _check_sample(dataset: CheckedDataset, index: int) -> _PictureCheck:
+    try:
+        return _PictureCheck(None, _count(dataset[index].label, dataset.spec))
+    except UserError as error:
+        return _PictureCheck(Finding("unusable samples", str(error)))
+
+
+def _count(label: npt.NDArray[np.uint8], spec: DatasetSpec) -> npt.NDArray[np.int64]:
+    """K + 1 pixel counts by train id, ignored pixels last."""
     counts = np.bincount(label.ravel(), minlength=256)
-    return np.append(counts[: dataset.spec.num_classes], counts[dataset.spec.ignore_index])
+    return np.append(counts[: spec.num_classes], counts[spec.ignore_index])
 
 
 def summarize(findings: list[Finding]) -> list[str]:

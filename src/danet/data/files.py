@@ -1,5 +1,6 @@
 """Datasets of image and label files, on disk or in archives."""
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,8 +9,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from danet.data.archives import Location, ZipPath, locate
-from danet.data.images import IMAGE_SUFFIXES, open_image, open_label
+from danet.data.archives import Location, ZipPath, is_zip, locate
+from danet.data.images import (
+    IMAGE_SUFFIXES,
+    UPRIGHT,
+    open_image,
+    open_label,
+    open_oriented,
+)
 from danet.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from danet.errors import UserError, explaining_lookup
 
@@ -62,7 +69,8 @@ def _pictures_below(folder: Location) -> Iterator[Location]:
     inside: list[Location] = list(folder.iterdir())
     for path in sorted(inside, key=str):
         is_picture = path.suffix.lower() in IMAGE_SUFFIXES
-        if not path.name.startswith(".") and not is_picture and path.is_dir():
+        is_link = isinstance(path, Path) and path.is_symlink()  # it may lead back to here
+        if not (path.name.startswith(".") or is_picture or is_link) and path.is_dir():
             yield from list_images(path)
             yield from _pictures_below(path)
 
@@ -76,6 +84,18 @@ def label_map(train_ids: Mapping[int, int]) -> LabelMap:
     return tables
 
 
+def same_ids(num_classes: int) -> LabelMap:
+    """Of files that hold the train ids 0..K-1."""
+    return label_map({train_id: train_id for train_id in range(num_classes)})
+
+
+def ids_from_one(num_classes: int) -> LabelMap:
+    """Of files with 1..K for the classes and 0 ignored: mmsegmentation's reduce_zero_label."""
+    return label_map(
+        {0: IGNORE_INDEX} | {train_id + 1: train_id for train_id in range(num_classes)}
+    )
+
+
 def require_root(name: str, root: Path | None) -> Location:
     """The dataset's folder or .zip archive; raises a UserError if there is none."""
     if root is None:
@@ -83,10 +103,12 @@ def require_root(name: str, root: Path | None) -> Location:
             f"dataset {name} is read from disk: say where it is with data.root=DIR (--root)"
         )
     with explaining_lookup(f"data.root: {root}"):
-        if root.suffix == ".zip" and root.is_file():
+        if is_zip(root):
             return ZipPath(root)
         if not root.is_dir():
-            raise UserError(f"data.root: {root} is not a folder; give the folder that holds {name}")
+            raise UserError(
+                f"data.root: {root} is no folder and no .zip file; give where dataset {name} is"
+            )
     return root
 
 
@@ -162,7 +184,8 @@ def _by_stem(folder: Location) -> dict[str, Location]:
     paths = list_images(folder)
     by_stem: dict[str, Location] = {}
     for path in paths:
-        other = by_stem.setdefault(path.stem, path)
+        # Some systems write an accent as a character of its own.
+        other = by_stem.setdefault(unicodedata.normalize("NFC", path.stem), path)
         if other is not path:
             raise UserError(
                 f"{folder}: {other.name} and {path.name} share a name but for the suffix; "
@@ -256,9 +279,12 @@ class PairedFiles:
         """Raises a UserError unless label and image have the same size."""
         if image.size != file_ids.shape[::-1]:
             height, width = file_ids.shape
+            advice = "make them the same size"
+            if image.size == file_ids.shape and open_oriented(pair.image).orientation != UPRIGHT:
+                advice = "its EXIF orientation turns it; label it upright, or remove that tag"
             raise UserError(
                 f"{pair.label} is {width}x{height} but its image {pair.image.name} is "
-                f"{image.width}x{image.height}; make them the same size"
+                f"{image.width}x{image.height}; {advice}"
             )
 
     def to_train_ids(
@@ -270,7 +296,7 @@ class PairedFiles:
         if not defined.all():
             unknown = np.unique(file_ids[~defined]).tolist()
             raise UserError(
-                f"{pair.label} holds label ids {unknown[:5]} that {self.spec.name} does not "
-                f"define; it has {self.spec.num_classes} classes, and 255 is ignored"
+                f"{pair.label} holds label ids {unknown[:5]} that dataset {self.spec.name} does "
+                f"not define; it has {self.spec.num_classes} classes, and 255 is ignored"
             )
         return self._ids_to_train_ids.train_ids.take(file_ids)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from danet.data.archives import Location, ZipPath
 from danet.errors import UserError
@@ -21,6 +21,8 @@ MAX_PIXELS = 150_000_000
 """Larger pictures are refused before decoding (a file of a few KB can expand to many GB)."""
 MAX_JPEG_SIDE = 65_500
 """Pixels that the library of JPEG files writes at most."""
+UPRIGHT = 1
+"""The EXIF orientation of pictures that are stored as they are seen."""
 _opening = threading.Lock()
 
 
@@ -31,6 +33,8 @@ class PictureTooLarge(UserError):
 # An allowlist: Pillow would otherwise try every plug-in on the file, including Ghostscript's.
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 _LOSSY = {"JPEG": "are lossy", "MPO": "are lossy", "WEBP": "may be lossy"}
+_TIFF_COMPRESSIONS = {"jpeg": "JPEG", "tiff_jpeg": "JPEG", "webp": "WEBP"}
+"""Formats of which TIFF files may consist, by Pillow's names."""
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 """Pillow's names of 2- and 4-bit grey, and the factor by which it scales their levels to 0..255."""
 
@@ -55,8 +59,21 @@ def open_image(source: Location | str | bytes, max_pixels: int | None = None) ->
         PictureTooLarge: the picture has more pixels than that.
         UserError: the file cannot be read, is not a picture, or is damaged.
     """
+    return open_oriented(source, max_pixels).image
+
+
+class Oriented(NamedTuple):
+    """An upright picture, and the EXIF orientation by which it was turned: `UPRIGHT`, or 2..8."""
+
+    image: Image.Image
+    orientation: int
+
+
+def open_oriented(source: Location | str | bytes, max_pixels: int | None = None) -> Oriented:
+    """Opens a picture as `open_image` does."""
     image, where, _ = _decode(source, max_pixels)
-    return upright_rgb(image, where)
+    upright = upright_rgb(image, where)
+    return Oriented(upright, image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
 
 
 def upright_rgb(image: Image.Image, where: str) -> Image.Image:
@@ -117,10 +134,9 @@ def open_label(path: Location) -> npt.NDArray[np.uint8]:
         UserError: the file cannot be read, is lossy or in colour, or has ids above 255.
     """
     image, where, stored_as = _decode(path)
-    if image.format in _LOSSY:
-        raise UserError(
-            f"{where}: labels in {image.format} {_LOSSY[image.format]}; save them as PNG"
-        )
+    kind = _TIFF_COMPRESSIONS.get(image.info.get("compression", ""), image.format)
+    if kind in _LOSSY:
+        raise UserError(f"{where}: labels in {kind} {_LOSSY[kind]}; save them as PNG")
     if stored_as == _SCALED:
         raise UserError(
             f"{where}: its levels are not in 0..255 or 0..65535 (maxval), so ids would be scaled; "

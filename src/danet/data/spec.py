@@ -104,6 +104,7 @@ class CatalogEntry:
         open_split: root, split -> the samples; raises a UserError where files are missing.
         counts: root -> the official number of pictures of each split, as far as there is one.
         submission: the format of a benchmark server's label files; None without a server.
+        generated: whether samples are computed, so that there are no files to check.
     """
 
     splits: tuple[str, ...]
@@ -111,3 +112,4 @@ class CatalogEntry:
     open_split: Callable[[Path | None, str], SegmentationDataset]
     counts: Callable[[Path | None], Mapping[str, int]] = _no_counts
     submission: SubmissionFormat | None = None
+    generated: bool = False

@@ -11,8 +11,8 @@ from danet.data.classes import read_spec
 from danet.data.files import (
     PairedFiles,
     find_folder,
+    ids_from_one,
     images_by_stem,
-    label_map,
     pair_by_stem,
     require_root,
     without_labels,
@@ -27,7 +27,7 @@ _TEST_PLACES = ("", "../", "ADEChallengeData2016/", "release_test.zip/")
 
 def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
-    train_ids = label_map({0: SPEC.ignore_index, **{i + 1: i for i in range(SPEC.num_classes)}})
+    train_ids = ids_from_one(SPEC.num_classes)
     if split == "test":
         testing = find_folder(folder, *(f"{place}release_test/testing" for place in _TEST_PLACES))
         return PairedFiles(SPEC, without_labels(images_by_stem(testing)), train_ids)

@@ -44,8 +44,8 @@ SPEC = DatasetSpec(
 def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(SPEC.name, root)
     pairs = pair_by_stem(folder / split, folder / f"{split}annot")
-    ids_to_train_ids = label_map({**{i: i for i in range(SPEC.num_classes)}, VOID_ID: 255})
-    return PairedFiles(SPEC, pairs, ids_to_train_ids)
+    train_ids = {train_id: train_id for train_id in range(SPEC.num_classes)}
+    return PairedFiles(SPEC, pairs, label_map({**train_ids, VOID_ID: SPEC.ignore_index}))
 
 
 ENTRY = CatalogEntry(

@@ -2,8 +2,8 @@
 
 Layout: `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` and
 `gtFine/SPLIT/CITY/*_gtFine_labelIds.png` (ids 0..33) or `*_gtFine_labelTrainIds.png`. The official
-labels of the test split are all void. The official `.zip` files in the root are read without
-unpacking.
+labels of the test split are all void, and it may lie there without. The official `.zip` files in
+the root are read without unpacking.
 """
 
 from pathlib import Path
@@ -17,6 +17,8 @@ from danet.data.files import (
     list_images,
     pair_up,
     require_root,
+    same_ids,
+    without_labels,
 )
 from danet.data.spec import CatalogEntry, SubmissionFormat, constant
 from danet.errors import UserError
@@ -33,18 +35,25 @@ def _open_split(root: Path | None, split: str) -> PairedFiles:
     image_folder = find_folder(
         folder, f"leftImg8bit/{split}", f"leftImg8bit_trainvaltest.zip/leftImg8bit/{split}"
     )
-    label_folder = find_folder(folder, f"gtFine/{split}", f"gtFine_trainvaltest.zip/gtFine/{split}")
     images = _by_name(image_folder, _IMAGE)
     if not images:
         raise UserError(f"{image_folder} holds no CITY/*{_IMAGE}")
-    train_ids = _by_name(label_folder, _TRAIN_IDS)
-    if train_ids.keys() >= images.keys():
-        identity = label_map({i: i for i in range(SPEC.num_classes)})
-        return PairedFiles(SPEC, pair_up(images, train_ids, label_folder), identity)
-    pairs = pair_up(images, _by_name(label_folder, _IDS), label_folder)
     ignored = dict.fromkeys(range(34), SPEC.ignore_index)
     mapped = {label_id: train_id for train_id, label_id in enumerate(LABEL_IDS)}
-    return PairedFiles(SPEC, pairs, label_map({**ignored, **mapped}))
+    label_ids = label_map({**ignored, **mapped})
+    try:
+        label_folder = find_folder(
+            folder, f"gtFine/{split}", f"gtFine_trainvaltest.zip/gtFine/{split}"
+        )
+    except UserError:
+        if split != "test":
+            raise
+        return PairedFiles(SPEC, without_labels(images), label_ids)
+    train_ids = _by_name(label_folder, _TRAIN_IDS)
+    if train_ids.keys() >= images.keys():
+        pairs = pair_up(images, train_ids, label_folder)
+        return PairedFiles(SPEC, pairs, same_ids(SPEC.num_classes))
+    return PairedFiles(SPEC, pair_up(images, _by_name(label_folder, _IDS), label_folder), label_ids)
 
 
 def _by_name(folder: Location, suffix: str) -> dict[str, Location]:

@@ -20,15 +20,18 @@ from danet.data.files import (
     PairedFiles,
     existing,
     find_folder,
+    ids_from_one,
     label_map,
     pair_by_stem,
     pair_up,
     read_names,
     require_all,
     require_root,
+    same_ids,
 )
 from danet.data.mat import open_coco_stuff_label
 from danet.data.spec import CatalogEntry, constant
+from danet.errors import UserError
 
 SPEC = read_spec("coco_stuff")
 UNUSED_IDS = frozenset({11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})
@@ -43,7 +46,7 @@ def _counts(root: Path | None) -> dict[str, int]:
     """Official numbers of pictures in the version whose layout the root has; 164k without one."""
     if root is not None:
         folder = require_root(SPEC.name, root)
-        if _archive_10k(folder) or _is_10k_converted(folder, "train"):
+        if _archive_10k(folder) or _is_10k_converted(folder):
             return {"train": 9000, "val": 1000}
     return {"train": 118_287, "val": 5000}
 
@@ -59,9 +62,13 @@ def _open_split(root: Path | None, split: str) -> PairedFiles:
     archive = _archive_10k(folder)
     if archive:
         return _open_10k_archive(archive, split)
-    if _is_10k_converted(folder, split):
-        return _open_10k_converted(folder, split)
-    return _open_164k(folder, split)
+    if not _is_10k_converted(folder):
+        return _open_164k(folder, split)
+    if any(locate(folder, place).is_dir() for place in _labels_164k(split)):
+        raise UserError(
+            f"{folder} holds the labels of both versions, 10k and 164k; keep them in folders apart"
+        )
+    return _open_10k_converted(folder, split)
 
 
 def _archive_10k(root: Location) -> Location | None:
@@ -70,8 +77,9 @@ def _archive_10k(root: Location) -> Location | None:
     return next((content for content in contents if (content / "imageLists").is_dir()), None)
 
 
-def _is_10k_converted(root: Location, split: str) -> bool:
-    return (root / "images" / _FOLDERS_10K[split]).is_dir()
+def _is_10k_converted(root: Location) -> bool:
+    """By the labels, for pictures named so may be COCO's own of 2014."""
+    return any((root / "annotations" / name).is_dir() for name in _FOLDERS_10K.values())
 
 
 def _open_10k_archive(root: Location, split: str) -> PairedFiles:
@@ -88,22 +96,25 @@ def _open_10k_archive(root: Location, split: str) -> PairedFiles:
 def _open_10k_converted(root: Location, split: str) -> PairedFiles:
     name = _FOLDERS_10K[split]
     pairs = pair_by_stem(root / "images" / name, root / "annotations" / name, _TRAIN_IDS)
-    ids = {i + 1: i for i in range(SPEC.num_classes)}
-    return PairedFiles(SPEC, pairs, label_map({0: SPEC.ignore_index, **ids}))
+    return PairedFiles(SPEC, pairs, ids_from_one(SPEC.num_classes))
+
+
+def _labels_164k(split: str) -> list[str]:
+    """The places where the split's label folder may be."""
+    folders = (
+        *("annotations", "stuffthingmaps", "annotations/stuffthingmaps"),
+        "stuffthingmaps_trainval2017.zip",
+    )
+    return [f"{folder}/{split}2017" for folder in folders]
 
 
 def _open_164k(root: Location, split: str) -> PairedFiles:
     name = f"{split}2017"
     images = find_folder(root, f"images/{name}", name, f"{name}.zip/{name}")
-    labels = find_folder(
-        root,
-        *(f"{folder}/{name}" for folder in ("annotations", "stuffthingmaps")),
-        f"annotations/stuffthingmaps/{name}",
-        f"stuffthingmaps_trainval2017.zip/{name}",
-    )
+    labels = find_folder(root, *_labels_164k(split))
     if any(path.stem.endswith(_TRAIN_IDS) for path in labels.iterdir()):
-        identity = label_map({i: i for i in range(SPEC.num_classes)})
-        return PairedFiles(SPEC, pair_by_stem(images, labels, _TRAIN_IDS), identity)
+        pairs = pair_by_stem(images, labels, _TRAIN_IDS)
+        return PairedFiles(SPEC, pairs, same_ids(SPEC.num_classes))
     return PairedFiles(SPEC, pair_by_stem(images, labels), label_map(pixel_map_ids()))
 
 

@@ -2,19 +2,20 @@
 
 An image and its label share the stem. Labels hold ids 0.., 255 is ignored. `classes.txt` in the
 root names the classes in the order of their ids, one per line, each optionally followed by its
-colour as three numbers 0..255. Without that file, the largest id in the labels gives the number:
-every label of every split is read for it, once in a process.
+colour as three numbers 0..255; lines that begin with # are comments. Without that file, the largest
+id in the labels gives the number: every label of every split is read for it, once in a process.
 """
 
 import functools
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from danet.data.archives import Location
-from danet.data.files import PairedFiles, label_map, list_images, pair_by_stem, require_root
+from danet.data.files import PairedFiles, list_images, pair_by_stem, require_root, same_ids
 from danet.data.images import open_label
 from danet.data.spec import IGNORE_INDEX, CatalogEntry, DatasetSpec
 from danet.errors import UserError
@@ -24,6 +25,7 @@ from danet.threads import map_ahead
 NAME = "folder"
 _LABEL_FOLDERS = ("labels", "masks")
 _CLASSES_FILE = "classes.txt"
+_COLOR_WITH_COMMAS = re.compile(r"[,;]\s*\d+\s*[,;]\s*\d+\s*[,;]\s*\d+$")
 
 
 def _spec(root: Path | None) -> DatasetSpec:
@@ -36,7 +38,7 @@ def _open_split(root: Path | None, split: str) -> PairedFiles:
     folder = require_root(NAME, root)
     pairs = pair_by_stem(folder / "images" / split, _label_folder(folder) / split)
     classes = _spec(root)
-    return PairedFiles(classes, pairs, label_map({i: i for i in range(classes.num_classes)}))
+    return PairedFiles(classes, pairs, same_ids(classes.num_classes))
 
 
 def _label_folder(root: Location) -> Location:
@@ -54,11 +56,19 @@ def _read_classes(listing: Location) -> DatasetSpec:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{listing}: cannot be read as UTF-8 text ({error})") from error
     for line in filter(None, map(str.strip, lines)):
+        if line.startswith("#"):
+            continue
         *words, red, green, blue = ["", "", "", *line.split()]
         numbers = [int(word) for word in (red, green, blue) if word.isdecimal()]
-        has_color = len(numbers) == 3 and max(numbers) <= 255 and any(words)
+        has_color = len(numbers) == 3 and any(words)
+        if has_color and max(numbers) > 255:
+            raise UserError(f"{listing}: {line!r} ends in no colour of three numbers 0..255")
+        if _COLOR_WITH_COMMAS.search(line):
+            raise UserError(f"{listing}: {line!r}: separate a colour's numbers by spaces")
         names.append(" ".join(filter(None, words)) if has_color else line)
         colors.append((numbers[0], numbers[1], numbers[2]) if has_color else None)
+    if len(names) > 1 and all(name.split()[0] == str(i) for i, name in enumerate(names)):
+        raise UserError(f"{listing}: every line begins with its id; write the names alone")
     if not 1 <= len(names) <= IGNORE_INDEX:
         raise UserError(f"{listing}: {len(names)} classes; name 1 to {IGNORE_INDEX}, one a line")
     if len(set(names)) < len(names):

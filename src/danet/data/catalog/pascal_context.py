@@ -13,11 +13,11 @@ from danet.data.files import (
     PairedFiles,
     existing,
     find_folder,
-    label_map,
     pair_up,
     read_names,
     require_all,
     require_root,
+    same_ids,
 )
 from danet.data.spec import CatalogEntry, constant
 
@@ -25,8 +25,7 @@ SPEC = read_spec("pascal_context")
 
 
 def _open_split(root: Path | None, split: str) -> PairedFiles:
-    train_ids = label_map({i: i for i in range(SPEC.num_classes)})
-    return PairedFiles(SPEC, pairs(root, split), train_ids)
+    return PairedFiles(SPEC, pairs(root, split), same_ids(SPEC.num_classes))
 
 
 def pairs(root: Path | None, split: str) -> list[FilePair]:

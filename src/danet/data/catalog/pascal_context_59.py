@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from danet.data.catalog import pascal_context
-from danet.data.files import PairedFiles, label_map
+from danet.data.files import PairedFiles, ids_from_one
 from danet.data.spec import CatalogEntry, DatasetSpec, constant
 
 SPEC = DatasetSpec(
@@ -12,9 +12,7 @@ SPEC = DatasetSpec(
 
 
 def _open_split(root: Path | None, split: str) -> PairedFiles:
-    train_ids = {i + 1: i for i in range(SPEC.num_classes)}
-    ids = label_map({0: SPEC.ignore_index, **train_ids})
-    return PairedFiles(SPEC, pascal_context.pairs(root, split), ids)
+    return PairedFiles(SPEC, pascal_context.pairs(root, split), ids_from_one(SPEC.num_classes))
 
 
 ENTRY = CatalogEntry(

@@ -43,4 +43,5 @@ ENTRY = CatalogEntry(
     splits=_SPLITS,
     spec=constant(SPEC),
     open_split=_open_split,
+    generated=True,
 )

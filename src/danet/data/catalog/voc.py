@@ -19,12 +19,12 @@ from danet.data.files import (
     PairedFiles,
     existing,
     find_folder,
-    label_map,
     list_images,
     pair_up,
     read_names,
     require_all,
     require_root,
+    same_ids,
     without_labels,
 )
 from danet.data.images import open_label
@@ -58,8 +58,7 @@ def _open_split(root: Path | None, split: str) -> PairedFiles:
     images = existing(voc / "JPEGImages", names, ".jpg")
     require_all(images, names, voc / "JPEGImages")
     pairs = without_labels(images) if split == "test" else pair_up(images, labels, label_folder)
-    train_ids = label_map({i: i for i in range(SPEC.num_classes)})
-    return PairedFiles(SPEC, pairs, train_ids, _open_any_label)
+    return PairedFiles(SPEC, pairs, same_ids(SPEC.num_classes), _open_any_label)
 
 
 def _listing(voc: Location, split: str) -> Location:

@@ -7,6 +7,7 @@ import pytest
 
 from danet.atomic import replacing, require_writable, require_writable_files, write_json
 from danet.errors import UserError
+from danet.model_folder import files_of
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -58,10 +59,25 @@ def test_a_file_is_probed_without_touching_it(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("old")
     require_writable_files(tmp_path / "old", None, tmp_path / "new/new")
     assert (tmp_path / "old").read_text() == "old"
-    assert list((tmp_path / "new").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    (tmp_path / "new").mkdir()
     for name in ("new", "old/a", "x" * 300, "."):
         with pytest.raises(UserError, match="cannot be written"):
             require_writable_files(tmp_path / "old", tmp_path / name)
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "recipe.yaml"):
+        (tmp_path / "model" / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "model/config.json")
+    sources = files_of(tmp_path / "model")
+    for name in ("model/config.json", "model/recipe.yaml", "link"):
+        with pytest.raises(UserError, match="is read, and would be written over"):
+            require_writable_files(tmp_path / name, sources=sources)
+    require_writable_files(tmp_path / "model/scores.json", sources=sources)
+    assert Path("x.bin") in files_of("x.xml")
+    assert files_of(".")
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_the_command(image: Image.Image, tmp_path: Path) -> None:
         ("20", "f.png", "write X,Y in pixels"),
         ("20,-3", "f.png", "write X,Y in pixels"),
         ("20,99", "f.png", "outside of the picture"),
-        ("20,30", "a.png", "is named twice, and one would replace the other"),
+        ("20,30", "a.png", "is read, and would be written over"),
         ("20,30", "f.bmp", "choose one by suffix"),
     ]:
         failed = run.invoke(app, [*arguments, "--point", point, "--out", str(tmp_path / out)])

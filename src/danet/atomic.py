@@ -1,11 +1,12 @@
 """Writing files that appear whole or not at all."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,24 +97,26 @@ def require_writable(folder: Path) -> None:
             pass
 
 
-def require_writable_files(*paths: Path | None, source: Path | None = None) -> None:
-    """Makes the files' folders, or tells before any work is done that one cannot be written.
+def require_writable_files(*paths: Path | None, sources: Sequence[Path] = ()) -> None:
+    """Tells before any work is done that a file cannot be written.
 
-    A file that is there already stays as it is, and None is passed over.
+    Files and folders stay as they are, and None is passed over.
 
     Args:
-        source: what is read, which must not be written over.
+        sources: what is read, which must not be written over.
 
     Raises:
-        UserError: one is a folder, its folder cannot be made or written to, or two are the same.
+        UserError: one is a folder or a source, its folder cannot be made or written to, or two are
+            the same.
     """
-    taken = [source]
-    for path in paths:
-        if path is not None:
-            _require_writable_file(path)
-            if any(other is not None and _are_same(path, other) for other in taken):
-                raise UserError(f"{path}: is named twice, and one would replace the other")
-            taken.append(path)
+    taken: list[Path] = []
+    for path in filter(None, paths):
+        _require_writable_file(path)
+        if any(source.exists() and _are_same(path, source) for source in sources):
+            raise UserError(f"{path}: is read, and would be written over; choose another file")
+        if any(_are_same(path, other) for other in taken):
+            raise UserError(f"{path}: is named twice, and one would replace the other")
+        taken.append(path)
 
 
 def _are_same(path: Path, other: Path) -> bool:
@@ -126,9 +129,15 @@ def _require_writable_file(path: Path) -> None:
     with explaining(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # By the name that `replacing` writes to first, which may be too long.
-        temporary = _temporary(path)
-        temporary.unlink(missing_ok=True)
-        temporary.touch(exist_ok=False)
-        temporary.unlink()
+        new = [folder for folder in path.parents if not folder.exists()]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # By the name that `replacing` writes to first, which may be too long.
+            temporary = _temporary(path)
+            temporary.unlink(missing_ok=True)
+            temporary.touch(exist_ok=False)
+            temporary.unlink()
+        finally:
+            for folder in new:
+                with contextlib.suppress(OSError):  # not made, or used by another process
+                    folder.rmdir()

@@ -126,6 +126,19 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
         raise UserError(f"{config_path}: not valid JSON ({error})") from error
 
 
+def files_of(model: str | Path) -> list[Path]:
+    """The files that make up a model or a run as a command names it; not all need be there."""
+    named = Path(model)
+    names = (CONFIG_FILE, WEIGHTS_FILE, RECIPE_FILE, METRICS_FILE)
+    folders = (named, named / MODEL_FOLDER)
+    weights = [named.with_suffix(".bin")] if named.suffix else []  # of OpenVINO's
+    return [
+        named,
+        *weights,
+        *(place / name for place in folders for name in names),
+    ]
+
+
 def shipped_models() -> dict[str, Path]:
     """The models that ship with this package: name -> folder."""
     package = Path(__file__).parent

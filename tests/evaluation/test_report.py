@@ -1,6 +1,7 @@
 import base64
 import html.parser
 import io
+import os
 import re
 from pathlib import Path
 
@@ -92,6 +93,13 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "sky &lt;b&gt;" in page
     assert "road &amp; kerb" in page
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """As of files from systems with another encoding."""
+    name = os.fsdecode(b"stra\xdfe")
+    shown = report(tmp_path, cases=[case(name)])
+    assert r"stra\udcdfe" in shown
 
 
 def test_scores_are_shown(tmp_path: Path) -> None:

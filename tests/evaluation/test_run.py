@@ -94,6 +94,9 @@ def test_a_split_without_labels_is_segmented_for_its_server_only(tmp_path: Path)
     assert (tree["mIoU"], tree["images"]) == (None, 2)
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png"]
     assert Image.open(out / "a.png").size == (40, 32)
+    with pytest.raises(UserError, match="the dataset's own files are there"):
+        evaluate_model(network, "voc", tmp_path, "test", submission=voc / "JPEGImages")
+    assert len(list((voc / "JPEGImages").iterdir())) == 2
     result.write_report(tmp_path / "report.html", "mine")
     assert "voc test" in (tmp_path / "report.html").read_text()
 

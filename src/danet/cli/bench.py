@@ -65,7 +65,7 @@ def bench(
     # A million GiB is more than any machine has; nan is in no range.
     if memory is not None and not 0 < memory <= 1e6:
         raise UserError(f"--memory {memory:g}: give GiB above 0, such as 24")
-    require_writable_files(json_file)
+    require_writable_files(json_file, sources=[Path(recipe)])
     chosen = choose_device(device)
     bfloat16 = uses_bfloat16(precision, chosen)
     # The recipe knows what compilation excludes.

@@ -55,19 +55,20 @@ def evaluate(
     """
     from danet.atomic import require_writable_files, write_json
     from danet.evaluation.run import evaluate_model
+    from danet.model_folder import files_of
     from danet.predict import Predictor
     from danet.processes import Share
     from danet.progress import ProgressReport
 
     share = Share.from_environment()
     speaks = share.rank == 0
+    if speaks:
+        require_writable_files(json_file, report, sources=files_of(model))
     exported = open_exported(model, device, precision, compile_graph=compile_graph)
     subject = (
         exported
         or Predictor(model, own_device(device, share), precision, compile_graph=compile_graph).model
     )
-    if speaks:
-        require_writable_files(json_file, report)
     result = evaluate_model(
         subject,
         data,
@@ -88,9 +89,9 @@ def evaluate(
         return
     if json_file is not None:
         write_json(json_file, result.to_json())
+    _print_scores(result.scores)
     if report is not None:
         result.write_report(report, model)
-    _print_scores(result.scores)
     for what, where in (("label files", submission), ("report", report)):
         if where is not None:
             print(f"{what}: {where}")

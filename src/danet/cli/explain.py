@@ -27,13 +27,14 @@ def explain(
     from danet.data.images import open_image
     from danet.explanation import explain as explain_image
     from danet.figure import check_figure_path
+    from danet.model_folder import files_of
     from danet.predict import Predictor
 
     pixel = _parse_point(point)
     check_figure_path(out)
     picture = open_image(image)
+    require_writable_files(out, arrays, sources=[image, *files_of(model)])
     predictor = Predictor(model, device, precision)
-    require_writable_files(out, arrays, source=image)
     note_protocol(predictor.test)
     explanation = explain_image(predictor, picture, pixel)
     explanation.save(out)

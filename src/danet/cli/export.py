@@ -32,8 +32,8 @@ def export(
     if int8 != bool(calibration):
         raise UserError("--int8 goes with --calibration INPUT: some typical pictures, 20 or more")
     pictures = calibration_pictures(calibration) if calibration else None
-    network = DANet.from_pretrained(model)
     require_writable_files(out)
+    network = DANet.from_pretrained(model)
     note_protocol(network.metadata.test)
     agreement = export_model(network, out, file_format, pictures)
     on = f"{len(CHECKED_SIZES)} sizes" if pictures is None else f"{len(pictures)} pictures"

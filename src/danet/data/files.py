@@ -107,7 +107,7 @@ def require_root(name: str, root: Path | None) -> Location:
             return ZipPath(root)
         if not root.is_dir():
             raise UserError(
-                f"data.root: {root} is no folder and no .zip file; give where dataset {name} is"
+                f"data.root: {root} is not a folder or .zip file; give that of dataset {name}"
             )
     return root
 

@@ -106,7 +106,8 @@ def write_report(
         cases=[_pictures(case, spec) for case in cases],
     )
     with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        # Names of files may hold bytes that are no characters.
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _percent(fraction: float) -> str:

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import ValidationError
 
 from danet.choices import Precision, TestMode
 from danet.config import PUBLISHED_RATIOS, TestConfig, load_recipe
 from danet.data import open_dataset
+from danet.data.files import PairedFiles
 from danet.data.spec import SegmentationDataset
 from danet.devices import uses_bfloat16
 from danet.errors import UserError
@@ -158,7 +161,7 @@ def evaluate_model(
         UserError: an exported file is to be tested in another way than it predicts, the dataset is
             not known or not there, its classes are not the model's, a picture or label cannot be
             read, the split has no labels and no submission is written, or the dataset has no server
-            that takes label files.
+            that takes label files, or they would go where its own are.
     """
     run = None if run is None else Path(run)
     if isinstance(model, DANet):
@@ -168,7 +171,7 @@ def evaluate_model(
     name, folder = _dataset_of(subject.metadata.dataset, run, data, root)
     dataset = open_dataset(name, folder, split, needs_labels=submission is None)
     check_classes(subject.metadata, dataset.spec, say)
-    write = None if submission is None else submission_writer(name, Path(submission))
+    write = None if submission is None else _submission_writer(name, dataset, submission)
     own = share.positions(len(dataset))
     with share.connected(), progress(f"evaluate {name} {split}", len(own)) as display:
         found = evaluate(
@@ -184,6 +187,22 @@ def evaluate_model(
     return ModelEvaluation(
         scores, dataset, name, split, subject.test, subject.segment, subject.facts, history
     )
+
+
+def _submission_writer(
+    name: str, dataset: SegmentationDataset, submission: str | Path
+) -> Callable[[str, npt.NDArray[np.uint8]], None]:
+    """Raises a UserError, too, where the dataset's own files would be written over."""
+    folder = Path(submission)
+    pairs = dataset.pairs if isinstance(dataset, PairedFiles) else ()
+    files = (file for pair in pairs for file in (pair.image, pair.label))
+    if folder.resolve() in {
+        own.resolve() for own in {file.parent for file in files if isinstance(file, Path)}
+    }:
+        raise UserError(
+            f"--submission {folder}: the dataset's own files are there; choose another folder"
+        )
+    return submission_writer(name, folder)
 
 
 def _network_subject(

@@ -1,8 +1,10 @@
 import asyncio
 import io
+import json
 import threading
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.websockets import WebSocketDisconnect
 
 import danet
+from danet.errors import UserError
 from danet.evaluation.inference import predict_classes
 from danet.inspection import Inspection
-from danet.web.server import build_application
+from danet.web.server import build_application, serve
 from danet.web.sessions import Limits, Sessions
 from networks import tiny_danet
 
@@ -333,6 +336,44 @@ def test_no_file_of_the_machine_can_be_read(client: TestClient) -> None:
             answer = client.get(route + path)
             assert "root:" not in answer.text
             assert "[project]" not in answer.text
+
+
+@pytest.mark.parametrize("action", ["segment", "segment_batch"])
+def test_the_page_takes_only_files_that_were_uploaded(
+    action: str, client: TestClient, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret.png"
+    picture().save(secret)
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    data = [file, 0.5] if action == "segment" else [[file]]
+    config = client.get("/config").json()
+    number = next(one["id"] for one in config["dependencies"] if one["api_name"] == action)
+    call = {"data": data, "fn_index": number, "session_hash": "me"}
+    assert client.post("/gradio_api/queue/join", json=call).status_code == 200
+    answer = client.get("/gradio_api/queue/data", params={"session_hash": "me"})
+    outcomes = [
+        json.loads(line.removeprefix("data: "))
+        for line in answer.text.splitlines()
+        if "process_completed" in line
+    ]
+    assert [outcome["success"] for outcome in outcomes] == [False]
+    assert "not uploaded by a user" in outcomes[0]["output"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "message"),
+    [
+        ("nosuch.invalid", [], "is no address of this machine"),
+        ("192.0.2.1", [], "is no address of this machine"),
+        ("127.0.0.1", ["https://b.example"], "give the name alone"),
+        ("127.0.0.1", ["b.example:8443"], "give the name alone"),
+    ],
+)
+def test_wrong_hosts_are_told(
+    host: str, names: list[str], message: str, predictor: danet.Predictor
+) -> None:
+    with pytest.raises(UserError, match=message):
+        serve(predictor, host, 0, LIMITS, names=names)
 
 
 def test_the_page_needs_nothing_from_outside(client: TestClient) -> None:

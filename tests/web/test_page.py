@@ -131,13 +131,30 @@ def test_views_and_opacity(page: Page, photo: Path) -> None:
         pictures.append(shown_pixels(page))
     page.get_by_label("classes", exact=True).check()
     source = image.get_attribute("src")
-    page.get_by_role("spinbutton").fill("0")
-    page.get_by_role("spinbutton").press("Enter")
-    page.get_by_role("slider").press("Home")
+    page.get_by_role("slider").press("ArrowLeft")
     expect(image).not_to_have_attribute("src", source or "")
+    expect(page.locator("#downloads a").last).to_have_attribute("href", re.compile("opacity=0.5$"))
     for one in range(len(pictures)):
         for other in range(one):
             assert np.abs(pictures[one] - pictures[other]).max() > 20
+
+
+def test_a_pixel_is_chosen_by_keyboard(page: Page, photo: Path, model: danet.DANet) -> None:
+    upload(page, photo)
+    expected = danet.Predictor(model, device="cpu")(photo)
+    before = shown_pixels(page)
+    image = page.locator("#shown img")
+    source = image.get_attribute("src")
+    page.get_by_label("Column of the pixel").fill("70")
+    page.get_by_label("Row of the pixel").fill("30")
+    page.get_by_label("Row of the pixel").press("Enter")
+    expect(image).not_to_have_attribute("src", source or "")
+    name = expected.class_names[expected.classes[30, 70]]
+    expect(page.locator("#facts")).to_contain_text(f"Pixel 70, 30: {name}")
+    assert np.abs(shown_pixels(page) - before).max() > 50
+    page.get_by_label("Column of the pixel").fill("100000")
+    page.get_by_label("Column of the pixel").press("Enter")
+    expect(page.locator("#facts")).to_contain_text("is outside of the picture")
 
 
 def test_an_example_is_one_click_away(page: Page) -> None:
@@ -159,6 +176,9 @@ def test_a_broken_picture_is_explained_and_the_page_goes_on(
 def test_many_pictures_come_back_as_one_archive(page: Page, photo: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jpg"
     render(2, 5)[0].save(other)
+    (tmp_path / "more").mkdir()
+    namesake = tmp_path / "more/photo.png"
+    render(2, 6)[0].save(namesake)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"nothing")
     expect(page.get_by_role("tab", name="One picture")).to_be_visible()
@@ -170,12 +190,15 @@ def test_many_pictures_come_back_as_one_archive(page: Page, photo: Path, tmp_pat
         page.get_by_text("Many pictures").last.click()
     else:
         tab.click()
-    page.set_input_files("#batch input[type=file]", [str(photo), str(other), str(broken)])
+    page.set_input_files(
+        "#batch input[type=file]", [str(path) for path in (photo, other, broken, namesake)]
+    )
     expect(page.locator("#batch").get_by_text("broken")).to_be_visible()
     page.get_by_role("button", name="Segment").click()
     expect(page.locator("text=not a picture >> visible=true").first).to_be_visible()
     with page.expect_download() as download:
         page.locator("#archive a").first.click()
     with zipfile.ZipFile(download.value.path()) as archive:
-        names = ["other.png", "other_overlay.jpg", "photo.png", "photo_overlay.jpg"]
-        assert sorted(archive.namelist()) == names
+        stems = ("photo", "other", "photo_2")
+        names = [name for stem in stems for name in (f"{stem}.png", f"{stem}_overlay.jpg")]
+        assert archive.namelist() == names

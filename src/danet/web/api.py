@@ -13,9 +13,7 @@ from danet.predict import OVERLAY_OPACITY
 from danet.web import drawings
 from danet.web.sessions import BusyError, Sessions
 
-_PREFIX = "/api"
-SEGMENT = f"{_PREFIX}/segment"
-"""Takes a file; nothing else here takes a body."""
+PREFIX = "/api"
 
 _Answer = TypeVar("_Answer")
 Side = Annotated[int, Query(ge=0, le=1_000_000)]
@@ -84,7 +82,7 @@ _OF_PICTURE: dict[int | str, dict[str, Any]] = {
 
 def router(sessions: Sessions) -> APIRouter:
     """The routes under /api."""
-    api = APIRouter(prefix=_PREFIX, tags=["danet"])
+    api = APIRouter(prefix=PREFIX, tags=["danet"])
 
     @api.get("/model")
     def model() -> ModelFacts:
@@ -98,7 +96,7 @@ def router(sessions: Sessions) -> APIRouter:
             trained_on=network.metadata.dataset,
         )
 
-    @api.post(SEGMENT.removeprefix(_PREFIX), responses=_REFUSALS)
+    @api.post("/segment", responses=_REFUSALS)
     def segment(image: UploadFile) -> SegmentedPicture:
         """Segments an uploaded picture."""
         inspection = _answered(lambda: sessions.inspect(image.file.read()))

@@ -1,9 +1,11 @@
 """The page, made of Gradio's parts."""
 
+import functools
 import html
+import itertools
 import tempfile
 import zipfile
-from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from PIL import Image
 
 from danet.data.scenes import render
 from danet.errors import UserError
-from danet.inputs import mask_name, output_stems, overlay_name
+from danet.heads import Branch
+from danet.inputs import mask_name, overlay_name
 from danet.inspection import Inspection, Point
 from danet.predict import OVERLAY_OPACITY
 from danet.web import drawings
@@ -25,10 +28,8 @@ _CLASSES = "classes"
 _ATTENTION = "attention of a pixel"
 _RECEIVED = "attention of all pixels"
 _DISAGREEMENT = "where branches disagree"
-_BRANCHES = {"position": "position branch", "channel": "channel branch"}
-_FORGOTTEN = "This picture is no longer kept; choose it again."
+_BRANCHES: dict[Branch, str] = {"position": "position branch", "channel": "channel branch"}
 _SCENES = (3, 8, 21)
-_ARCHIVES_KEPT = 8
 
 # Fonts of the system: nothing is fetched from outside.
 THEME = gr.themes.Default(
@@ -76,7 +77,6 @@ def _build_picture_tab(sessions: Sessions) -> None:
     views += [_ATTENTION, _RECEIVED] if "position" in branches else []
     actions = _Actions(sessions)
     name = gr.State(None)
-    point = gr.State(None)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             source = gr.Image(
@@ -100,33 +100,51 @@ def _build_picture_tab(sessions: Sessions) -> None:
             facts = gr.Markdown("", elem_id="facts")
             legend = gr.HTML("", elem_id="legend")
             view = gr.Radio(views, value=_CLASSES, label="Show")
+            with gr.Row():
+                column, row = (
+                    gr.Number(None, label=label, precision=0, minimum=0, min_width=100)
+                    for label in ("Column of the pixel", "Row of the pixel")
+                )
             opacity = gr.Slider(0, 1, OVERLAY_OPACITY, step=0.05, label="Opacity of the classes")
             downloads = gr.HTML("", elem_id="downloads")
-    looked_at = [name, point, view, opacity]
+    pixel = [column, row]
+    looked_at = [name, *pixel, view, opacity]
     redraw: dict[str, Any] = {
         "fn": actions.draw,
         "inputs": looked_at,
-        "outputs": shown,
+        "outputs": [facts, shown],
         "queue": False,
         "show_progress": "hidden",
     }
     source.change(
         actions.segment,
         [source, opacity],
-        [name, point, view, shown, facts, legend, downloads],
+        [name, *pixel, view, shown, facts, legend, downloads],
         concurrency_limit=1,
     )
     shown.select(
         actions.click,
         [name, view, opacity],
-        [point, view, facts, shown],
+        [*pixel, view, facts, shown],
         queue=False,
         show_progress="hidden",
     )
+    for number in pixel:
+        number.submit(
+            actions.look, looked_at, [view, facts, shown], queue=False, show_progress="hidden"
+        )
     view.input(**redraw)
-    opacity.release(**redraw)
-    for changed in (view.change, opacity.release):
-        changed(_downloads, [name, view, opacity], downloads, queue=False, show_progress="hidden")
+    # By keyboard, too, which releases nothing.
+    opacity.change(**redraw, trigger_mode="always_last")
+    for changed in (view.change, opacity.change):
+        changed(
+            _downloads,
+            [name, view, opacity],
+            downloads,
+            queue=False,
+            show_progress="hidden",
+            trigger_mode="always_last",
+        )
 
 
 def _build_batch_tab(sessions: Sessions) -> None:
@@ -141,8 +159,13 @@ def _build_batch_tab(sessions: Sessions) -> None:
     start = gr.Button("Segment", variant="primary")
     table = gr.Dataframe(headers=["picture", "result"], label="Results", interactive=False)
     archive = gr.File(label="Masks and overlays", interactive=False, elem_id="archive")
-    actions = _Actions(sessions)
-    start.click(actions.segment_batch, sources, [table, archive], concurrency_limit=1)
+    start.click(
+        functools.partial(_segment_batch, sessions, archive),
+        sources,
+        [table, archive],
+        api_name="segment_batch",
+        concurrency_limit=1,
+    )
 
 
 class _Actions:
@@ -150,80 +173,128 @@ class _Actions:
 
     def __init__(self, sessions: Sessions) -> None:
         self.sessions = sessions
-        self._archives: deque[tempfile.TemporaryDirectory[str]] = deque(maxlen=_ARCHIVES_KEPT)
 
     def segment(self, source: str | None, opacity: float) -> tuple[Any, ...]:
         if source is None:
-            return None, None, _CLASSES, None, "", "", ""
+            return None, None, None, _CLASSES, None, "", "", ""
         try:
             inspection = self.sessions.inspect(Path(source))
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(_told(error, Path(source)), print_exception=False) from error
         name = self.sessions.keep(inspection)
         return (
             name,
             None,
+            None,
             _CLASSES,
             _shrunk(drawings.overlay(inspection, "fused", opacity)),
-            "Click a pixel of the picture.",
+            "Click a pixel of the picture, or type where it is.",
             _legend(inspection),
             _downloads(name, _CLASSES, opacity),
         )
 
     def click(
         self, name: str | None, view: str, opacity: float, event: gr.SelectData
-    ) -> tuple[Point, str, str, Image.Image]:
-        inspection = self._find(name)
-        scale = _shown_scale(inspection.image)
-        column, row = (
-            min(int(position / scale), side - 1)
-            for position, side in zip(event.index, inspection.image.size, strict=True)
-        )
-        point = (column, row)
-        score = inspection.score(point)
-        label = inspection.metadata.classes[score.class_id]
-        facts = f"Pixel {column}, {row}: **{label}**, {100 * score.probability:.0f} % sure"
-        view = _ATTENTION if inspection.has_position_attention else view
-        return point, view, facts, _shrunk(_drawn(inspection, point, view, opacity))
+    ) -> tuple[Any, ...]:
+        """Column, row, view, facts and picture; of mistakes, facts alone."""
+        try:
+            inspection = self._find(name)
+            scale = _shown_scale(inspection.image)
+            column, row = (
+                min(int(position / scale), side - 1)
+                for position, side in zip(event.index, inspection.image.size, strict=True)
+            )
+            return column, row, *_looked_at(inspection, (column, row), view, opacity)
+        except UserError as error:
+            return gr.skip(), gr.skip(), gr.skip(), str(error), gr.skip()
+
+    def look(
+        self, name: str | None, column: int | None, row: int | None, view: str, opacity: float
+    ) -> tuple[Any, ...]:
+        """As `click`, at a pixel whose place was typed: view, facts and picture."""
+        try:
+            if column is None or row is None:
+                raise UserError("Type column and row.")
+            return _looked_at(self._find(name), (column, row), view, opacity)
+        except UserError as error:
+            return gr.skip(), str(error), gr.skip()
 
     def draw(
-        self, name: str | None, point: Point | None, view: str, opacity: float
-    ) -> Image.Image | None:
+        self, name: str | None, column: int | None, row: int | None, view: str, opacity: float
+    ) -> tuple[Any, ...]:
+        """Facts, where there is a mistake, and picture."""
         if name is None:
-            return None
-        return _shrunk(_drawn(self._find(name), point, view, opacity))
+            return gr.skip(), None
+        point = None if column is None or row is None else (column, row)
+        try:
+            return gr.skip(), _shrunk(_drawn(self._find(name), point, view, opacity))
+        except UserError as error:
+            return str(error), gr.skip()
 
-    def segment_batch(self, sources: list[str] | None) -> tuple[list[list[str]], str | None]:
-        paths = [Path(source) for source in sources or ()]
-        if not 0 < len(paths) <= self.sessions.limits.batch:
-            raise gr.Error(
-                f"Choose 1 to {self.sessions.limits.batch} photos.", print_exception=False
-            )
-        stems = output_stems(paths)
-        rows = []
-        folder = tempfile.TemporaryDirectory(prefix="danet-")
-        self._archives.append(folder)
-        archive = Path(folder.name) / "danet.zip"
-        with zipfile.ZipFile(archive, "w") as file:
-            for path in paths:
+    def _find(self, name: str | None) -> Inspection:
+        if name is None:
+            raise UserError("Choose a photo first.")
+        try:
+            return self.sessions.find(name)
+        except KeyError as error:
+            raise UserError("This picture is no longer kept; choose it again.") from error
+
+
+def _segment_batch(
+    sessions: Sessions, archive: gr.File, sources: list[str] | None
+) -> tuple[list[list[str]], str | None]:
+    """Rows of the table, and the archive of results in the component's cache; None if empty."""
+    paths = [Path(source) for source in sources or ()]
+    if not 0 < len(paths) <= sessions.limits.batch:
+        raise gr.Error(f"Choose 1 to {sessions.limits.batch} photos.", print_exception=False)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path_of_archive = Path(folder) / "danet.zip"
+        with zipfile.ZipFile(path_of_archive, "w") as file:
+            for path, stem in zip(paths, _distinct([path.stem for path in paths]), strict=True):
+                name = f"{stem}{path.suffix}"
                 try:
-                    inspection = self.sessions.inspect(path)
+                    inspection = sessions.inspect(path)
                     mask = drawings.encode(inspection.segmentation().mask(), "PNG")
                     overlay = drawings.encode(drawings.overlay(inspection), "JPEG")
                 except UserError as error:
-                    rows.append([path.name, str(error).replace(str(path), path.name)])
+                    rows.append([name, _told(error, path)])
                     continue
-                file.writestr(mask_name(stems[path]), mask)
-                file.writestr(overlay_name(stems[path]), overlay)
+                file.writestr(mask_name(stem), mask)
+                file.writestr(overlay_name(stem), overlay)
                 largest = drawings.class_shares(inspection)[:3]
-                rows.append([path.name, ", ".join(f"{s.name} {s.share:.0%}" for s in largest)])
-        return rows, str(archive)
+                rows.append([name, ", ".join(f"{s.name} {s.share:.0%}" for s in largest)])
+            if not file.namelist():
+                return rows, None
+        # Where Gradio would copy it to, and deletes it when it is old.
+        return rows, archive.move_resource_to_block_cache(path_of_archive)
 
-    def _find(self, name: str | None) -> Inspection:
-        try:
-            return self.sessions.find(name or "")
-        except KeyError as error:
-            raise gr.Error(_FORGOTTEN, print_exception=False) from error
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, numbered from the second of the same name on."""
+    found: dict[str, None] = {}
+    for name in names:
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        free = (each for each in itertools.chain([name], numbered) if each not in found)
+        found[next(free)] = None
+    return list(found)
+
+
+def _told(error: UserError, path: Path) -> str:
+    """An error about a visitor's file, without the folder where it lies here."""
+    return str(error).replace(str(path), path.name)
+
+
+def _looked_at(
+    inspection: Inspection, point: Point, view: str, opacity: float
+) -> tuple[str, str, Image.Image]:
+    """The view, what is known of a pixel, and the picture of where it looks."""
+    score = inspection.score(point)
+    label = inspection.metadata.classes[score.class_id]
+    column, row = point
+    facts = f"Pixel {column}, {row}: **{label}**, {100 * score.probability:.0f} % sure"
+    view = _ATTENTION if inspection.has_position_attention else view
+    return view, facts, _shrunk(_drawn(inspection, point, view, opacity))
 
 
 def _drawn(inspection: Inspection, point: Point | None, view: str, opacity: float) -> Image.Image:
@@ -237,7 +308,7 @@ def _drawn(inspection: Inspection, point: Point | None, view: str, opacity: floa
     return drawings.overlay(inspection, _branch_of(view), opacity)
 
 
-def _branch_of(view: str) -> Any:
+def _branch_of(view: str) -> Branch:
     return next((branch for branch, label in _BRANCHES.items() if label == view), "fused")
 
 

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import json
 import math
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 import webbrowser
@@ -23,7 +26,7 @@ from fastapi import FastAPI
 
 from danet.errors import UserError
 from danet.predict import Predictor
-from danet.web.api import SEGMENT, router
+from danet.web.api import PREFIX, router
 from danet.web.page import CSS, THEME, build_page
 from danet.web.sessions import Limits, Sessions
 
@@ -33,7 +36,6 @@ _LARGEST_JSON = 4 << 20
 _POLICY_VIOLATION = 1008
 """The code with which a refused websocket is closed (RFC 6455, 7.4.1)."""
 _PAGE_UPLOAD = "/gradio_api/upload"
-_FILE_UPLOADS = (_PAGE_UPLOAD, SEGMENT)
 _LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
 _ANY_ADDRESS = {"0.0.0.0", "[::]"}  # noqa: S104 - names of hosts, not to bind to
 """Listening there is listening on every address of the machine."""
@@ -58,6 +60,9 @@ def serve(
     Raises:
         UserError: the address or the port cannot be had.
     """
+    for name in names:
+        if "/" in name or (":" in name and not name.startswith("[")):
+            raise UserError(f"--host-name {name}: give the name alone, without https:// and port")
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
@@ -75,6 +80,9 @@ def serve(
         timeout_keep_alive=20,
         h11_max_incomplete_event_size=64 << 10,
     )
+    if threading.current_thread() is threading.main_thread():
+        # Uvicorn raises the signal again when it has ended, which else left temporary files behind.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     uvicorn.Server(settings).run(sockets=[listening])
 
 
@@ -88,6 +96,8 @@ def build_application(sessions: Sessions, names: Sequence[str]) -> FastAPI:
     application = FastAPI(title="danet", docs_url=None, redoc_url=None)
     application.include_router(router(sessions))
     page = build_page(sessions)
+    # Else Gradio opens any file that a request names: launch() sets this, mounting does not.
+    page.has_launched = True
     gr.mount_gradio_app(
         application,
         page,
@@ -108,8 +118,14 @@ def build_application(sessions: Sessions, names: Sequence[str]) -> FastAPI:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
+        socket.getaddrinfo(host, port)
         return socket.create_server((host, port), family=_family(host), backlog=256)
     except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(
+                f"--host {host}: is no address of this machine ({error.strerror}); use 127.0.0.1, "
+                "or 0.0.0.0 for all of its addresses"
+            ) from error
         raise UserError(
             f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port, "
             "or 0 for a free one"
@@ -118,6 +134,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _is_api(path: str) -> bool:
+    """Whether the HTTP interface answers there, which takes no JSON."""
+    return path.startswith(f"{PREFIX}/")
 
 
 def _has_body(scope: Scope) -> bool:
@@ -237,13 +258,13 @@ class UploadLimit:
 
 
 class ReadableJson:
-    """Refuses JSON that cannot be read, on which FastAPI's and Gradio's handlers would stumble."""
+    """Refuses JSON that cannot be read, on which Gradio's handlers would stumble."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.application = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not _has_body(scope) or scope["path"] in _FILE_UPLOADS:
+        if not _has_body(scope) or scope["path"] == _PAGE_UPLOAD or _is_api(scope["path"]):
             await self.application(scope, receive, send)
             return
         body = b""

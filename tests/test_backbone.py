@@ -160,6 +160,8 @@ def test_weights_are_never_unpickled(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"name": "resnet18_typo"}, "no 'resnet18_typo'; close: .*resnet18"),
+        ({"name": "ResNet-18"}, "no 'ResNet-18'; close: .*resnet18"),
+        ({"name": "resnet18.none"}, "could not be built .Invalid pretrained tag .none. for"),
         ({"weights": Path("nowhere.pth")}, "not a file"),
         ({"name": "resnet10t", "pretrained": True, "weights": None}, "hub|weights"),
         ({"output_stride": 7}, "output_stride"),

@@ -71,6 +71,7 @@ def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
         ("train: &a {steps: 3}\ndata: *a", "aliases"),
         ("train: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("extends: loop.yaml", "extends itself"),
+        ("extends: ../{folder}/loop.yaml", "extends itself"),
         ("extends: nowhere", "no such recipe"),
         ("[" * 5000, "not valid YAML"),
         ("train: {steps: 3}\ndata: {name: scenes}\ntrain: {lr: 0.1}", "train is there twice"),
@@ -78,9 +79,30 @@ def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
     ],
 )
 def test_wrong_files_are_named(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "loop.yaml").write_text(text)
+    (tmp_path / "loop.yaml").write_text(text.replace("{folder}", tmp_path.name))
     with pytest.raises(UserError, match=message):
         load_recipe(tmp_path / "loop.yaml")
+
+
+@pytest.mark.parametrize(
+    ("base", "mine", "override", "where"),
+    [
+        ("train: {stps: 3}", "train: {lr: 0.25}", "train.lr=0.5", "recipe BASE: train.stps: "),
+        ("train: {lr: 3}", "train: {lr: -1}", "train.seed=0", "recipe MINE: train.lr: "),
+        ("train: {lr: 3}", "train: {lr: 2}", "train.lr=-1", "--set train.lr=-1: train.lr: "),
+        ("train: {lr: 3}", "trin: {lr: 2}", "train.lr=1", "recipe MINE: trin: unknown key"),
+    ],
+)
+def test_mistakes_are_told_where_they_are(
+    base: str, mine: str, override: str, where: str, tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "mine.yaml").write_text(f"extends: base.yaml\n{mine}\n")
+    where = where.replace("BASE", str(tmp_path / "base.yaml"))
+    where = where.replace("MINE", str(tmp_path / "mine.yaml"))
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "mine.yaml", [override])
+    assert str(caught.value).startswith(where)
 
 
 def test_a_base_that_is_not_there_is_told_with_who_extends_it(tmp_path: Path) -> None:

@@ -300,6 +300,7 @@ def test_a_large_picture_stays_in_bounded_memory(
 def test_the_command(tmp_path: Path) -> None:
     network().save_pretrained(tmp_path / "model")
     Image.new("RGB", (80, 60), (90, 120, 200)).save(tmp_path / "a.png")
+    (tmp_path / "own.bin").touch()
     run = CliRunner()
 
     def invoke(*arguments: str) -> object:
@@ -311,6 +312,7 @@ def test_the_command(tmp_path: Path) -> None:
     for arguments, message in [
         (("--format", "onnx", "--out", "m.pt2"), "files end in .onnx"),
         (("--format", "onnx", "--out", "m.onnx", "--int8"), "--calibration INPUT"),
+        (("--format", "openvino", "--out", str(tmp_path / "own.xml")), "own.bin: would be written"),
         (("--format", "onnx", "--out", "m.onnx", "--calibration", "x"), "--int8 goes with"),
         (
             ("--format", "torch", "--out", "m.pt2", "--int8", "--calibration", "ABSENT"),
@@ -320,6 +322,27 @@ def test_the_command(tmp_path: Path) -> None:
         failed = invoke(*arguments)
         assert isinstance(failed.exception, UserError), failed.output
         assert message in str(failed.exception)
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        [],
+        [torch.rand(1, 3, 64, 64)],
+        [torch.zeros(3, 64, 64, dtype=torch.uint8)],
+        [255 * torch.rand(3, 64, 64)],
+    ],
+    ids=["none", "batch", "uint8", "to 255"],
+)
+def test_pictures_of_another_form_are_refused(pictures: list[torch.Tensor], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="calibration: "):
+        export(network(), tmp_path / "m.onnx", "onnx", pictures)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_predictors_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="export the network or folder that the Predictor"):
+        export(danet.Predictor(network()).model, tmp_path / "m.onnx", "onnx")
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import danet
 from danet.config import ModelConfig
@@ -188,7 +189,7 @@ def test_design_signature_is_what_the_config_takes() -> None:
         auxiliary=False,
     )
     model = danet.DANet.from_config(config, Metadata.placeholder(3))
-    assert model.config == config.model_copy(update={"pretrained_backbone": True})
+    assert model.config == config
     assert model.head.channel_branch.attention.affinity == "paper"
     assert model.auxiliary_head is None
     assert model.head.position_branch is None
@@ -214,6 +215,8 @@ def test_number_of_classes_and_names_must_agree() -> None:
     [
         (0, {}, "num_classes is 0; it must be 1 to 255, because masks are 8 bit"),
         (300, {}, "num_classes is 300; it must be 1 to 255, because masks are 8 bit"),
+        (5.0, {}, "num_classes is 5.0; it must be 1 to 255, because masks are 8 bit"),
+        ("5", {}, "num_classes is '5'; it must be 1 to 255, because masks are 8 bit"),
         (11, {"output_stride": 7}, "output_stride: Input should be 8, 16 or 32"),
         (
             11,
@@ -229,6 +232,27 @@ def test_an_argument_out_of_range_is_named_in_one_line(
     with pytest.raises(UserError) as caught:
         danet.DANet(num_classes, "test_resnet", pretrained_backbone=False, **options)
     assert str(caught.value) == message
+
+
+def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    changed = build()
+    changed.head.fused_classifier[1] = nn.Conv2d(16, 9, 1)
+    renamed = build()
+    renamed.metadata = Metadata.placeholder(7)
+    for model in (changed, renamed):
+        with pytest.raises(UserError, match=r"bias is \d, by the network's config and metadata \d"):
+            model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    danet.DANet.from_pretrained(tmp_path)
+
+
+def test_a_network_is_what_its_config_says() -> None:
+    model = build(auxiliary="no", head_channels="16")
+    assert model.auxiliary_head is None
+    again = danet.DANet.from_config(model.config, model.metadata)  # without asking the hub
+    assert again.state_dict().keys() == model.state_dict().keys()
 
 
 def test_counters_of_batches_may_be_missing(tmp_path: Path) -> None:

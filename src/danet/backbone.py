@@ -3,6 +3,7 @@
 Shapes: B batch, H W the image, h w = ceil(H / output stride), ceil(W / output stride).
 """
 
+import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,9 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         if not timm.is_model(name):
-            close = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:5])
+            known = timm.list_models()
+            near = difflib.get_close_matches(name.lower().replace("-", ""), known, 3, cutoff=0.8)
+            close = ", ".join(near or timm.list_models(f"*{name.partition('_')[0]}*")[:5])
             raise UserError(
                 f"model.backbone: timm has no {name!r}{'; close: ' + close if close else ''}"
             )
@@ -257,6 +260,10 @@ def _build(
             continue
         # The hub's clients raise many types, and weights that do not fit raise others.
         except Exception as error:
+            if not options["pretrained"]:
+                raise UserError(
+                    f"model.backbone: {name} could not be built ({first_line(error)})"
+                ) from error
             raise UserError(
                 f"model.backbone: {name} could not be built with its weights "
                 f"({first_line(error)}); where the hub cannot be reached, give "

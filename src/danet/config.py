@@ -103,7 +103,8 @@ class DataConfig(Section):
     """The random scale is uniform between these."""
     crop_size: Size = (512, 512)
     class_cap: Fraction = 0.75
-    """A crop is drawn again, up to 10 times, while one class holds more of its labelled pixels."""
+    """A crop is drawn again, up to 10 times, while one class holds as much of its labelled pixels,
+    or all of them; 1 takes every crop."""
     flip: Fraction = 0.5
     """Probability of mirroring left to right."""
     photometric_distortion: bool = True
@@ -317,7 +318,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: no such recipe, no YAML, an unknown key or a value out of range.
     """
-    tree = _read(str(recipe), Path(), seen=())
+    layers = _read(str(recipe), Path(), seen={})
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key.count(".") != 1:
@@ -327,11 +328,28 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             parsed = None if value in ("", "null") else value
         else:
             parsed = parse_yaml(value, f"--set {override}")
-        tree = _merge(tree, {section: {name: parsed}})
+        layers.append(_Layer(f"--set {override}", {section: {name: parsed}}))
+    tree: dict[str, Any] = {}
+    for layer in layers:
+        tree = _merge(tree, layer.changes)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"recipe {recipe}: {explain(error, RunConfig)}") from error
+        place = [str(part) for part in error.errors()[0]["loc"]]
+        setting = [layer for layer in layers if layer.sets(*[*place, "", ""][:2])]
+        where = setting[-1].where if setting else f"recipe {recipe}"
+        raise UserError(f"{where}: {explain(error, RunConfig)}") from error
+
+
+class _Layer(NamedTuple):
+    """Settings that go over those before them, and where they are written."""
+
+    where: str
+    changes: dict[str, Any]
+
+    def sets(self, section: str, key: str) -> bool:
+        settings = self.changes.get(section)
+        return isinstance(settings, Mapping) and key in settings
 
 
 def _is_path(section: str, name: str) -> bool:
@@ -343,7 +361,13 @@ def _is_path(section: str, name: str) -> bool:
     return name in known and Path in get_args(known[name].annotation)
 
 
-def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+def _read(recipe: str, folder: Path, seen: Mapping[Path | str, str]) -> list[_Layer]:
+    """The recipe and all that it extends, which come first.
+
+    Args:
+        seen: the recipes that extend this one, by what tells them apart.
+    """
+    identity: Path | str = recipe
     if recipe in _built_in():
         where = recipe
         text = resources.files("danet.recipes").joinpath(f"{recipe}.yaml").read_text("utf-8")
@@ -351,28 +375,31 @@ def _read(recipe: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         path = folder / recipe
         where = str(path)
         try:
+            identity = path.resolve()
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError as error:
             close = difflib.get_close_matches(recipe, recipe_names(), n=1)
             hint = f"did you mean {close[0]}?" if close else "see danet recipes"
-            asked = f"recipe {seen[-1]}: extends {recipe}: " if seen else f"recipe {recipe}: "
-            raise UserError(f"{asked}no such recipe or file; {hint}") from error
+            asked = "".join(f"recipe {one}: extends " for one in [*seen.values()][-1:])
+            asked += recipe if seen else f"recipe {recipe}"
+            raise UserError(f"{asked}: no such recipe or file; {hint}") from error
         except (OSError, ValueError) as error:  # no UTF-8, or a name that no file can have
             raise UserError(f"recipe {recipe}: cannot be read as text ({error})") from error
         folder = path.parent
-    if where in seen:
-        raise UserError(f"recipe {where}: extends itself through {' -> '.join(seen)}")
+    if identity in seen:
+        raise UserError(f"recipe {where}: extends itself through {' -> '.join(seen.values())}")
     tree = parse_yaml(text, f"recipe {where}") or {}
     if not isinstance(tree, dict):
         raise UserError(f"recipe {where}: must be sections of keys, not {type(tree).__name__}")
     base = tree.pop("extends", None)
     # A section with nothing but comments in it is None.
     changes: dict[str, Any] = {key: {} if value is None else value for key, value in tree.items()}
+    layer = _Layer(f"recipe {where}", changes)
     if base is None:
-        return changes
+        return [layer]
     if not isinstance(base, str):
         raise UserError(f"recipe {where}: extends: must be one name or path, not {base}")
-    return _merge(_read(base, folder, (*seen, where)), changes)
+    return [*_read(base, folder, {**seen, identity: where}), layer]
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ _FONTS = (
 _PANEL_INCHES = 3.0
 _TALLEST = 3
 """Height over width from which on a picture is drawn narrower instead of taller."""
+_FLATTEST = 1 / 3
+"""Height over width of the lowest panel, for its texts to have room."""
 DISAGREEMENT_COLOR = (213, 94, 0)
 """RGB, where the branches are not of one opinion."""
 
@@ -116,8 +118,8 @@ def _draw(picture: "_Picture") -> Figure:
     rows = [_position_panels, _branch_panels]
     if picture.explanation.strongest_channels:
         rows += [_strongest_panels, _selective_panels]
-    width, height = picture.shown.size
-    panel_height = _PANEL_INCHES * min(height / width, _TALLEST) + 0.75
+    shape = max(_height_over_width(picture.shown), _FLATTEST)
+    panel_height = _PANEL_INCHES * shape + 0.75
     figure = Figure(
         figsize=(4 * _PANEL_INCHES, len(rows) * panel_height + 0.6), layout="constrained"
     )
@@ -138,6 +140,11 @@ def _draw(picture: "_Picture") -> Figure:
         title_fontsize="small",
     )
     return figure
+
+
+def _height_over_width(image: Image.Image) -> float:
+    """As it is drawn."""
+    return min(image.height / image.width, _TALLEST)
 
 
 class _Picture:
@@ -192,7 +199,9 @@ class _Picture:
             values, cmap=_HEAT, alpha=_HEAT_OPACITY, extent=extent, interpolation="bilinear"
         )
         figure = axes.figure
-        below = axes.inset_axes((0.15, -0.09, 0.7, 0.04))
+        # As high on every picture.
+        inch = 1 / (_PANEL_INCHES * _height_over_width(self.shown))
+        below = axes.inset_axes((0.15, -0.21 * inch, 0.7, 0.1 * inch))
         bar = figure.colorbar(drawn, cax=below, orientation="horizontal")
         bar.ax.tick_params(labelsize="x-small")
         bar.set_label(label, fontsize="x-small")

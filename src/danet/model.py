@@ -79,14 +79,15 @@ class DANet(nn.Module):
         metadata: Metadata | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= num_classes <= MAX_CLASSES:
+        if not isinstance(num_classes, int) or not 1 <= num_classes <= MAX_CLASSES:
             raise UserError(
-                f"num_classes is {num_classes}; it must be 1 to {MAX_CLASSES}, because masks are "
+                f"num_classes is {num_classes!r}; it must be 1 to {MAX_CLASSES}, because masks are "
                 "8 bit"
             )
         try:
-            self.config = ModelConfig(
+            config = ModelConfig(
                 backbone=backbone,
+                pretrained_backbone=False,  # of a network that is built again by this config
                 output_stride=output_stride,
                 head_channels=head_channels,
                 key_channels=key_channels,
@@ -99,6 +100,7 @@ class DANet(nn.Module):
             )
         except ValidationError as error:
             raise UserError(explain(error, ModelConfig)) from error
+        self.config = config
         self.metadata = Metadata.placeholder(num_classes) if metadata is None else metadata
         self.optimized = False
         """Changed for inference by `danet.optimize`, which cannot be undone."""
@@ -108,22 +110,24 @@ class DANet(nn.Module):
                 f"{len(self.metadata.classes)} classes"
             )
         self.backbone = Backbone(
-            backbone,
+            config.backbone,
             pretrained=pretrained_backbone,
-            output_stride=output_stride,
-            multi_grid=multi_grid,
+            output_stride=config.output_stride,
+            multi_grid=config.multi_grid,
             weights=backbone_weights,
         )
         self.head = DualAttentionHead(
             self.backbone.c4_channels,
             num_classes,
-            channels=head_channels,
-            key_channels=key_channels,
-            affinity=channel_affinity,
-            position=position,
-            channel=channel,
+            channels=config.head_channels,
+            key_channels=config.key_channels,
+            affinity=config.channel_affinity,
+            position=config.position,
+            channel=config.channel,
         )
-        self.auxiliary_head = FCNHead(self.backbone.c3_channels, num_classes) if auxiliary else None
+        self.auxiliary_head = (
+            FCNHead(self.backbone.c3_channels, num_classes) if config.auxiliary else None
+        )
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -199,14 +203,33 @@ class DANet(nn.Module):
             half: store the weights in half precision: half the size.
 
         Raises:
-            UserError: it is a `Predictor`'s network, without the batch norms that a folder holds.
+            UserError: it is a `Predictor`'s network, without the batch norms that a folder holds,
+                or its layers are not those of its config and metadata.
         """
         if self.optimized:
             raise UserError(
                 f"{folder}: a Predictor's network cannot be saved, for its batch norms are folded "
                 "away; save the network that the Predictor was made from"
             )
-        write_folder(Path(folder), self.config, self.metadata, self.state_dict(), half=half)
+        state = self.state_dict()
+        self._require_described(folder, state)
+        write_folder(Path(folder), self.config, self.metadata, state, half=half)
+
+    def _require_described(self, folder: str | Path, state: dict[str, Tensor]) -> None:
+        """Raises a UserError unless `from_pretrained` would build this network."""
+        with torch.device("meta"):
+            described = type(self).from_config(self.config, self.metadata).state_dict()
+        for name in sorted({*described, *state}):
+            shapes = [
+                "x".join(map(str, tensors[name].shape)) if name in tensors else "not there"
+                for tensors in (state, described)
+            ]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{folder}: cannot be saved so that it can be read: {name} is {shapes[0]}, by "
+                    f"the network's config and metadata {shapes[1]}; for other classes build a "
+                    "DANet with that num_classes, and copy the weights that fit"
+                )
 
     def push_to_hub(
         self,

@@ -49,6 +49,27 @@ def test_parts_are_the_whole() -> None:
     assert parts["head"].operations == 2 * positions * 3 * channels * classes
 
 
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "regnety_002", "convnext_atto"])
+@pytest.mark.parametrize("mode", ["training", "prediction"])
+def test_networks_that_look_at_data_while_they_are_built(backbone: str, mode: str) -> None:
+    """As for the rates of stochastic depth."""
+    model = {"backbone": backbone, "head_channels": 32, "key_channels": 8}
+    job = Workload(RunConfig.model_validate({"model": model}), (64, 64), 2, mode)
+    weights = sum(parameter.nbytes for parameter in job.build_model().parameters())
+    copies = 3 if mode == "training" else 1  # gradients and momentum
+    assert estimate_peak_bytes(job, "cpu", bfloat16=False) > copies * weights
+
+
+def test_a_network_of_one_size_costs_the_same_at_any() -> None:
+    model = {"backbone": "mvitv2_tiny", "head_channels": 32, "key_channels": 8}
+    config = RunConfig.model_validate({"model": model})
+    costs = [
+        {part.name: part.operations for part in cost_by_part(workload(config, size))}
+        for size in ((64, 64), (448, 448))
+    ]
+    assert costs[0]["backbone"] == costs[1]["backbone"] > 0
+
+
 def test_memory_grows_with_pictures_and_their_size() -> None:
     def estimate(size: tuple[int, int], batch: int) -> int:
         return estimate_peak_bytes(workload(small(), size, batch), "cpu", bfloat16=False)

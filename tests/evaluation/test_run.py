@@ -97,8 +97,13 @@ def test_a_split_without_labels_is_segmented_for_its_server_only(tmp_path: Path)
     with pytest.raises(UserError, match="the dataset's own files are there"):
         evaluate_model(network, "voc", tmp_path, "test", submission=voc / "JPEGImages")
     assert len(list((voc / "JPEGImages").iterdir())) == 2
+    test = network.metadata.test.model_copy(update={"scale": (64, 48)})
+    network.metadata = network.metadata.model_copy(update={"test": test})
+    result = evaluate_model(network, "voc", tmp_path, "test", submission=out)
     result.write_report(tmp_path / "report.html", "mine")
-    assert "voc test" in (tmp_path / "report.html").read_text()
+    report = (tmp_path / "report.html").read_text()
+    assert "voc test" in report
+    assert "whole, pictures fitted into 64x48, scales 1" in report
 
 
 def test_lines_of_metrics_that_are_none_are_skipped(

@@ -120,6 +120,31 @@ def test_a_backbone_that_cannot_be_built_is_refused(backbone: str, message: str)
     assert f"checkpoint: its config's model.backbone.{message}" in str(caught.value)
 
 
+@pytest.mark.parametrize("head", ["decode_head", "auxiliary_head"])
+def test_other_batch_norms_in_heads_are_refused(head: str) -> None:
+    config = f"model = dict({head}=dict(norm_cfg=dict(type='SyncBN', eps=1e-3)))"
+    with pytest.raises(UserError, match=rf"model\.{head}\.norm_cfg has an eps other than 1e-05"):
+        mmseg.translate(state(), {"meta": {"cfg": config}})
+
+
+@pytest.mark.parametrize(
+    ("step", "stretches"),
+    [
+        ("scale=(2048, 512)", True),
+        ("scale=(2048, 512), keep_ratio=False", True),
+        ("scale=(2048, 512), keep_ratio=True", False),
+        ("img_scale=(2048, 512)", False),
+        ("img_scale=(2048, 512), keep_ratio=False", True),
+    ],
+)
+def test_pictures_that_were_stretched_are_noted(step: str, stretches: bool) -> None:
+    config = f"test_pipeline = [dict(type='Resize', {step})]"
+    notes = mmseg.translate(state(), {"meta": {"cfg": config}}).notes
+    assert [note.startswith("its test pipeline stretches pictures") for note in notes] == (
+        [True] if stretches else []
+    )
+
+
 def test_a_backbone_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(UserError, match=r"model\.backbone cannot be read"):
         mmseg.translate(state(), {"meta": {"cfg": "model = dict(backbone=get())"}})

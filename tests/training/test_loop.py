@@ -559,7 +559,10 @@ def validated_steps(folder: RunFolder) -> list[float]:
 @pytest.mark.parametrize(
     ("failure", "told"),
     [
-        (UserError("b.png: not a picture"), "not a picture"),
+        (
+            UserError("b.png: not a picture"),
+            "not a picture; .* after step 6, .* go on with --resume",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory"), "in the validation after step 6, .* saved"),
     ],
 )
@@ -593,12 +596,28 @@ def test_a_broken_training_picture_does_not_cost_the_steps_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Trainer, "_batches", then_broken)
-        with pytest.raises(UserError, match=r"c\.png"):
+        with pytest.raises(UserError, match=r"c\.png.*step 4 is saved: .* go on with --resume"):
             run(tmp_path / "run", "train.checkpoint_every=1000", "train.log_every=3")
     assert saved_step(RunFolder(tmp_path / "run")) == 4
     assert logged_steps(RunFolder(tmp_path / "run")) == [3, 4]
     resumed = run(tmp_path / "run", "train.checkpoint_every=1000", resume=True)
     assert weights(resumed) == weights(run(tmp_path / "alone"))
+
+
+def test_training_without_a_label_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = loop._Trainer._batches
+
+    def unlabelled(trainer: loop._Trainer) -> Iterator[Batch]:
+        for batch in batches(trainer):
+            yield batch._replace(labels=torch.full_like(batch.labels, 255))
+
+    run(tmp_path / "labelled")
+    assert "no pixel of their crops has a class" not in capsys.readouterr().err
+    monkeypatch.setattr(loop._Trainer, "_batches", unlabelled)
+    run(tmp_path / "run")
+    assert capsys.readouterr().err.count("no pixel of their crops has a class") == 1
 
 
 def test_validations_do_not_count_as_time_of_steps(

@@ -4,7 +4,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -54,9 +54,9 @@ class PartCost(NamedTuple):
 def cost_by_part(workload: Workload) -> list[PartCost]:
     """The parts in the order of computation; "head" is the head without its branches."""
     width, height = workload.size
-    with torch.device("meta"):
-        model = workload.build_model().eval()
-        images = torch.empty(1, 3, height, width)
+    # Some networks look at data while they are built.
+    model = workload.build_model().eval().to("meta")
+    images = torch.empty(1, 3, height, width, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     by_module = {
@@ -84,9 +84,11 @@ def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> i
     The work is done on tensors without data, counting which storages are alive at each operation.
     The optimizer's state is made by hand, for its step may look at data.
     """
-    with FakeTensorMode(), _LiveBytes() as live:
+    model = workload.build_model()  # some networks look at data meanwhile
+    with FakeTensorMode() as without_data, _LiveBytes() as live:
+        _drop_data(model, without_data)
         runner = workload.prepare(
-            torch.device("cpu"), bfloat16=bfloat16, to_labels=False, runs_on=device
+            torch.device("cpu"), bfloat16=bfloat16, to_labels=False, runs_on=device, model=model
         )
         live.add([*runner.model.parameters(), *runner.model.buffers(), runner.images])
         parameters = list(runner.model.parameters())
@@ -104,6 +106,16 @@ def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> i
         + _CPU_RUNTIME_BYTES[workload.mode]
         + _CPU_WEIGHT_COPIES[workload.mode] * largest
     )
+
+
+def _drop_data(model: nn.Module, without_data: FakeTensorMode) -> None:
+    """Puts tensors without data in the place of parameters and buffers."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = without_data.from_tensor(parameter)
+            setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, without_data.from_tensor(buffer))
 
 
 class BatchLimit(NamedTuple):

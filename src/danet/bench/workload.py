@@ -70,6 +70,7 @@ class Workload(NamedTuple):
         compile_graph: bool = False,
         to_labels: bool = True,
         runs_on: str | None = None,
+        model: DANet | None = None,
     ) -> Runner:
         """Builds the network and its inputs.
 
@@ -79,10 +80,12 @@ class Workload(NamedTuple):
                 are brought to full size.
             to_labels: prediction goes on to the label maps, which takes tensors with data.
             runs_on: the device whose form of the network is built, if not the tensors' own.
+            model: what `build_model` made, which is changed; built on the device where None.
         """
         torch.manual_seed(0)
-        with device:  # not Module.to, which fails on tensors without data
-            model = self.build_model()
+        if model is None:
+            with device:
+                model = self.build_model()
         width, height = self.size
         images = torch.rand(self.batch, 3, height, width, device=device)
         target = device if runs_on is None else torch.device(runs_on)

@@ -33,6 +33,9 @@ def export(
         raise UserError("--int8 goes with --calibration INPUT: some typical pictures, 20 or more")
     pictures = calibration_pictures(calibration) if calibration else None
     require_writable_files(out)
+    weights = out.with_suffix(".bin")
+    if file_format == "openvino" and weights.exists() and not out.exists():
+        raise UserError(f"{weights}: would be written over; remove it, or choose another --out")
     network = DANet.from_pretrained(model)
     note_protocol(network.metadata.test)
     agreement = export_model(network, out, file_format, pictures)
@@ -65,7 +68,8 @@ def convert(
         raise UserError(
             f"--out {out}: holds a run, whose model would be hidden; choose another folder"
         )
-    model = convert_checkpoint(checkpoint, None if data is None else dataset_spec(data, root))
+    spec = None if data is None else dataset_spec(data, root)
+    model = convert_checkpoint(checkpoint, spec, say_on_stderr)
     require_writable(out)
     model.save_pretrained(out)
     names = model.metadata.classes

@@ -5,6 +5,8 @@ from danet.cli.options import Overrides, Recipe
 
 def recipes() -> None:
     """List the built-in recipes with their published and measured scores."""
+    import sys
+
     from rich.console import Console
     from rich.table import Table
 
@@ -14,7 +16,8 @@ def recipes() -> None:
     table.columns[0].no_wrap = True
     for name in recipe_names():
         table.add_row(name, *recipe_header(name))
-    Console().print(table)
+    # One line each for programs that read it.
+    Console(width=None if sys.stdout.isatty() else 400).print(table)
 
 
 def config(recipe: Recipe, overrides: Overrides = None) -> None:

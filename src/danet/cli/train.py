@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from danet.cli.options import Overrides, Recipe, output_folder
-from danet.errors import OutOfMemory, TrainingOutOfMemory
+from danet.errors import OutOfMemory, TrainingOutOfMemory, UserError, first_line
 
 
 def train(
@@ -39,4 +39,8 @@ def train(
     # Processes that the recipe starts have no RANK.
     by_torchrun = is_torchelastic_launched()
     processes = Share.from_environment().processes if by_torchrun else config.train.devices
-    raise OutOfMemory(f"{problem}; {advise_after_running_out(config, processes)}")
+    try:
+        advice = advise_after_running_out(config, processes)
+    except (UserError, RuntimeError) as error:  # not all networks can be estimated
+        advice = f"lower train.batch_size or data.crop_size (no estimate: {first_line(error)})"
+    raise OutOfMemory(f"{problem}; {advice}")

@@ -280,6 +280,9 @@ def _dataset_of(
 
 def _describe(test: TestConfig) -> str:
     parts = [test.mode if test.mode == "whole" else f"slide {test.window} by {test.stride}"]
-    parts.append(f"scales {', '.join(f'{ratio:g}' for ratio in test.ratios)}")
+    if test.scale is not None:
+        parts.append(f"pictures fitted into {test.scale[0]}x{test.scale[1]}")
+    factors = f"scales {', '.join(f'{ratio:g}' for ratio in test.ratios)}"
+    parts.append(factors + (" of the picture" if test.ratios_of == "image" else ""))
     parts += ["flip"] if test.flip else []
     return ", ".join(parts)

@@ -74,7 +74,7 @@ def export(
 
     Raises:
         UserError: a package is missing or too old, the path does not fit the format or cannot be
-            written.
+            written, the model is a `Predictor`'s, or the pictures are not as described.
         ExportDiffers: the file does not run, gives no logits of the right size, or, in float32,
             differs from the model; nothing was written.
     """
@@ -89,6 +89,13 @@ def export(
             f"--format torch needs PyTorch {needed}, and this is {torch.__version__}; update it, "
             "or choose another format"
         )
+    if model.optimized:
+        raise UserError(
+            "the model is a Predictor's network, made for one device and precision; export the "
+            "network or folder that the Predictor was made from"
+        )
+    if calibration is not None:
+        _require_pictures(calibration)
     network = WholePicture(model)
     with _explained(file_format, model.config.backbone), staging(path) as temporary:
         write(network, temporary, file_format, calibration)
@@ -105,14 +112,29 @@ def export(
     return agreement
 
 
+def _require_pictures(calibration: Sequence[Tensor]) -> None:
+    if not calibration:
+        raise UserError("calibration: no picture; give some typical ones, 20 or more")
+    for picture in calibration:
+        is_picture = picture.dtype == torch.float32 and picture.ndim == 3 and len(picture) == 3
+        if not is_picture or picture.amin() < 0 or picture.amax() > 1:
+            raise UserError(
+                f"calibration: pictures must be float32 3 H W in 0..1, not {picture.dtype} "
+                f"{tuple(picture.shape)} in {picture.min():g}..{picture.max():g}"
+            )
+
+
 @contextmanager
 def _explained(file_format: str, backbone: str) -> Iterator[None]:
     try:
         yield
     except (torch._dynamo.exc.TorchDynamoException, torch.onnx.OnnxExporterError) as error:
+        cause: Exception = error
+        while isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
         raise UserError(
             f"--format {file_format}: {backbone} cannot be traced for any picture size "
-            f"({first_line(error)}); try another format or backbone"
+            f"({first_line(cause)}); try another format or backbone"
         ) from error
     except ModuleNotFoundError as error:
         raise UserError(

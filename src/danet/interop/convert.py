@@ -1,6 +1,6 @@
 """From other code bases' checkpoints to a model folder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +21,14 @@ from danet.validation_errors import explain
 _NAMES_SHOWN = 20
 
 
-def convert(path: Path, spec: DatasetSpec | None = None) -> DANet:
+def convert(
+    path: Path, spec: DatasetSpec | None = None, say: Callable[[str], None] = lambda _: None
+) -> DANet:
     """The network of a checkpoint of mmsegmentation (0.x, 1.x) or of the authors.
 
     Args:
         spec: the classes, for a checkpoint that does not name them, or to rename its own.
+        say: is told what differs from the other code base.
 
     Raises:
         UserError: unreadable, another network, keys that do not fit, or unknown classes.
@@ -34,7 +37,10 @@ def convert(path: Path, spec: DatasetSpec | None = None) -> DANet:
     state = state_dict_of(content)
     for layout in (mmseg, reference):
         if layout.recognises(state):
-            return _build(path, layout.translate(state, content), spec)
+            translated = layout.translate(state, content)
+            for note in translated.notes:
+                say(f"note: {path}: {note}")
+            return _build(path, translated, spec)
     first = ", ".join(list(state)[:3]) or "none"
     raise UserError(
         f"{path}: not a DANet of mmsegmentation or of the authors "

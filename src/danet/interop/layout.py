@@ -26,6 +26,7 @@ class Translated(NamedTuple):
         backbone: timm's name of it.
         test: values of `TestConfig`'s keys, as the checkpoint has them and not yet checked.
         classes, palette, mean, std: None where the checkpoint does not say.
+        notes: what is done otherwise here.
     """
 
     state: dict[str, Tensor]
@@ -39,6 +40,7 @@ class Translated(NamedTuple):
     palette: tuple[Color, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def renamed(

@@ -9,7 +9,7 @@ from danet.config import Size
 from danet.errors import UserError
 from danet.interop.foreign import literal_config
 from danet.interop.layout import BODY, Translated, names_and_colors, renamed, resnet_name
-from danet.interop.mmseg_backbone import read_dilation
+from danet.interop.mmseg_backbone import read_dilation, require_known_epsilon
 
 _PREFIXES = {
     "backbone.stem.7.": f"{BODY}bn1.",
@@ -61,6 +61,8 @@ def translate(state: Mapping[str, Tensor], content: Mapping[str, Any]) -> Transl
     text = meta.get("config", meta.get("cfg"))
     config = literal_config(text) if isinstance(text, str) else {}
     dilation = read_dilation(config, backbone, known)
+    for head in ("decode_head", "auxiliary_head"):
+        require_known_epsilon(_section(config, f"model.{head}"), head)
     normalization = _normalization(config)
     return Translated(
         state=known,
@@ -74,6 +76,7 @@ def translate(state: Mapping[str, Tensor], content: Mapping[str, Any]) -> Transl
         palette=palette,
         mean=_channels(normalization.get("mean")),
         std=_channels(normalization.get("std")),
+        notes=_notes(config),
     )
 
 
@@ -122,7 +125,6 @@ def _test_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     for step in _steps(_test_pipeline(config)):
         kind, ratios = step.get("type"), step.get("img_ratios")
         if kind in ("Resize", "MultiScaleFlipAug"):
-            # Without keep_ratio they stretch the picture to the scale; here it is fitted into it.
             scale = _bounds(step.get("img_scale", step.get("scale")))
             if scale is not None:
                 settings.setdefault("scale", scale)
@@ -131,6 +133,21 @@ def _test_settings(config: Mapping[str, Any]) -> dict[str, Any]:
             if ratios:
                 settings["ratios"] = ratios if isinstance(ratios, list) else [ratios]
     return settings
+
+
+def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    # 1.x, which says scale, stretches by default, 0.x does not.
+    stretches = [
+        step.get("keep_ratio", "scale" not in step) is False
+        for step in _steps(_test_pipeline(config))
+        if step.get("type") == "Resize"
+    ]
+    if not any(stretches):
+        return ()
+    return (
+        "its test pipeline stretches pictures to its scale (keep_ratio=False); here they keep "
+        "their aspect ratio, so scores may differ",
+    )
 
 
 def _test_pipeline(config: Mapping[str, Any]) -> Any:

@@ -88,11 +88,20 @@ def _require_the_same_layers(backbone: Mapping[str, Any]) -> None:
     """Checks the options that cannot be seen in the weights."""
     if backbone.get("style", "pytorch") != "pytorch":
         raise _refusal("style", "is not 'pytorch', the only one that can be converted")
-    convolution, norm = backbone.get("conv_cfg"), backbone.get("norm_cfg")
+    convolution = backbone.get("conv_cfg")
     if isinstance(convolution, Mapping) and convolution.get("type") not in _CONVOLUTIONS:
         raise _refusal("conv_cfg", "is not Conv2d, the only one that can be converted")
+    require_known_epsilon(backbone, "backbone")
+
+
+def require_known_epsilon(section: Mapping[str, Any], name: str) -> None:
+    """Raises a UserError where a part's batch norms add something else to variances than ours."""
+    norm = section.get("norm_cfg")
     if isinstance(norm, Mapping) and norm.get("eps", _EPSILON) != _EPSILON:
-        raise _refusal("norm_cfg", f"has an eps other than {_EPSILON}, which networks here have")
+        raise UserError(
+            f"checkpoint: its config's model.{name}.norm_cfg has an eps other than {_EPSILON}, "
+            "which networks here have"
+        )
 
 
 def _dilation(backbone: Mapping[str, Any]) -> Dilation:

@@ -34,6 +34,8 @@ class MetricsLog:
         self.events = events
         self._losses: list[dict[str, Tensor]] = []
         self._since = time.monotonic()
+        self.loss = math.nan
+        """The mean of the row that was written last."""
 
     @property
     def pending(self) -> int:
@@ -80,6 +82,7 @@ class MetricsLog:
             "images_per_second": images_per_second,
         }
         self.write(row)
+        self.loss = row["loss"]
         self._losses = []
         self.restart_clock()
         return f"loss {row['loss']:.3f}  lr {rate:.4g}  {images_per_second:.1f} images/s"

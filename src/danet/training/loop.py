@@ -160,6 +160,7 @@ class _Trainer:
         if self.fabric.is_global_zero:
             events = at_end.enter_context(Events(run.path, self.first_step))
         self.log = MetricsLog(self.fabric, run, config.train, events)
+        self.told_unlabelled = False
 
     # Setting up
 
@@ -269,16 +270,25 @@ class _Trainer:
                 if validates:
                     self._validate(done)
                     self.log.restart_clock()
-        except UserError:  # a broken picture, say, which must not cost the steps before it
-            if self.fabric.world_size == 1 and done > saved:
-                if self.log.pending:
-                    self._write_log(done)
-                self._save_last(done)
-            raise
+        except UserError as error:  # a broken picture, say, which must not cost the steps before it
+            if self.fabric.world_size > 1 or done == saved:
+                raise
+            if self.log.pending:
+                self._write_log(done)
+            self._save_last(done)
+            raise UserError(
+                f"{error}; step {done} is saved: mend it, and go on with --resume"
+            ) from error
 
     def _write_log(self, done: int) -> None:
         steps = self.log.pending
         status = self.log.write_steps(done, self.state.residual_weights())
+        if self.log.loss == 0 and not self.told_unlabelled:
+            self.told_unlabelled = True
+            self.progress.say(
+                f"note: the loss of {steps} steps is 0, for no pixel of their crops has a class; "
+                "danet data check says what the labels hold"
+            )
         self.progress.advance(status, steps=steps)
 
     def _validates(self, done: int) -> bool:
@@ -359,6 +369,11 @@ class _Trainer:
             )
         except LogitsNotFinite as error:
             diverged = error
+        except UserError as error:
+            raise UserError(
+                f"{error}; found in the validation after step {done}, which is saved: mend it, and "
+                "go on with --resume"
+            ) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -92,9 +92,8 @@ class TrainingState:
             return averaged
         if self.settings.strategy == "ddp":
             return self.model
-        config = self.model.config.model_copy(update={"pretrained_backbone": False})
         with self.fabric.device:
-            model = DANet.from_config(config, self.model.metadata)
+            model = DANet.from_config(self.model.config, self.model.metadata)
         model.load_state_dict(whole(self.model.state_dict()))
         return model
 

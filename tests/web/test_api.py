@@ -259,6 +259,47 @@ def test_a_crowd_is_turned_away_not_piled_up(
     assert sorted(statuses) == [200, 200, 429, 429, 429, 429]
 
 
+def test_pictures_of_visitors_who_left_are_not_segmented(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmented: list[object] = []
+    monkeypatch.setattr("danet.web.sessions.Inspection", lambda *_, **__: segmented.append(1))
+    free = threading.Event()
+    sessions._network.submit(free.wait, 60)
+    form = (
+        b'--x\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        + png(picture())
+        + b"\r\n--x--\r\n"
+    )
+    scope = {
+        **{"type": "http", "method": "POST", "path": "/api/segment", "query_string": b""},
+        "headers": [
+            (b"host", b"127.0.0.1"),
+            (b"content-type", b"multipart/form-data; boundary=x"),
+            (b"content-length", str(len(form)).encode()),
+        ],
+    }
+    messages = [{"type": "http.request", "body": form, "more_body": False}]
+    answered: list[dict] = []
+
+    async def receive() -> dict:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        answered.append(message)
+
+    async def leave() -> None:
+        application = build_application(sessions, [])
+        asked = asyncio.create_task(application(scope, receive, send))
+        await asyncio.sleep(1)
+        free.set()
+        await asked
+
+    asyncio.run(leave())
+    assert not segmented
+    assert answered[0]["status"] == 400
+
+
 def test_malformed_bodies_are_refused(client: TestClient) -> None:
     bodies = (b"\xff\xfe", b"{", b"[" * 20_000, b"NaN", b"[-Infinity]", b'{"data": 1e999}')
     kinds = ("application/json", "multipart/form-data", "text/plain")

@@ -53,7 +53,7 @@ def open_image(source: Location | str | bytes, max_pixels: int | None = None) ->
 
     Args:
         source: a path, or the bytes of the file.
-        max_pixels: larger pictures are refused before decoding; None means `MAX_PIXELS`.
+        max_pixels: larger pictures are refused before decoding; at most `MAX_PIXELS`, as None.
 
     Raises:
         PictureTooLarge: the picture has more pixels than that.
@@ -173,7 +173,7 @@ class _Decoded(NamedTuple):
 
 
 def _decode(source: Location | str | bytes, max_pixels: int | None = None) -> _Decoded:
-    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    limit = MAX_PIXELS if max_pixels is None else min(max_pixels, MAX_PIXELS)
     where = "the uploaded image" if isinstance(source, bytes) else str(source)
     file: Path | str | io.BytesIO
     if isinstance(source, bytes):

@@ -1,9 +1,12 @@
 """The HTTP interface, for scripts. Its description is at /openapi.json."""
 
+import asyncio
+import threading
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, HTTPException, Query, Response, UploadFile
+from fastapi import APIRouter, HTTPException, Query, Request, Response, UploadFile
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
 
 from danet.data.images import PictureTooLarge
@@ -14,6 +17,8 @@ from danet.web import drawings
 from danet.web.sessions import BusyError, Sessions
 
 PREFIX = "/api"
+_SECONDS_BETWEEN_LOOKS = 0.2
+"""At a visitor who waits, for whether the connection is still there."""
 
 _Answer = TypeVar("_Answer")
 Side = Annotated[int, Query(ge=0, le=1_000_000)]
@@ -97,9 +102,17 @@ def router(sessions: Sessions) -> APIRouter:
         )
 
     @api.post("/segment", responses=_REFUSALS)
-    def segment(image: UploadFile) -> SegmentedPicture:
+    async def segment(request: Request, image: UploadFile) -> SegmentedPicture:
         """Segments an uploaded picture."""
-        inspection = _answered(lambda: sessions.inspect(image.file.read()))
+        content = await image.read()
+        gone = threading.Event()
+        watch = asyncio.create_task(_note_leaving(request, gone))
+        try:
+            inspection = await run_in_threadpool(
+                _answered, lambda: sessions.inspect(content, gone.is_set)
+            )
+        finally:
+            watch.cancel()
         return SegmentedPicture(
             id=sessions.keep(inspection),
             width=inspection.image.width,
@@ -145,6 +158,12 @@ def router(sessions: Sessions) -> APIRouter:
         )
 
     return api
+
+
+async def _note_leaving(request: Request, gone: threading.Event) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+    gone.set()
 
 
 class _Png(Response):

@@ -24,9 +24,9 @@ class ClassShare(NamedTuple):
     share: float
 
 
-def class_shares(inspection: Inspection, branch: Branch = "fused") -> list[ClassShare]:
+def class_shares(inspection: Inspection) -> list[ClassShare]:
     """The classes of a picture, the largest first."""
-    classes = inspection.branches[branch]
+    classes = inspection.branches["fused"]
     counts = np.bincount(classes.ravel(), minlength=len(inspection.metadata.classes))
     return [
         ClassShare(

@@ -7,8 +7,12 @@ import secrets
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image
 
 from danet.data.images import PictureTooLarge, open_image
 from danet.devices import is_out_of_memory
@@ -41,6 +45,10 @@ class BusyError(UserError):
     """More requests wait than are let in."""
 
 
+class GoneError(UserError):
+    """The visitor has gone before the picture's turn came."""
+
+
 class Sessions:
     """A predictor for many visitors: one picture goes through the network at a time.
 
@@ -57,7 +65,8 @@ class Sessions:
         self.limits = limits
         self._temporary = tempfile.TemporaryDirectory(prefix="danet-")
         self.folder = Path(self._temporary.name)
-        self._network = threading.Lock()
+        # One thread, for each that computes keeps some memory.
+        self._network = ThreadPoolExecutor(1)
         self._waiting = threading.BoundedSemaphore(limits.waiting + 1)
         self._kept: OrderedDict[str, Inspection] = OrderedDict()
         self._keeping = threading.Lock()
@@ -78,21 +87,26 @@ class Sessions:
             or pixels > self.limits.kept_megapixels * 1_000_000
         )
 
-    def inspect(self, source: bytes | Path) -> Inspection:
+    def inspect(
+        self, source: bytes | Path, has_gone: Callable[[], bool] = lambda: False
+    ) -> Inspection:
         """Segments a picture.
+
+        Args:
+            has_gone: whether nobody waits for the result any more.
 
         Raises:
             UserError: it is no readable picture.
             PictureTooLarge: it has too many pixels.
             BusyError: too many others wait.
+            GoneError: nobody waits when the picture's turn comes.
         """
         if not self._waiting.acquire(blocking=False):
             raise BusyError("too many pictures are waiting; try again in a moment")
         try:
             # Decoded pictures take memory too, so no more are decoded than may wait.
             image = open_image(source, self.limits.megapixels * 1_000_000)
-            with self._network:
-                return Inspection(self.predictor, image, keep_channels=False)
+            return self._network.submit(self._look, image, has_gone).result()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -101,6 +115,11 @@ class Sessions:
             ) from error
         finally:
             self._waiting.release()
+
+    def _look(self, image: Image.Image, has_gone: Callable[[], bool]) -> Inspection:
+        if has_gone():
+            raise GoneError("nobody waits for this picture any more")
+        return Inspection(self.predictor, image, keep_channels=False)
 
     def find(self, name: str) -> Inspection:
         """A picture that is kept.

@@ -12,6 +12,7 @@ import yaml
 import danet
 from danet.config import load_recipe
 from danet.data import open_dataset
+from danet.errors import UserError
 from danet.model_card import write_model_card
 from danet.model_folder import Metadata, read_folder, shipped_models
 from danet.palette import default_palette
@@ -91,6 +92,17 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
     assert {m["type"]: m["value"] for m in metrics} == {"mIoU": 70.12, "mAcc": 80, "aAcc": 90}
     for expected in ("sky, road", "example.jpg", "steps: 7", "danet predict me/streets"):
         assert expected in text
+
+
+def test_a_hub_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="no/valid/id: no valid hub id; give OWNER/NAME"):
+        network().push_to_hub("no/valid/id")
+    with pytest.raises(UserError, match="me/streets: could not be uploaded"):
+        network().push_to_hub("me/streets")
+    network().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no revisions"):
+        danet.DANet.from_pretrained(tmp_path, revision="v9")
 
 
 def test_half_precision_is_half_the_size_and_nearly_the_same(tmp_path: Path) -> None:

@@ -159,7 +159,10 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """
     folder = Path(folder_or_hub_id)
     name = str(folder_or_hub_id)
+    shipped = shipped_models()
     with explaining_lookup(f"model {name}"):
+        if revision is not None and (folder.is_dir() or name in shipped):
+            raise UserError(f"model {name}: is here, and has no revisions; they are the hub's")
         if (folder / RECIPE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
             if not (folder / MODEL_FOLDER).is_dir():
                 raise UserError(
@@ -170,7 +173,6 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
             return folder
         if folder.is_file():
             raise UserError(f"model {name}: is a file; give the folder of a model or a run")
-    shipped = shipped_models()
     if name in shipped:
         return shipped[name]
     not_here = f"model {name}: no such folder"
@@ -192,7 +194,17 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Uploads a model folder as one commit and returns its address."""
+    """Uploads a model folder as one commit and returns its address.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses the name or the token.
+    """
     api = HfApi(token=token)
-    repository = api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository.repo_id, folder_path=folder))
+    try:
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository.repo_id, folder_path=folder))
+    except HFValidationError as error:
+        raise UserError(f"{repo_id}: no valid hub id; give OWNER/NAME") from error
+    # The hub's client raises its transport's many types.
+    except Exception as error:
+        raise UserError(f"{repo_id}: could not be uploaded ({first_line(error)})") from error

@@ -1,12 +1,12 @@
 """danet recipes and danet config."""
 
+import sys
+
 from danet.cli.options import Overrides, Recipe
 
 
 def recipes() -> None:
     """List the built-in recipes with their published and measured scores."""
-    import sys
-
     from rich.console import Console
     from rich.table import Table
 

@@ -19,7 +19,7 @@ from results_file import RESULTS, read_rows, write_rows
 import danet
 from danet.optimize import optimize_for_inference
 
-SIZES = ((97, 131), (70, 64))
+SIZES = ((97, 131), (70, 101), (257, 300))
 SECONDS = 300
 
 

@@ -234,6 +234,15 @@ def test_an_argument_out_of_range_is_named_in_one_line(
     assert str(caught.value) == message
 
 
+def test_tied_weights_are_saved_and_read(tmp_path: Path) -> None:
+    model = build()
+    model.head.channel_branch.refine[0].weight = model.head.position_branch.refine[0].weight
+    model.save_pretrained(tmp_path)
+    read = danet.DANet.from_pretrained(tmp_path).head
+    for branch in (read.channel_branch, read.position_branch):
+        assert torch.equal(branch.refine[0].weight, model.head.position_branch.refine[0].weight)
+
+
 def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
     build().save_pretrained(tmp_path)
     before = (tmp_path / "config.json").read_bytes()

@@ -1,6 +1,7 @@
 """Model folders: `config.json` and `model.safetensors`, on disk or on the hub."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -83,7 +84,13 @@ def write_folder(
     config = FolderConfig(model=model, metadata=metadata)
     tree = config.model_dump(mode="json", exclude={"model": _NOT_ARCHITECTURE})
     text = json.dumps(tree, indent=2, ensure_ascii=False).encode() + b"\n"
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # Tied weights, as CoaT's, are written under each of their names, and safetensors wants copies.
+    places = Counter(tensor.data_ptr() for tensor in state.values())
+    apart = {
+        name: tensor.clone() if places[tensor.data_ptr()] > 1 else tensor
+        for name, tensor in state.items()
+    }
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in apart.items()}
     if half:
         contiguous = {name: _halved(tensor) for name, tensor in contiguous.items()}
     with replacing(folder / WEIGHTS_FILE) as path:

@@ -510,3 +510,9 @@ def test_blocks_are_smaller_where_the_last_cache_is_slow(
     with_fast_cache = largest("cpu")
     processor(intel=intel, avx2=avx2)
     assert largest("cpu") < with_fast_cache < largest("meta")
+
+
+@pytest.mark.parametrize("channels", [(0, None), (16, 0), (16, -1)])
+def test_position_attention_has_channels(channels: tuple[int, int | None]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1, not"):
+        danet.PositionAttention(*channels)

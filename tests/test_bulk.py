@@ -357,6 +357,7 @@ def test_broken_files_are_in_the_manifest_and_strict_stops(
     assert "not a picture" in errors[0]["error"]
     stopped = predict(model, photos, "--out", tmp_path / "strict", "--strict")
     assert isinstance(stopped.exception, UserError)
+    assert "not a picture" not in stopped.output  # it is told once, where it ends
     assert len(masks(tmp_path / "strict")) < 12
 
 

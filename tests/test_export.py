@@ -331,8 +331,9 @@ def test_the_command(tmp_path: Path) -> None:
         [torch.rand(1, 3, 64, 64)],
         [torch.zeros(3, 64, 64, dtype=torch.uint8)],
         [255 * torch.rand(3, 64, 64)],
+        [torch.rand(3, 0, 8)],
     ],
-    ids=["none", "batch", "uint8", "to 255"],
+    ids=["none", "batch", "uint8", "to 255", "no pixels"],
 )
 def test_pictures_of_another_form_are_refused(pictures: list[torch.Tensor], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="calibration: "):

@@ -136,11 +136,18 @@ class PositionAttention(nn.Module):
     Args:
         channels: C of the input.
         key_channels: width of query and key; channels // 8 as in the paper where None.
+
+    Raises:
+        ValueError: a number of channels is below 1.
     """
 
     def __init__(self, channels: int, key_channels: int | None = None) -> None:
         super().__init__()
         key_channels = max(channels // 8, 1) if key_channels is None else key_channels
+        if min(channels, key_channels) < 1:
+            raise ValueError(
+                f"channels and key_channels must be at least 1, not {channels} and {key_channels}"
+            )
         self.query = nn.Conv2d(channels, key_channels, 1)
         self.key = nn.Conv2d(channels, key_channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)

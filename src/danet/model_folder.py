@@ -173,7 +173,8 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
         if (folder / RECIPE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
             if not (folder / MODEL_FOLDER).is_dir():
                 raise UserError(
-                    f"{folder}: this run has no model yet; finish it with danet train --resume"
+                    f"{folder}: this run has no model yet; finish it with danet train "
+                    f"{folder / RECIPE_FILE} --out {folder} --resume"
                 )
             return folder / MODEL_FOLDER
         if folder.is_dir():

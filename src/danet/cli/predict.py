@@ -92,10 +92,10 @@ def predict(
                 before += not outcome.written and outcome.error is None
                 progress.advance()
                 if outcome.error is not None:
-                    problems.append(outcome.error)
-                    progress.say(f"error: {outcome.error}")
                     if strict:
                         raise UserError(outcome.error)
+                    problems.append(outcome.error)
+                    progress.say(f"error: {outcome.error}")
     earlier = f", {before} were before" if before else ""
     print(f"{written} of {seen} pictures and videos segmented in {out}{earlier}")
     if problems:

@@ -116,11 +116,16 @@ def _require_pictures(calibration: Sequence[Tensor]) -> None:
     if not calibration:
         raise UserError("calibration: no picture; give some typical ones, 20 or more")
     for picture in calibration:
-        is_picture = picture.dtype == torch.float32 and picture.ndim == 3 and len(picture) == 3
-        if not is_picture or picture.amin() < 0 or picture.amax() > 1:
+        has_pixels = picture.ndim == 3 and len(picture) == 3 and picture.numel() > 0
+        if picture.dtype != torch.float32 or not has_pixels:
             raise UserError(
-                f"calibration: pictures must be float32 3 H W in 0..1, not {picture.dtype} "
-                f"{tuple(picture.shape)} in {picture.min():g}..{picture.max():g}"
+                "calibration: pictures must be float32 3 H W, not "
+                f"{str(picture.dtype).removeprefix('torch.')} {tuple(picture.shape)}"
+            )
+        if picture.amin() < 0 or picture.amax() > 1:
+            raise UserError(
+                "calibration: pictures must be in 0..1, not in "
+                f"{picture.amin():g}..{picture.amax():g}"
             )
 
 

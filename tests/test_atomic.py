@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from danet.atomic import replacing, require_writable, require_writable_files, write_json
+from danet import atomic
+from danet.atomic import (
+    replacing,
+    require_writable,
+    require_writable_files,
+    staging,
+    write_json,
+)
 from danet.errors import UserError
 from danet.model_folder import files_of
 
@@ -87,3 +94,42 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="No space left"):
         fills_the_disk()
+
+
+def test_several_files_appear_with_the_named_one_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_by_a_killed_run = tmp_path / ".m.xml.tmp"
+    left_by_a_killed_run.mkdir()
+    (left_by_a_killed_run / "old.bin").touch()
+    moved: list[str] = []
+    replace = Path.replace
+
+    def noted(path: Path, target: Path) -> Path:
+        moved.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    with staging(tmp_path / "m.xml") as path:
+        for name in ("m.xml", "m.bin", "z.txt"):
+            path.with_name(name).touch()
+    assert moved == ["m.bin", "z.txt", "m.xml"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["m.bin", "m.xml", "z.txt"]
+
+
+def test_what_is_written_is_on_the_disk_before_it_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(atomic, "flush", lambda path: flushed.append(path.name))
+    with replacing(tmp_path / "a.txt") as path:
+        path.touch()
+    with staging(tmp_path / "m.xml") as path:
+        path.touch()
+    assert flushed == [".a.tmp.txt", "m.xml"]
+
+
+def test_probing_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / ".a.tmp.json").symlink_to(tmp_path / "elsewhere")
+    require_writable_files(tmp_path / "a.json")
+    assert not (tmp_path / "elsewhere").exists()

@@ -18,7 +18,7 @@ from danet.attention import channel_affinities
 from danet.functional import channel_attention, position_attention
 from danet.kernels import amx, blocks
 from danet.kernels.blocks import BlockShape
-from danet.kernels.fused import attend_by_heads
+from danet.kernels.fused import attend_by_heads, attend_spread
 
 BLOCKS_FORWARD = blocks.forward
 TOLERANCE = 5e-6
@@ -516,3 +516,24 @@ def test_blocks_are_smaller_where_the_last_cache_is_slow(
 def test_position_attention_has_channels(channels: tuple[int, int | None]) -> None:
     with pytest.raises(ValueError, match="must be at least 1, not"):
         danet.PositionAttention(*channels)
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_products_are_not_in_bfloat16_where_that_is_slow(
+    fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "multiplies_bfloat16_fast", lambda: fast)
+    assert blocks._product_dtype(torch.bfloat16, torch.device("cpu")) == dtype
+    assert blocks._product_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+
+
+def test_torchs_fused_attention_gets_tensors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not views with a stride of 0, which exported programs compute wrongly with."""
+    compute = torch.nn.functional.scaled_dot_product_attention
+
+    def checked(*tensors: Tensor, **options: object) -> Tensor:
+        assert all(tensor.is_contiguous() and 0 not in tensor.stride() for tensor in tensors)
+        return compute(*tensors, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", checked)
+    attend_spread(torch.randn(2, 8, 9), torch.randn(2, 8, 7), torch.randn(2, 32, 7), 16)

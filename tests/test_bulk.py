@@ -21,7 +21,7 @@ import forked
 from danet.bulk import DECODED_AHEAD, WorkItem, segment_inputs
 from danet.cli import app
 from danet.errors import UserError
-from danet.inputs import Input, Results, find_inputs
+from danet.inputs import Input, Results, find_inputs, output_stems
 from danet.processes import Share
 from networks import tiny_danet
 
@@ -622,3 +622,70 @@ def test_killed_at_several_moments_nothing_is_half_written(
     assert forked.run(tmp_path, *arguments, "--precision=fp32").status == 0
     assert masks(out).keys() == masks(tmp_path / "alone").keys()
     assert not list(out.glob(".*"))
+
+
+def test_hidden_pictures_are_left_out(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png"):
+        picture(0).save(tmp_path / name)
+    found, _ = find_inputs([str(tmp_path)])
+    assert [one.path.name for one in found] == ["a.png"]
+
+
+def test_an_archive_has_no_result_of_its_own_name(tmp_path: Path) -> None:
+    for name in ("photos.tar", "photos.png"):
+        (tmp_path / name).touch()
+    results = Results(tmp_path, overlay=False, frame_masks=False)
+    found, problems = find_inputs([str(tmp_path / "photos.tar")], results)
+    assert (len(found), problems) == (1, [])
+
+
+def test_lists_as_windows_editors_write_them(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'a.png'}\n", encoding="utf-8-sig")
+    found, problems = find_inputs([f"@{tmp_path / 'list.txt'}"])
+    assert (len(found), problems) == (1, [])
+
+
+def test_paths_in_one_word_may_be_taken() -> None:
+    stems = output_stems([Path("a/b.jpg"), Path("c/b.jpg"), Path("a_b_jpg.png")])
+    assert len(set(stems.values())) == 3
+
+
+def segment_all(
+    segmenter: danet.Predictor, inputs: list[Path], out: Path
+) -> list[tuple[str, str | None]]:
+    out.mkdir()
+    results = Results(out, overlay=False, frame_masks=True)
+    found, _ = find_inputs([str(path) for path in inputs], results)
+    outcomes = segment_inputs(
+        segmenter, found, results, share=Share(0, 1), on_frame=lambda *_: None
+    )
+    return sorted((Path(outcome.item.name).name, outcome.error) for outcome in outcomes)
+
+
+def test_of_a_pair_that_needs_too_much_memory_both_are_segmented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = danet.Predictor(tiny_danet(3), device="cpu", precision="fp32")
+    segment = predictor.segment_batch
+
+    def one_at_a_time(images: Any) -> Any:
+        if len(images) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        return segment(images)
+
+    monkeypatch.setattr(predictor, "segment_batch", one_at_a_time)
+    for name in ("a.png", "b.png"):
+        picture(0).save(tmp_path / name)
+    found = segment_all(predictor, [tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out")
+    assert found == [("a.png", None), ("b.png", None)]
+
+
+def test_long_names_in_an_archive_are_cut(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    name = f"{'x' * 250}.png"
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", name)
+    predictor = danet.Predictor(tiny_danet(3), device="cpu", precision="fp32")
+    found = segment_all(predictor, [tmp_path / "t.tar"], tmp_path / "out")
+    assert found == [(f"t.tar:{name}", None)]

@@ -75,6 +75,8 @@ def test_everything_else_takes_another_way(otherwise: dict) -> None:
 )
 def test_torchs_fused_attention_is_taken_where_it_fits(given: dict, taken: bool) -> None:
     assert fits(rule=fused_attention_fits, **given) == taken
+    with mock.patch.object(torch.version, "hip", "6.4"):
+        assert not fits(rule=fused_attention_fits, **given)
 
 
 @pytest.mark.parametrize(

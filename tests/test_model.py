@@ -292,3 +292,9 @@ def test_a_folder_has_no_other_files_read(tmp_path: Path) -> None:
     config["model"]["backbone_weights"] = str(tmp_path / "not_to_be_read")
     (tmp_path / "config.json").write_text(json.dumps(config))
     danet.DANet.from_pretrained(tmp_path)
+
+
+def test_a_model_folder_may_hold_its_recipe(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("train: {steps: 1}\n")
+    danet.DANet.from_pretrained(tmp_path)

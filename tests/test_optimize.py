@@ -92,6 +92,14 @@ def test_a_convolution_that_is_read_twice_keeps_its_norm() -> None:
     assert isinstance(model.head.position_branch.attention.norm, nn.BatchNorm2d)
 
 
+def test_a_norm_by_the_batchs_own_statistics_stays() -> None:
+    model = network("test_resnet")
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.running_mean = norm.running_var = None
+    fold_batch_norms(model)
+    assert [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)] == [norm]
+
+
 @pytest.mark.parametrize(("width", "bfloat16", "bound"), [(256, False, 1e-5), (512, True, 0.05)])
 def test_wide_convolutions_take_winograds_way(
     monkeypatch: pytest.MonkeyPatch, width: int, bfloat16: bool, bound: float

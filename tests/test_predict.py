@@ -252,6 +252,8 @@ def test_batches(predictor: danet.Predictor) -> None:
     for wrong in (np.zeros((1, 30, 50, 3), np.float32), np.zeros((30, 50, 3), np.uint8)):
         with pytest.raises(UserError, match="P H W 3 uint8"):
             predictor.segment_batch(wrong)
+    with pytest.raises(UserError, match="must have pixels"):
+        predictor.segment_batch(np.zeros((1, 0, 5, 3), np.uint8))
 
 
 def test_read_only_arrays_are_taken_without_a_warning(predictor: danet.Predictor) -> None:

@@ -292,6 +292,8 @@ if {grouped}:
 print("said")
 end_process(3)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=buffered)
     expected = ["said", "at exit", *([] if grouped else ["taken apart"])]
     assert (done.returncode, done.stdout.splitlines()) == (3, expected)

@@ -103,6 +103,8 @@ def test_a_hub_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     network().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no revisions"):
         danet.DANet.from_pretrained(tmp_path, revision="v9")
+    with pytest.raises(UserError, match="has no revisions"):
+        danet.DANet.from_pretrained("street-small", revision="v9")
 
 
 def test_half_precision_is_half_the_size_and_nearly_the_same(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import errno
+import json
 import tarfile
 from pathlib import Path
 
@@ -315,3 +316,11 @@ def test_frames_that_no_run_wrote_stay(model_folder: Path, tmp_path: Path) -> No
     done = predict(model_folder, tmp_path / "a.mp4", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out/a/000007.png").exists()
+
+
+def test_a_video_that_cannot_be_read_has_no_results(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_bytes(b"nothing")
+    done = predict(model_folder, tmp_path / "v.mp4", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    lines = (tmp_path / "out/manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("frames") for line in lines] == [None]

@@ -218,3 +218,16 @@ def test_labels_that_pillow_would_scale_are_refused(magic: str, tmp_path: Path) 
         open_label(path)
     path.write_bytes(f"{magic}\n2 2\n255\n".encode() + pixels)
     assert open_label(path).tolist() == [[0, 1], [2, 10]]
+
+
+def test_a_limit_of_pixels_raises_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 10)
+    path = saved(tmp_path, Image.new("RGB", (4, 4)))
+    with pytest.raises(images.PictureTooLarge):
+        open_image(path, max_pixels=1000)
+
+
+@pytest.mark.parametrize("level", [200, 200 << 8])
+def test_levels_of_32_bits_are_of_8_or_16(level: int) -> None:
+    image = Image.fromarray(np.full((2, 2), level, np.int32))
+    assert images.to_rgb(image).getpixel((0, 0)) == (200, 200, 200)

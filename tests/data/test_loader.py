@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from danet.config import DataConfig, ExtraData
+from danet.data import dataset_spec
 from danet.data.loader import Cached, StepSampler, derive_seed, training_batches, training_samples
 from danet.data.spec import DatasetSpec, Sample
 from danet.errors import UserError
@@ -161,3 +162,14 @@ def test_a_damaged_picture_is_one_clear_error(workers: int) -> None:
 def test_derived_seeds_do_not_collide() -> None:
     seeds = {derive_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
     assert len(seeds) == 512
+
+
+def test_as_many_classes_of_other_names_do_not_go_together(tmp_path: Path) -> None:
+    count = dataset_spec("scenes").num_classes
+    (tmp_path / "classes.txt").write_text("\n".join(f"class {index}" for index in range(count)))
+    for kind, mode in (("images", "RGB"), ("labels", "L")):
+        (tmp_path / kind / "train").mkdir(parents=True)
+        Image.new(mode, (8, 8)).save(tmp_path / kind / "train/a.png")
+    extra = ExtraData(name="folder", root=tmp_path)
+    with pytest.raises(UserError, match="folder has other classes than scenes"):
+        training_samples(DataConfig(name="scenes", extra=(extra,)))

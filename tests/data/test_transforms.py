@@ -335,3 +335,40 @@ class TestPhotometricDistortion:
         torch.manual_seed(0)
         _, label = pair()
         assert PhotometricDistortion()(label) is label
+
+
+@pytest.mark.parametrize("on", range(4))
+def test_each_distortion_is_drawn_by_itself(on: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("brightness", "contrast", "saturation", "hue")
+    draws = torch.full((9,), 0.9)
+    draws[2 * on] = 0.1
+    monkeypatch.setattr(torch, "rand", lambda _: draws)
+    params = PhotometricDistortion().make_params([])
+    assert [name for name in names if params[name] is not None] == [names[on]]
+
+
+def test_brightness_is_whole_levels_downwards() -> None:
+    others = dict.fromkeys(("contrast", "saturation", "hue"))
+    params = {"brightness": -0.5, "contrast_first": True, **others}
+    image = tv_tensors.Image(torch.full((3, 2, 2), 10, dtype=torch.uint8))
+    assert PhotometricDistortion().transform(image, params).unique().tolist() == [9]
+
+
+def test_the_cap_itself_is_too_much() -> None:
+    label = torch.tensor([[0, 0, 1, 2]], dtype=torch.uint8)
+    assert not transforms._is_varied(label, 0.5)
+    assert transforms._is_varied(label, 0.51)
+
+
+def test_white_stays_white_in_warm_light() -> None:
+    white = tv_tensors.Image(torch.full((3, 2, 2), 255, dtype=torch.uint8))
+    gains = torch.full((3, 1, 1), 4 / 3)
+    assert RandomWhiteBalance().transform(white, {"gains": gains}).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_noise_ends_at_black_and_white(level: int) -> None:
+    torch.manual_seed(0)
+    image = tv_tensors.Image(torch.full((3, 40, 40), level, dtype=torch.uint8))
+    found = RandomNoise().transform(image, {"deviation": 16.0, "grain": 1.0})
+    assert (found.int() - level).abs().max() < 128

@@ -42,3 +42,8 @@ def test_matches_counting_pixel_by_pixel(truth: np.ndarray, prediction: np.ndarr
         either = sum(k in (t, p) for t, p in pixels)
         expected = both / either if either else math.nan
         assert result.per_class[k].iou == pytest.approx(expected, nan_ok=True)
+
+
+def test_ids_of_no_class_do_not_count() -> None:
+    truth, prediction = torch.tensor([-1, 0, 2]), torch.tensor([0, 0, 0])
+    assert confusion_matrix(truth, prediction, 2).tolist() == [[1, 0], [0, 0]]

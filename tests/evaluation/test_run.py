@@ -7,7 +7,7 @@ from PIL import Image
 import danet
 from danet.config import PUBLISHED_RATIOS, DataConfig, RunConfig
 from danet.errors import UserError
-from danet.evaluation.run import evaluate_model
+from danet.evaluation.run import _dataset_of, evaluate_model
 from danet.model_folder import RECIPE_FILE
 from networks import tiny_danet
 
@@ -116,3 +116,10 @@ def test_lines_of_metrics_that_are_none_are_skipped(
     result = evaluate_model(model, root=dataset, precision="fp32", run=tmp_path)
     assert result.history == [{"step": 2, "loss": 0.5}]
     result.write_report(tmp_path / "report.html", "mine")
+
+
+def test_another_dataset_does_not_lie_where_the_runs_does(tmp_path: Path) -> None:
+    recipe = RunConfig(data=DataConfig(name="folder", root=tmp_path))
+    (tmp_path / RECIPE_FILE).write_text(recipe.to_yaml())
+    assert _dataset_of("folder", tmp_path, None, None) == ("folder", tmp_path)
+    assert _dataset_of("folder", tmp_path, "camvid", None) == ("camvid", None)

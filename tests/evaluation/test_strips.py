@@ -113,3 +113,15 @@ def test_overlapping_windows_are_averaged() -> None:
     torch.testing.assert_close(
         rows[..., 7, 6], (first[..., 7, 6] + second[..., 1, 1] + first[..., 1, 6]) / 3
     )
+
+
+def test_classes_of_any_branch_contend() -> None:
+    stored = torch.zeros(2, 3, 4, 4)
+    stored[0, 0] = stored[1, 2] = 9
+    found = most_likely_classes([Resized(Stored(stored), (32, 32), False)])
+    assert [labels.unique().tolist() for labels in found] == [[0], [2]]
+
+
+def test_strips_of_long_rows_are_low() -> None:
+    wide = Stored(torch.zeros(1, 21, 100, 4096))
+    assert list(strips._strips(wide)) == [(0, 48), (48, 96), (96, 100)]

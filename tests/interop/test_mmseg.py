@@ -96,6 +96,7 @@ def test_without_a_word_on_the_backbone_it_is_the_published_one(config: str) -> 
         ("strides=(1, 2, 1, 2)", "strides is (1, 2, 1, 2), none that can be converted"),
         ("strides=(1, 1, 1, 1)", "strides is (1, 1, 1, 1), none that can be converted"),
         ("strides=(1, 2, 2)", "strides must be 4 whole numbers of 1 to 64"),
+        ("strides=(True, 2, 1, 1)", "strides must be 4 whole numbers of 1 to 64"),
         ("strides=get()", "strides must be 4 whole numbers"),
         ("strides=(1, 2, 2, 0x" + "f" * 5000 + ")", "strides must be 4 whole numbers"),
         ("dilations=(1, 1, 2, 4)", "dilations is (1, 1, 2, 4); with strides (1, 2, 2, 2) only"),

@@ -703,20 +703,22 @@ def test_a_run_does_not_go_on_with_another_network(setting: str, tmp_path: Path)
     assert folder.recipe.read_bytes() == before
 
 
+@pytest.mark.parametrize("other", ["test.flip=true", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"])
 def test_scores_of_another_protocol_do_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("train.validate_every=2", "train.keep=best")
-    found = iter([0.9, 0.2, 0.3])
+    found = iter([0.9, 0.2, 0.3, 0.3])
     real = loop.scores
     monkeypatch.setattr(
         loop, "scores", lambda confusion: real(confusion)._replace(mean_iou=next(found))
     )
     folder = run(tmp_path / "run", "train.steps=2", *settings)
     assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.9}
-    run(tmp_path / "run", "train.steps=2", "test.flip=true", *settings, resume=True)
+    run(tmp_path / "run", "train.steps=2", other, *settings, resume=True)
     assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.2}
-    run(tmp_path / "run", "train.steps=4", "test.flip=true", *settings, resume=True)
+    run(tmp_path / "run", "train.steps=6", other, *settings, resume=True)
+    # The first of two that are equally good.
     assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.3}
 
 
@@ -790,3 +792,21 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(
     with pytest.raises(UserError, match="another process is training in this folder"):
         run(tmp_path / "run", resume=True)
     lock.release()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.save_last({"step": 1})
+    order: list[str] = []
+    replace = Path.replace
+
+    def noted(path: Path, target: Path) -> Path:
+        order.append(target.name)
+        return replace(path, target)
+
+    monkeypatch.setattr("danet.training.checkpoint.flush", lambda _: order.append("flush"))
+    monkeypatch.setattr(Path, "replace", noted)
+    folder.save_last({"step": 2})
+    assert order == ["flush", "before_last.ckpt", "last.ckpt"]

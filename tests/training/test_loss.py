@@ -124,6 +124,29 @@ class TestHardExamples:
     def test_ignored_pixels_are_not_kept(self) -> None:
         assert self.kept(0.7, 1, ignored=1) == [2, 4]
 
+    def test_ignored_pixels_are_not_ranked(self) -> None:
+        assert self.kept(0.1, 1, ignored=1) == [4]
+
+    def test_so_many_are_kept_of_each_picture(self) -> None:
+        p = torch.tensor([0.9, 0.2, 0.6, 0.8, 0.4])
+        logits = torch.stack([p, 1 - p]).log().view(1, 2, 1, 5).repeat(2, 1, 1, 1)
+        logits[1] = torch.tensor([0.95, 0.05]).log().view(2, 1, 1)
+        hard = hard_examples(logits, torch.zeros(2, 1, 5, dtype=torch.long), 0.1, 2)
+        assert hard[0].flatten().nonzero().flatten().tolist() == [1, 2, 3, 4]
+
+    def test_they_are_the_whole_batchs(self) -> None:
+        torch.manual_seed(0)
+        config = TrainConfig(hard_example_threshold=0.01, hard_example_min_kept=4)
+        labels = torch.randint(0, 3, (3, 8, 8)).to(torch.uint8)
+        logits = torch.randn(3, 3, 8, 8)
+        output = DANetOutput(logits, None, None, None)
+        divisor = loss_divisor(labels, config)
+        found = segmentation_losses(output, labels, divisor, lambda full, _: full, config)["loss"]
+        target = labels.long()
+        target = target.where(hard_examples(logits, target, 0.01, 4), 255)
+        expected = F.cross_entropy(logits, target, ignore_index=255, reduction="sum")
+        torch.testing.assert_close(found, expected / labels.numel())
+
     def test_nothing_labelled(self) -> None:
         target = torch.full((1, 1, 5), 255)
         assert not hard_examples(torch.randn(1, 2, 1, 5), target, 0.7, 1).any()

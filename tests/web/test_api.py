@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import schemathesis
@@ -21,6 +22,7 @@ import danet
 from danet.errors import UserError
 from danet.evaluation.inference import predict_classes
 from danet.inspection import Inspection
+from danet.web import page
 from danet.web.server import build_application, serve
 from danet.web.sessions import Limits, Sessions
 from networks import tiny_danet
@@ -342,6 +344,11 @@ def test_addresses_are_served_where_every_one_is_listened_on(
         assert client.get("/api/model", headers={"host": host}).status_code == status, host
 
 
+def test_a_site_whose_name_ends_alike_is_another(client: TestClient) -> None:
+    headers = {"origin": "http://evil-127.0.0.1", "host": "127.0.0.1"}
+    assert client.get("/api/model", headers=headers).status_code == 403
+
+
 def test_other_sites_and_hosts_are_refused(client: TestClient) -> None:
     for host, status in {
         "evil.example": 400,
@@ -435,3 +442,56 @@ def test_the_page_needs_nothing_from_outside(client: TestClient) -> None:
     assert "danet" in page
     for outside in ("fonts.googleapis", "cdn.", "cdnjs", "unpkg"):
         assert outside not in page, outside
+
+
+@pytest.mark.parametrize(("more", "status"), [(0, 400), (100 << 10, 413)])
+def test_a_file_may_be_as_large_as_is_said(more: int, status: int, client: TestClient) -> None:
+    content = b"x" * ((LIMITS.megabytes << 20) + more)
+    answer = client.post("/api/segment", files={"image": ("a.png", content)})
+    assert answer.status_code == status
+
+
+def test_each_file_of_a_batch_may_be_so_large(client: TestClient) -> None:
+    files = [("files", (f"{index}.png", b"x" * 900_000)) for index in range(3)]
+    assert client.post("/gradio_api/upload", files=files).status_code == 200
+
+
+def test_json_is_small(predictor: danet.Predictor) -> None:
+    application = build_application(Sessions(predictor, Limits()), [])
+    with TestClient(application, base_url="http://127.0.0.1") as client:
+        answer = client.post("/gradio_api/queue/join", content=b"[" + b" " * (5 << 20) + b"]")
+    assert answer.status_code == 413
+    assert "JSON may have 4 MB" in answer.text
+
+
+def test_one_picture_is_kept_however_large(predictor: danet.Predictor) -> None:
+    sessions = Sessions(predictor, Limits(kept_megapixels=0))
+    assert sessions.find(sessions.keep(sessions.inspect(png(picture())))).image.width == 60
+
+
+def test_pictures_that_are_asked_about_are_kept(sessions: Sessions) -> None:
+    first, second = (sessions.keep(sessions.inspect(png(picture(seed=i)))) for i in range(2))
+    sessions.find(first)
+    sessions.keep(sessions.inspect(png(picture(seed=2))))
+    assert sessions.find(first)
+    with pytest.raises(KeyError):
+        sessions.find(second)
+
+
+def test_errors_do_not_tell_the_servers_folders(sessions: Sessions, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    with pytest.raises(gr.Error) as caught:
+        page._Actions(sessions).segment(str(tmp_path / "a.png"), 0.5)
+    assert str(caught.value.message).startswith("a.png: ")
+    rows, archive = page._segment_batch(sessions, gr.File(), [str(tmp_path / "a.png")])
+    assert archive is None
+    assert rows[0][1].startswith("a.png: ")
+
+
+def test_names_of_classes_are_no_html() -> None:
+    model = tiny_danet(1)
+    model.metadata = model.metadata.model_copy(update={"classes": ("<img src=x>",)})
+    sessions = Sessions(danet.Predictor(model, device="cpu", precision="fp32"), LIMITS)
+    legend = page._legend(sessions.inspect(png(picture())))
+    assert "&lt;img src=x&gt;" in legend
+    assert "<img" not in legend

@@ -528,7 +528,7 @@ def test_products_are_not_in_bfloat16_where_that_is_slow(
 
 
 def test_torchs_fused_attention_gets_tensors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not views with a stride of 0, which exported programs compute wrongly with."""
+    """Not views with a stride of 0, which some kernels read wrongly."""
     compute = torch.nn.functional.scaled_dot_product_attention
 
     def checked(*tensors: Tensor, **options: object) -> Tensor:

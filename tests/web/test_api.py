@@ -285,8 +285,13 @@ def test_pictures_of_visitors_who_left_are_not_segmented(
     messages = [{"type": "http.request", "body": form, "more_body": False}]
     answered: list[dict] = []
 
+    left = asyncio.Event()
+
     async def receive() -> dict:
-        return messages.pop() if messages else {"type": "http.disconnect"}
+        if messages:
+            return messages.pop()
+        left.set()
+        return {"type": "http.disconnect"}
 
     async def send(message: dict) -> None:
         answered.append(message)
@@ -294,7 +299,8 @@ def test_pictures_of_visitors_who_left_are_not_segmented(
     async def leave() -> None:
         application = build_application(sessions, [])
         asked = asyncio.create_task(application(scope, receive, send))
-        await asyncio.sleep(1)
+        await left.wait()
+        await asyncio.sleep(0.2)  # until it is noted
         free.set()
         await asked
 

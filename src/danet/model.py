@@ -196,6 +196,14 @@ class DANet(nn.Module):
         model.load_state_dict(state)
         return model.eval()
 
+    def require_original(self, verb: str) -> None:
+        """Raises a UserError, which tells what to do with which network, if it is a Predictor's."""
+        if self.optimized:
+            raise UserError(
+                "the model is a Predictor's network, made for one device and precision; "
+                f"{verb} the network or folder that the Predictor was made from"
+            )
+
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
         """Writes `config.json` and `model.safetensors`, all that prediction needs.
 

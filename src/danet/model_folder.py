@@ -166,9 +166,8 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """
     folder = Path(folder_or_hub_id)
     name = str(folder_or_hub_id)
-    shipped = shipped_models()
     with explaining_lookup(f"model {name}"):
-        if revision is not None and (folder.is_dir() or name in shipped):
+        if revision is not None and (folder.is_dir() or name in shipped_models()):
             raise UserError(f"model {name}: is here, and has no revisions; they are the hub's")
         if (folder / RECIPE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
             if not (folder / MODEL_FOLDER).is_dir():
@@ -181,6 +180,7 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
             return folder
         if folder.is_file():
             raise UserError(f"model {name}: is a file; give the folder of a model or a run")
+    shipped = shipped_models()
     if name in shipped:
         return shipped[name]
     not_here = f"model {name}: no such folder"

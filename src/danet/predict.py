@@ -178,12 +178,8 @@ class Predictor:
     ) -> None:
         if isinstance(model, str | Path):
             network = DANet.from_pretrained(model)
-        elif isinstance(model, DANet) and model.optimized:
-            raise UserError(
-                "the model is a Predictor's network, made for one device and precision; give the "
-                "network or folder that the Predictor was made from"
-            )
         elif isinstance(model, DANet):
+            model.require_original("give")
             network = copy.deepcopy(model)
         else:
             raise UserError(

@@ -202,6 +202,9 @@ def test_pictures_that_are_not_stored_upright(root: Path) -> None:
     assert [line.partition(": 1: ")[0] for line in notes] == [
         f"note: {split}: pictures that their EXIF orientation turns" for split in ("train", "val")
     ]
+    exif[ExifTags.Base.Orientation] = 0  # as some cameras write, which turns nothing
+    Image.new("RGB", (4, 2)).save(root / "images/train/turned.jpg", exif=exif)
+    assert len([line for line in check(root)[2] if "EXIF orientation" in line]) == 1
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (4, 2)).save(root / "images/val/turned.jpg", exif=exif)
     status, _, complaints = check(root)

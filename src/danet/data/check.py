@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from danet.data.files import FilePair, FolderPairs, PairedFiles
-from danet.data.images import UPRIGHT, open_oriented
+from danet.data.images import open_upright
 from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
 from danet.errors import UserError
 
@@ -133,7 +133,7 @@ def check_pictures(
 
 def _check_pair(dataset: PairedFiles, pair: FilePair) -> _PictureCheck:
     try:
-        image, orientation = open_oriented(pair.image)
+        image, was_turned = open_upright(pair.image)
     except UserError as error:
         return _PictureCheck(Finding("unreadable images", str(error)))
     try:
@@ -148,7 +148,7 @@ def _check_pair(dataset: PairedFiles, pair: FilePair) -> _PictureCheck:
         label = dataset.to_train_ids(pair, file_ids)
     except UserError as error:
         return _PictureCheck(Finding("label ids out of range", str(error)))
-    turned = None if orientation == UPRIGHT else str(pair.image)
+    turned = str(pair.image) if was_turned else None
     return _PictureCheck(None, _count(label, dataset.spec), turned)
 
 

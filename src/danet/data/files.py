@@ -10,13 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from danet.data.archives import Location, ZipPath, is_zip, locate
-from danet.data.images import (
-    IMAGE_SUFFIXES,
-    UPRIGHT,
-    open_image,
-    open_label,
-    open_oriented,
-)
+from danet.data.images import IMAGE_SUFFIXES, open_image, open_label, open_upright
 from danet.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from danet.errors import UserError, explaining_lookup
 
@@ -254,6 +248,12 @@ class PairedFiles:
     def has_labels(self) -> bool:
         return any(pair.label is not None for pair in self.pairs)
 
+    def folders(self) -> set[Path]:
+        """The folders on disk, resolved, in which its files are."""
+        files = (file for pair in self.pairs for file in (pair.image, pair.label))
+        folders = {file.parent for file in files if isinstance(file, Path)}
+        return {folder.resolve() for folder in folders}
+
     def __len__(self) -> int:
         return len(self.pairs)
 
@@ -280,7 +280,7 @@ class PairedFiles:
         if image.size != file_ids.shape[::-1]:
             height, width = file_ids.shape
             advice = "make them the same size"
-            if image.size == file_ids.shape and open_oriented(pair.image).orientation != UPRIGHT:
+            if image.size == file_ids.shape and open_upright(pair.image).was_turned:
                 advice = "its EXIF orientation turns it; label it upright, or remove that tag"
             raise UserError(
                 f"{pair.label} is {width}x{height} but its image {pair.image.name} is "

@@ -21,8 +21,8 @@ MAX_PIXELS = 150_000_000
 """Larger pictures are refused before decoding (a file of a few KB can expand to many GB)."""
 MAX_JPEG_SIDE = 65_500
 """Pixels that the library of JPEG files writes at most."""
-UPRIGHT = 1
-"""The EXIF orientation of pictures that are stored as they are seen."""
+_TURNING = range(2, 9)
+"""EXIF orientations of pictures that are not stored as they are seen; others mean nothing."""
 _opening = threading.Lock()
 
 
@@ -59,21 +59,21 @@ def open_image(source: Location | str | bytes, max_pixels: int | None = None) ->
         PictureTooLarge: the picture has more pixels than that.
         UserError: the file cannot be read, is not a picture, or is damaged.
     """
-    return open_oriented(source, max_pixels).image
+    return open_upright(source, max_pixels).image
 
 
-class Oriented(NamedTuple):
-    """An upright picture, and the EXIF orientation by which it was turned: `UPRIGHT`, or 2..8."""
+class Upright(NamedTuple):
+    """A picture, and whether its EXIF orientation turned or mirrored it."""
 
     image: Image.Image
-    orientation: int
+    was_turned: bool
 
 
-def open_oriented(source: Location | str | bytes, max_pixels: int | None = None) -> Oriented:
+def open_upright(source: Location | str | bytes, max_pixels: int | None = None) -> Upright:
     """Opens a picture as `open_image` does."""
     image, where, _ = _decode(source, max_pixels)
     upright = upright_rgb(image, where)
-    return Oriented(upright, image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
+    return Upright(upright, image.getexif().get(ExifTags.Base.Orientation) in _TURNING)
 
 
 def upright_rgb(image: Image.Image, where: str) -> Image.Image:

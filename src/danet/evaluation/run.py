@@ -194,11 +194,7 @@ def _submission_writer(
 ) -> Callable[[str, npt.NDArray[np.uint8]], None]:
     """Raises a UserError, too, where the dataset's own files would be written over."""
     folder = Path(submission)
-    pairs = dataset.pairs if isinstance(dataset, PairedFiles) else ()
-    files = (file for pair in pairs for file in (pair.image, pair.label))
-    if folder.resolve() in {
-        own.resolve() for own in {file.parent for file in files if isinstance(file, Path)}
-    }:
+    if isinstance(dataset, PairedFiles) and folder.resolve() in dataset.folders():
         raise UserError(
             f"--submission {folder}: the dataset's own files are there; choose another folder"
         )

@@ -89,11 +89,7 @@ def export(
             f"--format torch needs PyTorch {needed}, and this is {torch.__version__}; update it, "
             "or choose another format"
         )
-    if model.optimized:
-        raise UserError(
-            "the model is a Predictor's network, made for one device and precision; export the "
-            "network or folder that the Predictor was made from"
-        )
+    model.require_original("export")
     if calibration is not None:
         _require_pictures(calibration)
     network = WholePicture(model)

@@ -108,20 +108,9 @@ def router(sessions: Sessions) -> APIRouter:
         gone = threading.Event()
         watch = asyncio.create_task(_note_leaving(request, gone))
         try:
-            inspection = await run_in_threadpool(
-                _answered, lambda: sessions.inspect(content, gone.is_set)
-            )
+            return await run_in_threadpool(_segmented, sessions, content, gone.is_set)
         finally:
             watch.cancel()
-        return SegmentedPicture(
-            id=sessions.keep(inspection),
-            width=inspection.image.width,
-            height=inspection.image.height,
-            classes=[
-                ClassInPicture(**share._asdict()) for share in drawings.class_shares(inspection)
-            ],
-            disagreement=float(inspection.disagreement.mean()),
-        )
 
     @api.get("/pictures/{picture_id}/mask.png", responses=_OF_PICTURE, response_class=_Png)
     def mask(picture_id: str, branch: str = "fused") -> Response:
@@ -158,6 +147,19 @@ def router(sessions: Sessions) -> APIRouter:
         )
 
     return api
+
+
+def _segmented(
+    sessions: Sessions, content: bytes, has_gone: Callable[[], bool]
+) -> SegmentedPicture:
+    inspection = _answered(lambda: sessions.inspect(content, has_gone))
+    return SegmentedPicture(
+        id=sessions.keep(inspection),
+        width=inspection.image.width,
+        height=inspection.image.height,
+        classes=[ClassInPicture(**share._asdict()) for share in drawings.class_shares(inspection)],
+        disagreement=float(inspection.disagreement.mean()),
+    )
 
 
 async def _note_leaving(request: Request, gone: threading.Event) -> None:

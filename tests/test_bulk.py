@@ -405,7 +405,7 @@ def test_tar_archives_are_read_as_they_are(model: Path, photos: Path, tmp_path: 
     archive.write_bytes(archive.read_bytes()[:3000])
     broken = predict(model, archive, photos / "05.png", "--out", tmp_path / "broken")
     assert broken.exit_code == 2
-    assert "damaged or no tar archive" in broken.output
+    assert "damaged, or not a tar archive" in broken.output
     assert "05.png" in masks(tmp_path / "broken")
 
 
@@ -429,9 +429,9 @@ def test_a_damaged_compressed_tar_does_not_stop_the_others(
 @pytest.mark.parametrize(
     ("headers", "told"),
     [
-        ({"GNU.sparse.size": "abc"}, "damaged or no tar archive"),
-        ({"size": "9" * 30}, "damaged or no tar archive"),
-        (None, "damaged or no tar archive"),
+        ({"GNU.sparse.size": "abc"}, "damaged, or not a tar archive"),
+        ({"size": "9" * 30}, "damaged, or not a tar archive"),
+        (None, "damaged, or not a tar archive"),
         ({"path": "b\0.png"}, "no file can have its name"),
     ],
 )

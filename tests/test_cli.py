@@ -244,7 +244,7 @@ LONG = "x" * 300
         (("convert", "/nowhere.pth", "--out", "/nowhere"), "no such file"),
         (
             ("convert", __file__, "--out", "/nowhere"),
-            "damaged or no checkpoint of tensors (not a torch file of plain values)",
+            "damaged, or not a checkpoint of tensors (not a torch file of plain values)",
         ),
         (
             ("bench", "demo", "--train", "--set", "train.class_weights=[1, 2]"),
@@ -428,8 +428,8 @@ def test_bench_probes_its_file_before_it_measures(
         (("bench", "--rounds", "abc"), "Invalid value for '--rounds'"),
         (("export", "m", "--format=tflite", "--out=m.onnx"), "'tflite' is not one of 'onnx',"),
         (("data", "check"), "see danet data check --help"),
-        (("predict", "street-small", "a.png", "--out", ""), "it is empty; name a folder"),
-        (("train", "demo", "--out="), "it is empty; name a folder"),
+        (("predict", "street-small", "a.png", "--out", ""), "it is empty; give a folder"),
+        (("train", "demo", "--out="), "it is empty; give a folder"),
     ],
 )
 def test_mistakes_on_the_command_line(

@@ -55,7 +55,7 @@ def test_a_recipe_extends_another_and_states_what_differs(tmp_path: Path) -> Non
         (["model.output_stride=4"], "output_stride"),
         (["train.steps=[1"], "not valid YAML"),
         (["data.extra=[{name: scenes, imges: 3}]"], r"extra\.0\.imges: .* did you mean images\?$"),
-        (["data.crop_size=96x96"], r"crop_size: write a list in brackets, such as \[96, 96\]$"),
+        (["data.crop_size=96x96"], r"crop_size: write a list in brackets, such as \[1, 2\]$"),
         (["train.activation_checkpointing=x"], r"checkpointing: Input .* boolean.*, or .*'early'$"),
     ],
 )
@@ -171,10 +171,13 @@ def test_paths_are_taken_as_they_stand(path: str) -> None:
     assert load_recipe("demo", [f"data.root={path}"]).data.root == Path(path)
 
 
-@pytest.mark.parametrize("setting", ["train.steps", "train.lr"])
-def test_yes_is_no_number(setting: str) -> None:
-    with pytest.raises(UserError, match=rf"{setting}: yes or no is no value for it"):
-        load_recipe("demo", [f"{setting}=true"])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("train.steps", "true"), ("train.lr", "no"), ("train.class_weights", "[1, true]")],
+)
+def test_true_is_not_a_number(setting: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"{setting}: true or false is not a valid value here"):
+        load_recipe("demo", [f"{setting}={value}"])
 
 
 def test_a_path_can_be_taken_back() -> None:

@@ -108,7 +108,7 @@ def test_predict_takes_a_file_for_the_model(files: Path, tmp_path: Path) -> None
         ("none.onnx", None, "no such file"),
         ("none.xml", None, "no such file"),
         ("damaged.onnx", b"ONNX", "cannot be opened"),
-        ("damaged.xml", b"<html>", "no OpenVINO model"),
+        ("damaged.xml", b"<html>", "not an OpenVINO model"),
         (
             "cut.xml",
             b'<?xml version="1.0"?><net name="m" version="11"><layers>',

@@ -2,6 +2,7 @@ import inspect
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -210,6 +211,12 @@ def test_number_of_classes_and_names_must_agree() -> None:
         build(metadata=Metadata.placeholder(4))
 
 
+def test_numpys_whole_numbers_count_classes() -> None:
+    assert danet.DANet(np.int64(3), "test_resnet", pretrained_backbone=False).metadata == (
+        Metadata.placeholder(3)
+    )
+
+
 @pytest.mark.parametrize(
     ("num_classes", "options", "message"),
     [
@@ -217,6 +224,12 @@ def test_number_of_classes_and_names_must_agree() -> None:
         (300, {}, "num_classes is 300; it must be 1 to 255, because masks are 8 bit"),
         (5.0, {}, "num_classes is 5.0; it must be 1 to 255, because masks are 8 bit"),
         ("5", {}, "num_classes is '5'; it must be 1 to 255, because masks are 8 bit"),
+        (True, {}, "num_classes is True; it must be 1 to 255, because masks are 8 bit"),
+        (
+            11,
+            {"multi_grid": ()},
+            "multi_grid: Tuple should have at least 1 item after validation, not 0",
+        ),
         (11, {"output_stride": 7}, "output_stride: Input should be 8, 16 or 32"),
         (
             11,

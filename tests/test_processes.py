@@ -252,7 +252,7 @@ def test_a_rank_that_dies_ends_the_others_and_a_restart_goes_on(
         assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
         return
     assert process.returncode == 0, said
-    assert "going on after step" in said
+    assert "continuing after step" in said
     train(alone, 2, *settings)
     same, expected = (load_file(path / "model/model.safetensors") for path in (out, alone))
     for name, tensor in expected.items():

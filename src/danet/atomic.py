@@ -113,9 +113,9 @@ def require_writable_files(*paths: Path | None, sources: Sequence[Path] = ()) ->
     for path in filter(None, paths):
         _require_writable_file(path)
         if any(source.exists() and _are_same(path, source) for source in sources):
-            raise UserError(f"{path}: is read, and would be written over; choose another file")
+            raise UserError(f"{path}: is an input and would be overwritten; choose another file")
         if any(_are_same(path, other) for other in taken):
-            raise UserError(f"{path}: is named twice, and one would replace the other")
+            raise UserError(f"{path}: is named twice; one would replace the other")
         taken.append(path)
 
 

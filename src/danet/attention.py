@@ -38,7 +38,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: B C M.
 
     Returns:
-        B C N in the inputs' dtype (autocast's where it is on, but for float64).
+        B C N in the inputs' dtype (autocast's where it is on, except for float64).
 
     Raises:
         ValueError: shapes do not fit, M is 0, or dtypes or devices differ.
@@ -94,8 +94,6 @@ def channel_attention(features: Tensor, affinity: Affinity = "reference") -> Ten
     Raises:
         ValueError: not three axes, not floating, or an unknown affinity.
     """
-    if affinity not in get_args(Affinity):
-        raise ValueError(f"affinity must be one of {get_args(Affinity)}, not {affinity!r}")
     if features.ndim != 3 or not features.is_floating_point():
         raise ValueError(
             f"channel attention takes floating B C N, not {features.dtype} {tuple(features.shape)}"
@@ -115,7 +113,11 @@ def channel_affinities(features: Tensor, affinity: Affinity = "reference") -> Te
 
     Returns:
         B C C, float32 or wider, rows summing to 1.
+
+    Raises:
+        ValueError: an unknown affinity.
     """
+    _check_affinity(affinity)
     device = features.device
     with without_autocast(device.type), fast_exact_float32(device):
         exact_BCN = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -171,12 +173,14 @@ class ChannelAttention(nn.Module):
 
     Args:
         affinity: see `channel_attention`.
+
+    Raises:
+        ValueError: an unknown affinity.
     """
 
     def __init__(self, affinity: Affinity = "reference") -> None:
         super().__init__()
-        if affinity not in get_args(Affinity):
-            raise ValueError(f"affinity must be one of {get_args(Affinity)}, not {affinity!r}")
+        _check_affinity(affinity)
         self.affinity: Affinity = affinity
         self.residual_weight = nn.Parameter(torch.zeros(1))
 
@@ -187,6 +191,11 @@ class ChannelAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"affinity={self.affinity!r}"
+
+
+def _check_affinity(affinity: str) -> None:
+    if affinity not in get_args(Affinity):
+        raise ValueError(f"affinity must be one of {get_args(Affinity)}, not {affinity!r}")
 
 
 def _check_features(features: Tensor) -> None:

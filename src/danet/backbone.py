@@ -222,6 +222,7 @@ def _subsample_before_narrow_pointwise(body: nn.Module) -> None:
             type(module) is nn.Conv2d
             and module.kernel_size == (1, 1)
             and module.stride != (1, 1)
+            and module.padding == (0, 0)
             and module.in_channels < _ONEDNN_CHANNEL_BLOCK
         ):
             module.register_forward_pre_hook(partial(_subsample, module.stride))
@@ -311,7 +312,7 @@ def _set_multi_grid(body: nn.Module, name: str, dilations: Sequence[int]) -> Non
     if not is_resnet or len(blocks) != len(dilations):
         raise UserError(
             f"model.multi_grid={list(dilations)}: needs a ResNet whose last stage has "
-            f"{len(dilations)} blocks; {name} has not"
+            f"{len(dilations)} blocks; {name} does not have one"
         )
     for block, dilation in zip(blocks, dilations, strict=True):
         # ResNet-18 and 34 have two 3x3 convolutions a block. timm dilates both; mmsegmentation

@@ -242,7 +242,7 @@ def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> 
                 if member.size > MAX_FILE_BYTES:
                     source = UserError(f"unpacks to over {MAX_FILE_BYTES >> 20} MiB; refused")
                 elif "\0" in member.name:
-                    source = UserError("no file can have its name, which holds a zero byte")
+                    source = UserError("its name contains a zero byte, which no file name may")
                 else:
                     file = archive.extractfile(member)
                     assert file is not None
@@ -250,7 +250,7 @@ def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> 
                 results = picture_results(own, overlay=overlay)
                 yield WorkItem(f"{path}:{member.name}", own, source, origin, results)
     except _TAR_DAMAGE as error:
-        problem = UserError(f"{path}: damaged or no tar archive ({error})")
+        problem = UserError(f"{path}: damaged, or not a tar archive ({error})")
         yield WorkItem(str(path), stem, problem, None, {})
 
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast, get_args
 
 import yaml
 from pydantic import (
@@ -26,6 +26,7 @@ Size = tuple[Annotated[int, Field(ge=1, le=65_536)], Annotated[int, Field(ge=1, 
 """Width, height in pixels."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 PUBLISHED_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales of the published multi-scale test."""
 
@@ -41,8 +42,9 @@ class Section(BaseModel):
     @classmethod
     def _take_no_yes_for_a_number(cls, value: Any, field: ValidationInfo) -> Any:
         kind = cls.model_fields[str(field.field_name)].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-            raise ValueError("yes or no is no value for it")
+        items = value if isinstance(value, list | tuple) else [value]
+        if bool not in (kind, *get_args(kind)) and any(isinstance(item, bool) for item in items):
+            raise ValueError("true or false is not a valid value here")
         return value
 
 
@@ -64,10 +66,14 @@ class ModelConfig(Section):
     """The channel attention branch."""
     auxiliary: bool = True
     """The FCN head on c3."""
-    multi_grid: tuple[Annotated[int, Field(ge=1, le=64)], ...] | None = None
+    multi_grid: tuple[Annotated[int, Field(ge=1, le=64)], ...] | None = Field(None, min_length=1)
     align_corners: bool = False
     init_from: Path | None = None
     """A model folder whose weights training starts from; classifiers only if the classes agree."""
+
+    def without_backbone_weights(self) -> Self:
+        """For a network that gets its weights elsewhere: reads no file, and asks no hub."""
+        return self.model_copy(update={"pretrained_backbone": False, "backbone_weights": None})
 
 
 class ExtraData(Section):
@@ -118,7 +124,8 @@ class DataConfig(Section):
     (ClassMix, arXiv 2007.07936): for small datasets."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Subtracted from RGB in 0..255."""
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
+    """What the result is divided by."""
     workers: int = Field(2, ge=0)
     """Processes that read and augment; 0 does it in the training process."""
 
@@ -127,8 +134,6 @@ class DataConfig(Section):
         low, high = self.scale_range
         if not 0 < low <= high <= 16:
             raise ValueError("scale_range must be LOW, HIGH with 0 < LOW <= HIGH <= 16")
-        if min(self.std) <= 0:
-            raise ValueError("std must be positive")
         return self
 
 
@@ -206,8 +211,8 @@ class TrainConfig(Section):
     def _rate_falls(self) -> "TrainConfig":
         if self.lr_min > self.lr:
             raise ValueError(
-                f"lr_min ({self.lr_min:g}) is above lr ({self.lr:g}), which could not fall to it; "
-                "set lr_min=0, or lower it"
+                f"lr_min ({self.lr_min:g}) is above lr ({self.lr:g}), so the rate could not fall "
+                "to it; set lr_min=0, or lower it"
             )
         return self
 
@@ -216,7 +221,7 @@ class TrainConfig(Section):
         if self.strategy == "fsdp" and (self.optimizer == "muon" or self.ema_decay is not None):
             raise ValueError(
                 "strategy fsdp goes with optimizer sgd or adamw and without ema_decay; change "
-                "these, or leave strategy=ddp"
+                "these, or use strategy=ddp"
             )
         return self
 

@@ -25,9 +25,9 @@ class TrainingDiverged(RuntimeError):
     def after(cls, last_checkpoint: Path, finding: str, lr: float) -> Self:
         """Tells what was found, and how to go on from the last checkpoint."""
         return cls(
-            f"training: {finding}; the checkpoint before is {last_checkpoint}. Lower train.lr (now "
-            f"{lr:g}) or set train.precision=fp32, then go on with --resume; if it fails again at "
-            "once, delete that file first, and the one before it is taken"
+            f"training: {finding}; the last good checkpoint is {last_checkpoint}. Lower train.lr "
+            f"(now {lr:g}) or set train.precision=fp32, then continue with --resume; if it fails "
+            "again at once, delete that file to resume from the one before it"
         )
 
 
@@ -67,7 +67,7 @@ def explaining_lookup(path: Path | str) -> AbstractContextManager[None]:
     raises this where it looks for a file; later ones say that there is none.
     """
     return explaining_os_error(
-        path, "cannot be looked for", "check the name, and that you may enter its folder"
+        path, "cannot be looked up", "check the name, and that you may enter its folder"
     )
 
 

@@ -98,7 +98,7 @@ def explain(
     seen = Inspection(predictor, image)
     channels = seen.channels()
     if not (channels or seen.has_position_attention):
-        raise UserError("the model has no attention branch to explain; take one that has")
+        raise UserError("the model has no attention branch to explain; choose one that has it")
     has_position = seen.has_position_attention
     return Explanation(
         image=seen.image,

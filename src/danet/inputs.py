@@ -178,11 +178,7 @@ def _overwriting(named: Sequence[Input], results: Path) -> dict[Input, Input]:
         if one.is_archive:
             archives.append((one, re.compile(member_pattern(one.stem))))
             continue
-        written = (
-            video_results(one.stem, overlay=True, masks=True)
-            if one.is_video
-            else picture_results(one.stem, overlay=True)
-        )
+        written = Results(results, overlay=True, frame_masks=True).of(one)
         writers |= {results / name: one for name in written.values()}
     found: dict[Input, Input] = {}
     for one in named:
@@ -243,7 +239,9 @@ def _matches(text: str, problems: list[str]) -> list[Path]:
             try:
                 matches = sorted(anchor.glob(str(path.relative_to(anchor))))
             except ValueError as error:
-                raise UserError(f"{text}: no pattern that can be searched for ({error})") from error
+                raise UserError(
+                    f"{text}: not a pattern that can be searched for ({error})"
+                ) from error
             problem = "nothing matches"
     files = [match for match in matches if _may_be_file(match)]
     if not files:

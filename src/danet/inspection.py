@@ -158,7 +158,7 @@ class Inspection:
         Row j of equation (1)'s matrix, j being the cell of the feature map that the pixel is in.
 
         Raises:
-            UserError: the pixel is outside of the picture, or there is no position attention.
+            UserError: the pixel is outside the picture, or there is no position attention.
         """
         column, row = self._check(point)
         query_DN, key_DN = self._position()
@@ -220,7 +220,9 @@ class Inspection:
 
     def _position(self) -> tuple[Tensor, Tensor]:
         if self._query_DN is None or self._key_DN is None:
-            raise UserError("the model has no position attention to look at; take one that has")
+            raise UserError(
+                "the model has no position attention to look at; choose one that has it"
+            )
         return self._query_DN, self._key_DN
 
     def _check(self, point: Point) -> Point:
@@ -231,7 +233,7 @@ class Inspection:
         width, height = self.image.size
         if not (0 <= column < width and 0 <= row < height):
             raise UserError(
-                f"point {column},{row} is outside of the picture, which is {width}x{height}; "
+                f"point {column},{row} is outside the picture, which is {width}x{height}; "
                 f"give X,Y from 0,0 (upper left) to {width - 1},{height - 1}"
             )
         return column, row

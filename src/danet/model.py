@@ -3,10 +3,11 @@
 Shapes: B batch, K classes, H W the image, h w = ceil(H / output stride), ceil(W / output stride).
 """
 
+import operator
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,15 @@ from danet.config import ModelConfig
 from danet.errors import UserError
 from danet.heads import Branch, DualAttentionHead, FCNHead
 from danet.model_card import PICTURE_FILE, write_model_card
-from danet.model_folder import MAX_CLASSES, Metadata, locate, read_folder, upload, write_folder
+from danet.model_folder import (
+    MAX_CLASSES,
+    Metadata,
+    locate,
+    misfits,
+    read_folder,
+    upload,
+    write_folder,
+)
 from danet.validation_errors import explain
 
 
@@ -79,11 +88,7 @@ class DANet(nn.Module):
         metadata: Metadata | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(num_classes, int) or not 1 <= num_classes <= MAX_CLASSES:
-            raise UserError(
-                f"num_classes is {num_classes!r}; it must be 1 to {MAX_CLASSES}, because masks are "
-                "8 bit"
-            )
+        num_classes = _checked_num_classes(num_classes)
         try:
             config = ModelConfig(
                 backbone=backbone,
@@ -181,17 +186,15 @@ class DANet(nn.Module):
         folder = locate(folder_or_hub_id, revision)
         stored, state = read_folder(folder)
         # A folder's config must not have other files read.
-        config = stored.model.model_copy(
-            update={"pretrained_backbone": False, "backbone_weights": None}
-        )
+        config = stored.model.without_backbone_weights()
         # Nor ask for more memory than its weights take: first a network without any.
         with torch.device("meta"):
-            empty = cls.from_config(config, stored.metadata)
-        try:
-            empty.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            summary = " ".join(str(error).split())[:300]
-            raise UserError(f"{folder}: the weights do not fit its config ({summary})") from error
+            wanted = cls.from_config(config, stored.metadata).state_dict()
+        if problems := misfits(state, wanted):
+            raise UserError(
+                f"{folder}: the weights do not fit its config ({len(problems)} tensors, first: "
+                f"{problems[0]})"
+            )
         model = cls.from_config(config, stored.metadata)
         model.load_state_dict(state)
         return model.eval()
@@ -214,11 +217,7 @@ class DANet(nn.Module):
             UserError: it is a `Predictor`'s network, without the batch norms that a folder holds,
                 or its layers are not those of its config and metadata.
         """
-        if self.optimized:
-            raise UserError(
-                f"{folder}: a Predictor's network cannot be saved, for its batch norms are folded "
-                "away; save the network that the Predictor was made from"
-            )
+        self.require_original("save")
         state = self.state_dict()
         self._require_described(folder, state)
         write_folder(Path(folder), self.config, self.metadata, state, half=half)
@@ -227,17 +226,12 @@ class DANet(nn.Module):
         """Raises a UserError unless `from_pretrained` would build this network."""
         with torch.device("meta"):
             described = type(self).from_config(self.config, self.metadata).state_dict()
-        for name in sorted({*described, *state}):
-            shapes = [
-                "x".join(map(str, tensors[name].shape)) if name in tensors else "not there"
-                for tensors in (state, described)
-            ]
-            if shapes[0] != shapes[1]:
-                raise UserError(
-                    f"{folder}: cannot be saved so that it can be read: {name} is {shapes[0]}, by "
-                    f"the network's config and metadata {shapes[1]}; for other classes build a "
-                    "DANet with that num_classes, and copy the weights that fit"
-                )
+        if problems := misfits(state, described):
+            raise UserError(
+                f"{folder}: not saved, because it could not be loaded again: {problems[0]}, by the "
+                "network's config and metadata; for other classes build a DANet with that "
+                "num_classes, and copy the weights that fit"
+            )
 
     def push_to_hub(
         self,
@@ -267,3 +261,16 @@ class DANet(nn.Module):
                 folder, repo_id, self.config, self.metadata, run=source, license_id=license_id
             )
             return upload(folder, repo_id, private=private, token=token)
+
+
+def _checked_num_classes(number: Any) -> int:
+    """A whole number, of NumPy's too."""
+    try:
+        checked = 0 if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        checked = 0
+    if not 1 <= checked <= MAX_CLASSES:
+        raise UserError(
+            f"num_classes is {number!r}; it must be 1 to {MAX_CLASSES}, because masks are 8 bit"
+        )
+    return checked

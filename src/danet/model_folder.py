@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from danet.atomic import replacing
-from danet.config import DataConfig, ModelConfig, Section, TestConfig
+from danet.config import DataConfig, ModelConfig, Positive, Section, TestConfig
 from danet.errors import UserError, explaining_lookup, first_line
 from danet.palette import default_palette
 from danet.validation_errors import explain
@@ -32,7 +33,6 @@ _NOT_ARCHITECTURE = {"pretrained_backbone", "backbone_weights", "init_from"}
 
 Channel = Annotated[int, Field(ge=0, le=255)]
 Palette = tuple[tuple[Channel, Channel, Channel], ...]
-Deviation = Annotated[float, Field(gt=0)]
 
 
 class Metadata(Section):
@@ -44,7 +44,7 @@ class Metadata(Section):
     """One RGB colour per class."""
     mean: tuple[float, float, float] = DataConfig().mean
     """Subtracted from RGB in 0..255; the result is divided by `std`."""
-    std: tuple[Deviation, Deviation, Deviation] = DataConfig().std
+    std: tuple[Positive, Positive, Positive] = DataConfig().std
     dataset: str | None = None
     """The data that the model was trained on, by `danet.data.open_dataset`'s name."""
     test: TestConfig = TestConfig()
@@ -117,7 +117,7 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
         state = load_file(weights_path)
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder} is no model folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}"
+            f"{folder} is not a model folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{config_path}: not UTF-8 text ({error})") from error
@@ -131,6 +131,23 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
         raise UserError(f"{config_path}: {explain(error, FolderConfig)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{config_path}: not valid JSON ({error})") from error
+
+
+def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """What keeps tensors from being those of a network, `wanted`: one finding a tensor."""
+    return [
+        *(f"{name} is not in the network" for name in state if name not in wanted),
+        *(f"{name} is missing" for name in wanted if name not in state),
+        *(
+            f"{name} is {_shape(state[name])}, not {_shape(tensor)}"
+            for name, tensor in wanted.items()
+            if name in state and state[name].shape != tensor.shape
+        ),
+    ]
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
 
 
 def files_of(model: str | Path) -> list[Path]:
@@ -168,7 +185,7 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     name = str(folder_or_hub_id)
     with explaining_lookup(f"model {name}"):
         if revision is not None and (folder.is_dir() or name in shipped_models()):
-            raise UserError(f"model {name}: is here, and has no revisions; they are the hub's")
+            raise UserError(f"model {name}: is local; only the hub's models have revisions")
         if (folder / RECIPE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
             if not (folder / MODEL_FOLDER).is_dir():
                 raise UserError(
@@ -194,11 +211,13 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
             snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
         )
     except HFValidationError as error:
-        raise UserError(f"{not_here}, and no valid hub id") from error
+        raise UserError(f"{not_here}, and it is not a valid hub id") from error
     # The hub's client raises its transport's many types.
     except Exception as error:
         reason = first_line(error)
-        raise UserError(f"{not_here}, and it could not be had from the hub ({reason})") from error
+        raise UserError(
+            f"{not_here}, and it could not be fetched from the hub ({reason})"
+        ) from error
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
@@ -212,7 +231,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository.repo_id, folder_path=folder))
     except HFValidationError as error:
-        raise UserError(f"{repo_id}: no valid hub id; give OWNER/NAME") from error
+        raise UserError(f"{repo_id}: not a valid hub id; give OWNER/NAME") from error
     # The hub's client raises its transport's many types.
     except Exception as error:
         raise UserError(f"{repo_id}: could not be uploaded ({first_line(error)})") from error

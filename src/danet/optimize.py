@@ -75,7 +75,7 @@ def require_finite_weights(model: nn.Module) -> None:
         # A sum is not finite if any value is not; it takes a tenth of the time of testing each.
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
             raise UserError(
-                f"the network's weights are not finite ({name}): they are damaged; take other ones"
+                f"the network's weights are not finite ({name}): they are damaged; use other ones"
             )
 
 

@@ -231,7 +231,7 @@ class Predictor:
         """
         pixels = TF.pil_to_tensor(as_rgb(image)).to(self.device)
         with autocast(self.precision, self.device):
-            scores = predict_probabilities(self.model, pixels, self.test)[0]
+            scores = predict_probabilities(self.model, pixels, self.test)
         found: npt.NDArray[np.float32] = scores.float().cpu().numpy()
         return found
 

@@ -39,8 +39,9 @@ class Share(NamedTuple):
         rank, processes = rank or "empty or not set", processes or "empty or not set"
         if not (rank.isdecimal() and processes.isdecimal() and int(rank) < int(processes)):
             raise UserError(
-                f"RANK is {rank} and WORLD_SIZE is {processes}, which numbers no process: set both "
-                "as in RANK=0 WORLD_SIZE=2, start with torchrun, or unset both to work alone"
+                f"RANK is {rank} and WORLD_SIZE is {processes}, which does not identify a "
+                "process: set both as in RANK=0 WORLD_SIZE=2, start with torchrun, or unset both "
+                "to work alone"
             )
         return cls(int(rank), int(processes))
 

@@ -39,7 +39,6 @@ class ProgressReport:
                 TextColumn("{task.fields[status]}", markup=False),
                 TimeElapsedColumn(),
                 console=self._console,
-                transient=False,
             )
             self._task = self._bar.add_task(title, total=total, completed=done, status="")
 

@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
         if len(mapping) < len(node.value):
             keys = [self.construct_object(key) for key, _ in node.value]
             twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-            raise yaml.YAMLError(f"{twice} is there twice, from line {node.start_mark.line + 1} on")
+            raise yaml.YAMLError(f"{twice} appears twice from line {node.start_mark.line + 1} on")
         return mapping
 
 

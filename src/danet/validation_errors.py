@@ -20,7 +20,7 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
             message = f"unknown key; {hint}"
         elif detail["type"] == "tuple_type":
-            message = "write a list in brackets, such as [96, 96]"
+            message = "write a list in brackets, such as [1, 2]"
         findings.setdefault(".".join(path), []).append(message)
     return "; ".join(f"{path}: {', or '.join(said)}" for path, said in findings.items())
 

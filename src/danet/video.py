@@ -174,7 +174,7 @@ class _Reader:
                 count += 1
                 yield _Timed(time, _upright(frame, size))
         if damaged:
-            self.problem = f"{self.path}: {damaged} damaged parts were left out"
+            self.problem = f"{self.path}: {damaged} damaged parts were skipped"
         elif self._stream.frames > count:
             self.problem = f"{self.path}: only {count} of {self._stream.frames} frames are there"
 

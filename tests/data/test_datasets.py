@@ -105,7 +105,10 @@ class TestFolder:
         [
             ("", "0 classes"),
             ("a\na\n", "twice"),
-            ("a 1 2 256\nb\n", "'a 1 2 256' ends in no colour of three numbers 0..255"),
+            (
+                "a 1 2 256\nb\n",
+                "the colour at the end of 'a 1 2 256' is not three numbers in 0..255",
+            ),
             ("a,1,2,3\nb,4,5,6\n", "'a,1,2,3': separate a colour's numbers by spaces"),
             ("0 a\n1 b\n", "every line begins with its id; write the names alone"),
         ],

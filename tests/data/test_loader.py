@@ -147,7 +147,7 @@ def test_extra_pictures_are_the_main_datasets_own_where_no_folder_is_named(tmp_p
 def test_extra_pictures_of_other_classes_are_refused(tmp_path: Path) -> None:
     make_folder(tmp_path)
     extra = ExtraData(name="folder", root=tmp_path)
-    with pytest.raises(UserError, match=r"data.extra: folder has other classes than scenes"):
+    with pytest.raises(UserError, match=r"data.extra: folder has different classes from scenes"):
         training_samples(DataConfig(extra=(extra,)))
 
 
@@ -171,5 +171,5 @@ def test_as_many_classes_of_other_names_do_not_go_together(tmp_path: Path) -> No
         (tmp_path / kind / "train").mkdir(parents=True)
         Image.new(mode, (8, 8)).save(tmp_path / kind / "train/a.png")
     extra = ExtraData(name="folder", root=tmp_path)
-    with pytest.raises(UserError, match="folder has other classes than scenes"):
+    with pytest.raises(UserError, match="folder has different classes from scenes"):
         training_samples(DataConfig(name="scenes", extra=(extra,)))

@@ -40,7 +40,7 @@ def plain_logits(model: danet.DANet, image: Tensor) -> Tensor:
 def test_whole_picture(model: danet.DANet, image: Tensor) -> None:
     with torch.inference_mode():
         expected = plain_logits(model, image)
-        actual = predict_probabilities(model, image, TestConfig())[0]
+        actual = predict_probabilities(model, image, TestConfig())
         classes = predict_classes(model, image, TestConfig())[0]
     torch.testing.assert_close(actual, expected.softmax(0), rtol=1e-4, atol=1e-5)
     assert torch.equal(classes.long(), expected.argmax(0))
@@ -108,7 +108,7 @@ def test_sliding_windows_average_the_logits(
                 )
                 count[top:bottom, left:right] += 1
         expected = (total / count).softmax(0)
-        actual = predict_probabilities(model, image, test)[0]
+        actual = predict_probabilities(model, image, test)
     assert (count > 0).all()
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
@@ -127,14 +127,14 @@ def test_scales_and_flips_average_the_probabilities(model: danet.DANet, image: T
                 views.append(full.softmax(0))
         expected = torch.stack(views).mean(0)
         test = TestConfig(ratios=(0.5, 1.0, 1.5), flip=True)
-        actual = predict_probabilities(model, image, test)[0]
+        actual = predict_probabilities(model, image, test)
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=5e-3)
     np.testing.assert_allclose(actual.sum(0), 1, rtol=1e-5)
 
 
 def test_a_symmetric_picture_stays_symmetric_with_flips(model: danet.DANet, image: Tensor) -> None:
     symmetric = torch.cat([image, image.flip(-1)], dim=-1)
-    scores = predict_probabilities(model, symmetric, TestConfig(flip=True))[0]
+    scores = predict_probabilities(model, symmetric, TestConfig(flip=True))
     torch.testing.assert_close(scores, scores.flip(-1), rtol=1e-4, atol=1e-5)
 
 
@@ -159,7 +159,7 @@ def test_windows_over_the_border_are_filled_with_black(model: danet.DANet, image
                 count[top : top + 32, left : left + 32] += 1
         expected = (total / count).softmax(0)
         test = TestConfig(mode="slide", window=(32, 32), stride=(24, 24), window_border="pad")
-        actual = predict_probabilities(model, image, test)[0]
+        actual = predict_probabilities(model, image, test)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -169,7 +169,7 @@ def test_a_window_larger_than_the_picture_is_padded(model: danet.DANet, image: T
     padded[:, :50, :70] = image
     with torch.inference_mode():
         expected = plain_logits(model, padded)[:, :50, :70].softmax(0)
-        actual = predict_probabilities(model, image, test)[0]
+        actual = predict_probabilities(model, image, test)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 

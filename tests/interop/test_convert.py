@@ -264,7 +264,7 @@ def test_one_tensor_may_not_ask_for_any_amount_of_memory(
 def test_damaged_files_are_named(content: bytes | None, tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": torch.zeros(100)})
     path.write_bytes(path.read_bytes()[:-200] if content is None else content)
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
         convert(path)
     with pytest.raises(UserError, match="no such file"):
         convert(tmp_path / "nowhere.pth")

@@ -108,7 +108,10 @@ def test_without_a_word_on_the_backbone_it_is_the_published_one(config: str) -> 
         ("conv_cfg=dict(type='ConvWS')", "conv_cfg is not Conv2d"),
         ("norm_cfg=dict(type='BN', eps=1e-3)", "norm_cfg has an eps other than 1e-05"),
         ("depth=50", "depth is not 101, that of the weights"),
-        ("type='ResNeXt'", "type is none that can be converted: ResNet, ResNetV1c, ResNetV1d"),
+        (
+            "type='ResNeXt'",
+            "type is not one of those that can be converted: ResNet, ResNetV1c, ResNetV1d",
+        ),
         ("type=['ResNet']", "type is none that can be converted"),
         ("type='ResNet'", "deep_stem is False (ResNet), but True in the weights"),
         ("type='mmseg.ResNetV1d'", "avg_down is True (ResNetV1d), but False in the weights"),

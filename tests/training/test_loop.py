@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     said = " ".join(capsys.readouterr().err.split())
     assert "last.ckpt: damaged" in said
     assert "weights_only" not in said
-    assert "going on from the one before, step 4" in said
+    assert "continuing from the one before, step 4" in said
     assert load_checkpoint(folder.before_last)["step"] == 4
     for path in (folder.last, folder.before_last):
         path.write_bytes(b"")
@@ -561,7 +561,7 @@ def validated_steps(folder: RunFolder) -> list[float]:
     [
         (
             UserError("b.png: not a picture"),
-            "not a picture; .* after step 6, .* go on with --resume",
+            "not a picture; .* after step 6, .* continue with --resume",
         ),
         (torch.OutOfMemoryError("CUDA out of memory"), "in the validation after step 6, .* saved"),
     ],
@@ -596,7 +596,7 @@ def test_a_broken_training_picture_does_not_cost_the_steps_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Trainer, "_batches", then_broken)
-        with pytest.raises(UserError, match=r"c\.png.*step 4 is saved: .* go on with --resume"):
+        with pytest.raises(UserError, match=r"c\.png.*step 4 is saved: .* continue with --resume"):
             run(tmp_path / "run", "train.checkpoint_every=1000", "train.log_every=3")
     assert saved_step(RunFolder(tmp_path / "run")) == 4
     assert logged_steps(RunFolder(tmp_path / "run")) == [3, 4]

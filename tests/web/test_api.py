@@ -24,7 +24,7 @@ from danet.evaluation.inference import predict_classes
 from danet.inspection import Inspection
 from danet.web import page
 from danet.web.server import build_application, serve
-from danet.web.sessions import Limits, Sessions
+from danet.web.sessions import Limits, NotKeptError, Sessions
 from networks import tiny_danet
 
 LIMITS = Limits(megabytes=1, megapixels=1, waiting=1, pictures=2)
@@ -219,7 +219,7 @@ def test_large_pictures_are_kept_for_less_long(predictor: danet.Predictor) -> No
     sessions = Sessions(predictor, LIMITS._replace(pictures=9, kept_megapixels=1))
     names = [sessions.keep(sessions.inspect(png(picture(900, 600)))) for _ in range(3)]
     assert sessions.find(names[2]).image.width == 900
-    with pytest.raises(KeyError):
+    with pytest.raises(NotKeptError):
         sessions.find(names[1])
 
 
@@ -418,8 +418,8 @@ def test_the_page_takes_only_files_that_were_uploaded(
 @pytest.mark.parametrize(
     ("host", "names", "message"),
     [
-        ("nosuch.invalid", [], "is no address of this machine"),
-        ("192.0.2.1", [], "is no address of this machine"),
+        ("nosuch.invalid", [], "is not an address of this machine"),
+        ("192.0.2.1", [], "is not an address of this machine"),
         ("127.0.0.1", ["https://b.example"], "give the name alone"),
         ("127.0.0.1", ["b.example:8443"], "give the name alone"),
     ],
@@ -480,7 +480,7 @@ def test_pictures_that_are_asked_about_are_kept(sessions: Sessions) -> None:
     sessions.find(first)
     sessions.keep(sessions.inspect(png(picture(seed=2))))
     assert sessions.find(first)
-    with pytest.raises(KeyError):
+    with pytest.raises(NotKeptError):
         sessions.find(second)
 
 

@@ -154,7 +154,7 @@ def test_a_pixel_is_chosen_by_keyboard(page: Page, photo: Path, model: danet.DAN
     assert np.abs(shown_pixels(page) - before).max() > 50
     page.get_by_label("Column of the pixel").fill("100000")
     page.get_by_label("Column of the pixel").press("Enter")
-    expect(page.locator("#facts")).to_contain_text("is outside of the picture")
+    expect(page.locator("#facts")).to_contain_text("is outside the picture")
 
 
 def test_an_example_is_one_click_away(page: Page) -> None:

@@ -14,6 +14,7 @@ from danet.config import RunConfig, Size
 from danet.data import dataset_spec
 from danet.evaluation.strips import Resized, Stored, most_likely_classes
 from danet.model import DANet
+from danet.model_folder import Metadata
 from danet.optimize import convert_parameters, optimize_for_inference
 from danet.training.build import (
     build_optimizer,
@@ -56,10 +57,8 @@ class Workload(NamedTuple):
         """The network with random weights."""
         spec = dataset_spec(self.config.data.name, self.config.data.root)
         require_class_weights(self.config, spec)
-        settings = self.config.model.model_dump(
-            exclude={"init_from", "pretrained_backbone", "backbone_weights"}
-        )
-        return DANet(spec.num_classes, pretrained_backbone=False, **settings)
+        architecture = self.config.model.without_backbone_weights()
+        return DANet.from_config(architecture, Metadata.placeholder(spec.num_classes))
 
     def prepare(
         self,

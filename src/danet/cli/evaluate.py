@@ -103,7 +103,7 @@ def _print_scores(result: "Evaluation") -> None:
     from rich.text import Text
 
     if not result.confusion["fused"].any():
-        print(f"no scores, for no pixel is labelled  {len(result.pictures)} pictures")
+        print(f"no scores, because no pixel is labelled  {len(result.pictures)} pictures")
         return
     fused = result.scores()
     table = Table("class", "IoU", "accuracy", box=None)

@@ -35,7 +35,7 @@ def export(
     require_writable_files(out)
     weights = out.with_suffix(".bin")
     if file_format == "openvino" and weights.exists() and not out.exists():
-        raise UserError(f"{weights}: would be written over; remove it, or choose another --out")
+        raise UserError(f"{weights}: would be overwritten; remove it, or choose another --out")
     network = DANet.from_pretrained(model)
     note_protocol(network.metadata.test)
     agreement = export_model(network, out, file_format, pictures)
@@ -63,7 +63,7 @@ def convert(
     from danet.model_folder import RECIPE_FILE, Metadata
 
     if root is not None and data != "folder":
-        raise UserError("--root goes with --data folder, whose classes it holds")
+        raise UserError("--root goes with --data folder, which holds its classes")
     if (out / RECIPE_FILE).exists():
         raise UserError(
             f"--out {out}: holds a run, whose model would be hidden; choose another folder"

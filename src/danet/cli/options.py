@@ -40,7 +40,7 @@ def output_folder(help_text: str) -> Any:
 def _named_folder(text: str) -> Path:
     # Path("") is the working folder, which is not what an unset variable of a shell means.
     if not text:
-        raise typer.BadParameter("it is empty; name a folder")
+        raise typer.BadParameter("it is empty; give a folder")
     return Path(text)
 
 
@@ -60,7 +60,7 @@ def open_exported(
     if not is_exported(model):
         return None
     if device not in ("auto", "cpu") or compile_graph:
-        raise UserError(f"{model} runs on the CPU as it was exported; leave --device and --compile")
+        raise UserError(f"{model} runs on the CPU as it was exported; omit --device and --compile")
     return ExportedPredictor(model, precision)
 
 
@@ -77,6 +77,6 @@ def note_protocol(test: "TestConfig") -> None:
     scaled = test.ratios != (1.0,) or (test.ratios_of == "image" and test.scale is not None)
     if test.mode == "slide" or test.flip or scaled:
         say_on_stderr(
-            "note: the model is tested with sliding windows, at other scales or mirrored; here "
-            "pictures are taken whole, at one scale"
+            "note: the model's test protocol uses windows, several scales or flips; here each "
+            "picture is taken whole, at one scale"
         )

@@ -96,7 +96,7 @@ def predict(
                         raise UserError(outcome.error)
                     problems.append(outcome.error)
                     progress.say(f"error: {outcome.error}")
-    earlier = f", {before} were before" if before else ""
+    earlier = f", {before} were already done" if before else ""
     print(f"{written} of {seen} pictures and videos segmented in {out}{earlier}")
     if problems:
         raise typer.Exit(2)

@@ -182,7 +182,7 @@ def _by_stem(folder: Location) -> dict[str, Location]:
         other = by_stem.setdefault(unicodedata.normalize("NFC", path.stem), path)
         if other is not path:
             raise UserError(
-                f"{folder}: {other.name} and {path.name} share a name but for the suffix; "
+                f"{folder}: {other.name} and {path.name} differ only in their suffix; "
                 "remove or rename one"
             )
     return by_stem

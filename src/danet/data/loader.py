@@ -46,7 +46,7 @@ def training_samples(config: DataConfig) -> tuple[DatasetSpec, Subset[Sample]]:
     for part, source in zip(parts, sources, strict=True):
         if opened[source].spec.classes != spec.classes:
             raise UserError(
-                f"data.extra: {part.name} has other classes than {config.name}; "
+                f"data.extra: {part.name} has different classes from {config.name}; "
                 "pictures can be added only where the classes agree"
             )
         length = len(opened[source])

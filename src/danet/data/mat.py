@@ -69,7 +69,7 @@ def _read(path: Location, name: str) -> _Matrix | None:
     try:
         data = path.read_bytes()
         if len(data) < _HEADER or data[126:128] not in (b"IM", b"MI"):
-            raise _Damaged("no MATLAB 5 to 7.2 file")
+            raise _Damaged("not a MATLAB 5 to 7.2 file")
         order = "<" if data[126:128] == b"IM" else ">"
         for element in _unpacked(_elements(memoryview(data)[_HEADER:], order), order):
             if element.kind == _MATRIX and (matrix := _matrix(element.content, order)).name == name:
@@ -103,7 +103,7 @@ def _elements(data: memoryview, order: str) -> Iterator[_Element]:
             # All but compressed elements are padded to eight bytes.
             end = start + size + (0 if kind == _COMPRESSED else -size % 8)
         if start + size > len(data):
-            raise _Damaged("an element reaches over the end")
+            raise _Damaged("an element reaches beyond the end")
         yield _Element(kind, data[start : start + size])
         position = end
 
@@ -120,7 +120,7 @@ def _matrix(content: memoryview, order: str) -> _Matrix:
         return _Matrix(name, None, {})
     numbers = _next(parts)
     if numbers.kind not in _NUMBERS:
-        raise _Damaged(f"data type {numbers.kind} is none of numbers")
+        raise _Damaged(f"data type {numbers.kind} is not numeric")
     values = np.frombuffer(numbers.content, f"{order}{_NUMBERS[numbers.kind]}")
     return _Matrix(name, values.reshape(shape, order="F"), {})
 
@@ -129,7 +129,7 @@ def _fields(parts: Iterator[_Element], order: str) -> dict[str, _Matrix]:
     (length,) = struct.unpack_from(f"{order}i", _next(parts).content)
     names = bytes(_next(parts).content)
     if not 0 < length <= max(len(names), 1):
-        raise _Damaged("field names of no length")
+        raise _Damaged("field names of length 0")
     fields = {}
     for start in range(0, len(names), length):
         name = names[start : start + length].partition(b"\0")[0].decode("latin-1")

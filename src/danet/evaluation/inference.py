@@ -43,15 +43,13 @@ def predict_classes(
 
 
 @torch.no_grad()
-def predict_probabilities(
-    model: DANet, image: Tensor, test: TestConfig, branches: Sequence[Branch] = ("fused",)
-) -> Tensor:
-    """Softmax scores R K H W in 0..1, averaged over the scales and flips of `test`.
+def predict_probabilities(model: DANet, image: Tensor, test: TestConfig) -> Tensor:
+    """Softmax scores K H W in 0..1, averaged over the scales and flips of `test`.
 
     Args:
         image: uint8 RGB 3 H W on the model's device.
     """
-    return average_probabilities(views(model, image.unsqueeze(0), test, branches)[0])
+    return average_probabilities(views(model, image.unsqueeze(0), test)[0])[0]
 
 
 def view_sizes(width: int, height: int, test: TestConfig) -> list[Size]:

@@ -235,7 +235,7 @@ def _exported_subject(
 ) -> _Subject:
     if mode not in (None, "whole") or multi_scale or flip or branches:
         raise UserError(
-            f"{exported.path} is scored as it predicts; leave --mode, --multi-scale, --flip and "
+            f"{exported.path} is scored as it predicts; omit --mode, --multi-scale, --flip and "
             "--branches, or give the model folder"
         )
     return _Subject(

@@ -57,10 +57,12 @@ class ExportedPredictor:
                 raise UserError(f"{path}: no such file")
         file_format = _FORMATS.get(self.path.suffix.lower())
         if file_format is None:
-            raise UserError(f"{path}: takes .onnx and .xml files; else give the model folder")
+            raise UserError(
+                f"{path}: not an .onnx or .xml file; give one of these, or the model folder"
+            )
         # OpenVINO would try its readers of other formats on anything else.
         if file_format == "openvino" and b"<net" not in self._first_bytes():
-            raise UserError(f"{path}: no OpenVINO model")
+            raise UserError(f"{path}: not an OpenVINO model")
         weights = self.path.with_suffix(".bin")
         if file_format == "openvino" and not weights.is_file():
             raise UserError(f"{path}: its weights are missing; put {weights.name} beside it")

@@ -14,7 +14,7 @@ from danet.interop import mmseg, reference
 from danet.interop.foreign import read_checkpoint, state_dict_of
 from danet.interop.layout import Translated
 from danet.model import DANet
-from danet.model_folder import MAX_CLASSES, Metadata
+from danet.model_folder import MAX_CLASSES, Metadata, misfits
 from danet.palette import default_palette
 from danet.validation_errors import explain
 
@@ -77,7 +77,7 @@ def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANe
         with torch.device("meta"):
             wanted = build().state_dict()
     except UserError as error:
-        raise UserError(f"{path}: its weights make no network ({error})") from error
+        raise UserError(f"{path}: its weights do not make a network ({error})") from error
     _require_fit(path, translated, wanted)
     model = build()
     model.load_state_dict(state, strict=False)  # without counters it is whole, too
@@ -98,14 +98,9 @@ def _require_fit(path: Path, translated: Translated, wanted: Mapping[str, Tensor
     # Counters of batches seen: missing in old checkpoints, and no part of what a network computes.
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     problems = [f"{name} is not known" for name in translated.unknown]
-    problems += [f"{name} is not in the network" for name in state if name not in wanted]
-    problems += [f"{n} is missing" for n in wanted if n not in state and n not in counters]
+    needed = {name: t for name, t in wanted.items() if name in state or name not in counters}
+    problems += misfits(state, needed)
     known = {name: tensor for name, tensor in state.items() if name in wanted}
-    problems += [
-        f"{name} is {_shape(tensor)}, not {_shape(wanted[name])}"
-        for name, tensor in known.items()
-        if tensor.shape != wanted[name].shape
-    ]
     problems += [
         f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating point"
         for name, tensor in known.items()
@@ -124,10 +119,6 @@ def _require_fit(path: Path, translated: Translated, wanted: Mapping[str, Tensor
         )
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
-
-
 def _metadata(
     path: Path, translated: Translated, spec: DatasetSpec | None, num_classes: int
 ) -> Metadata:
@@ -143,7 +134,7 @@ def _metadata(
     if len(classes) != num_classes:
         raise UserError(
             f"{path}: has {num_classes} classes, but {len(classes)} are named; "
-            "say the right one with --data NAME"
+            "give the right dataset with --data NAME"
         )
     values = {
         "classes": classes,
@@ -158,5 +149,5 @@ def _metadata(
     except ValidationError as error:
         raise UserError(
             f"{path}: its metadata cannot be used ({explain(error, Metadata)}); correct its "
-            "config, or save the state_dict without metadata and say --data NAME"
+            "config, or save the state_dict without metadata and give --data NAME"
         ) from error

@@ -58,7 +58,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     # torch's reader, its unpickler and safetensors raise many types on damaged or foreign files.
     except Exception as error:
         reason = why_not_read(error)
-        raise UserError(f"{path}: damaged or no checkpoint of tensors ({reason})") from error
+        raise UserError(f"{path}: damaged, or not a checkpoint of tensors ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dictionary")
     return content

@@ -74,7 +74,7 @@ def _require_the_weights(
         return
     kind = kind.removeprefix("mmseg.") if isinstance(kind, str) else ""
     if kind not in _VARIANTS:
-        raise _refusal("type", f"is none that can be converted: {', '.join(_VARIANTS)}")
+        raise _refusal("type", f"is not one of those that can be converted: {', '.join(_VARIANTS)}")
     settings = {**backbone, **_VARIANTS[kind]}
     for key, part in (("deep_stem", "conv1.0"), ("avg_down", "layer2.0.downsample.2")):
         said, found = bool(settings.get(key)), f"{BODY}{part}.weight" in state
@@ -110,7 +110,7 @@ def _dilation(backbone: Mapping[str, Any]) -> Dilation:
     output_stride = _OUTPUT_STRIDES.get(strides)
     if output_stride is None:
         known = ", ".join(map(str, _OUTPUT_STRIDES))
-        raise _refusal("strides", f"is {strides}, none that can be converted: {known}")
+        raise _refusal("strides", f"is {strides}, not one of those that can be converted: {known}")
     ours = _DILATIONS[output_stride]
     if dilations[:3] != ours[:3]:
         raise _refusal(

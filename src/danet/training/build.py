@@ -26,7 +26,7 @@ from danet.data.spec import DatasetSpec
 from danet.devices import uses_bfloat16
 from danet.errors import UserError
 from danet.model import DANet, DANetOutput
-from danet.model_folder import Metadata, locate, read_folder
+from danet.model_folder import Metadata, locate, misfits, read_folder
 from danet.training.convolution import use_winograd
 from danet.training.muon import Float32Muon
 
@@ -57,9 +57,7 @@ def build_model(
     require_class_weights(config, spec)
     architecture = config.model
     if resumed is not None or architecture.init_from is not None:
-        architecture = architecture.model_copy(
-            update={"pretrained_backbone": False, "backbone_weights": None}
-        )
+        architecture = architecture.without_backbone_weights()
     torch.manual_seed(config.train.seed)
     model = DANet.from_config(architecture, metadata)
     if resumed is not None:
@@ -99,21 +97,17 @@ def _initialize_from(model: DANet, source: Path, say: Callable[[str], None]) -> 
         UserError: the networks differ in more than their classes.
     """
     stored, state = read_folder(locate(source))
+    wanted = model.state_dict()
     same_classes = stored.metadata.classes == model.metadata.classes
     if not same_classes:
-        state = {name: tensor for name, tensor in state.items() if "classifier" not in name}
-    wanted = model.state_dict()
-    unfit = [
-        name
-        for name, tensor in state.items()
-        if name not in wanted or wanted[name].shape != tensor.shape
-    ]
-    missing = [name for name in wanted if name not in state and "classifier" not in name]
-    if unfit or missing:
+        state, wanted = (
+            {name: tensor for name, tensor in tensors.items() if "classifier" not in name}
+            for tensors in (state, wanted)
+        )
+    if problems := misfits(state, wanted):
         raise UserError(
-            f"model.init_from: {source} is another network ({len(unfit)} tensors do not fit, "
-            f"{len(missing)} are missing, first {(unfit + missing)[0]}); train the same model "
-            "settings as its config.json"
+            f"model.init_from: {source} is another network ({len(problems)} tensors do not fit, "
+            f"first: {problems[0]}); train with the model settings of its config.json"
         )
     model.load_state_dict(state, strict=False)
     omitted = "" if same_classes else ", all but the classifiers, whose classes differ"
@@ -223,7 +217,7 @@ def _checkpoint_backbone(backbone: Backbone, *, early: bool) -> None:
     if not backbone.blocks():
         raise UserError(
             "train.activation_checkpointing: the backbone has no blocks whose activations could be "
-            "computed again; set it to false"
+            "recomputed; set it to false"
         )
     for block in backbone.early_blocks() if early else backbone.blocks():
         checkpoint_activations(block)

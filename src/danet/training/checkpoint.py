@@ -77,7 +77,7 @@ class RunFolder:
             if not self.before_last.exists():
                 raise
             checkpoint = load_checkpoint(self.before_last)
-            say(f"note: {error}; going on from the one before, step {checkpoint['step']}")
+            say(f"note: {error}; continuing from the one before, step {checkpoint['step']}")
             return checkpoint
 
     def save_last(self, checkpoint: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     # torch's reader and its unpickler raise many types on a damaged file.
     except Exception as error:
         reason = why_not_read(error)
-        raise UserError(f"{path}: damaged or no checkpoint ({reason})") from error
+        raise UserError(f"{path}: damaged, or not a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
         raise UserError(f"{path}: not a checkpoint of danet train")
     return checkpoint

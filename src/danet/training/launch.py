@@ -56,7 +56,7 @@ def _require_devices(number: int, device: torch.device) -> None:
     if device.type != "cpu" and number > there:
         raise UserError(
             f"train.devices={number} (or torchrun's --nproc-per-node): PyTorch sees {there} "
-            f"devices of type {device.type} on this machine; start as many processes"
+            f"devices of type {device.type} on this machine; start at most that many processes"
         )
 
 

@@ -69,13 +69,12 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
     if run.exists():
         if not resume:
             raise UserError(
-                f"{out} already holds a run; go on with --resume, or choose another folder with "
+                f"{out} already holds a run; continue with --resume, or choose another folder with "
                 "--out"
             )
     elif (other := run.file_of_another_kind()) is not None:
         raise UserError(
-            f"{out} holds {other.name}, which is no part of a run that could go on; choose another "
-            "folder with --out"
+            f"{out} holds {other.name}, but no run to resume; choose another folder with --out"
         )
     with StopSignal() as stop, ExitStack() as at_end:
         try:
@@ -93,7 +92,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
             problem = explain_lost_process(error)
             if problem is None:
                 raise
-            raise TrainingStopped(f"training: {problem}, and go on with --resume") from error
+            raise TrainingStopped(f"training: {problem}, and continue with --resume") from error
     return run
 
 
@@ -145,8 +144,8 @@ class _Trainer:
             self._lock(at_end)
             if self.fabric.is_global_zero and run.exists():
                 raise UserError(
-                    f"{run.path}: another process began a run here meanwhile; go on with --resume "
-                    "when it has ended, or choose another folder with --out"
+                    f"{run.path}: another process began a run here meanwhile; continue with "
+                    "--resume when it has ended, or choose another folder with --out"
                 )
         if checkpoint is None:
             self._start_folder()
@@ -195,18 +194,18 @@ class _Trainer:
             key for key in changed if key.startswith("model.") and key not in _FIRST_WEIGHTS
         ]:
             raise UserError(
-                f"{', '.join(other)}: other than in {self.run.recipe}, and the run's weights are "
-                "that network's; set them as they were, or start a new run with model.init_from"
+                f"{', '.join(other)}: not as in {self.run.recipe}, whose network the run's "
+                "weights belong to; restore them, or start a new run with model.init_from"
             )
         if ignored := [key for key in changed if key in _FIRST_WEIGHTS]:
             self.progress.say(
-                f"note: {', '.join(ignored)}: without effect, for the run goes on from its own "
-                "weights"
+                f"note: {', '.join(ignored)}: without effect, because the run continues from its "
+                "own weights"
             )
         if changed := [key for key in changed if key not in _FIRST_WEIGHTS]:
             self.progress.say(
-                f"note: {', '.join(changed)}: other than in {self.run.recipe}; the remaining "
-                "steps go by the new settings"
+                f"note: {', '.join(changed)}: not as in {self.run.recipe}; the remaining "
+                "steps use the new settings"
             )
         if any(key in _SCORED or key.startswith("test.") for key in changed):
             self.state.forget_scores()
@@ -230,7 +229,7 @@ class _Trainer:
             self._export()
 
     def _announce(self) -> None:
-        before = f", going on after step {self.first_step}" if self.first_step else ""
+        before = f", continuing after step {self.first_step}" if self.first_step else ""
         parameters = sum(p.numel() for p in self.state.model.parameters()) / 1e6
         dtype = "bfloat16" if self.bfloat16 else "float32"
         self.progress.say(
@@ -277,7 +276,7 @@ class _Trainer:
                 self._write_log(done)
             self._save_last(done)
             raise UserError(
-                f"{error}; step {done} is saved: mend it, and go on with --resume"
+                f"{error}; step {done} is saved: fix this, and continue with --resume"
             ) from error
 
     def _write_log(self, done: int) -> None:
@@ -286,8 +285,8 @@ class _Trainer:
         if self.log.loss == 0 and not self.told_unlabelled:
             self.told_unlabelled = True
             self.progress.say(
-                f"note: the loss of {steps} steps is 0, for no pixel of their crops has a class; "
-                "danet data check says what the labels hold"
+                f"note: the loss of {steps} steps is 0, because no pixel of their crops has a "
+                "class; danet data check says what the labels hold"
             )
         self.progress.advance(status, steps=steps)
 
@@ -312,7 +311,7 @@ class _Trainer:
         told_by = self.stop.received or "another process"
         return TrainingStopped(
             f"training: stopped by {told_by} after step {done}, which is saved in "
-            f"{self.run.last}; go on with --resume"
+            f"{self.run.last}; continue with --resume"
         )
 
     def _validate(self, done: int) -> None:
@@ -371,15 +370,16 @@ class _Trainer:
             diverged = error
         except UserError as error:
             raise UserError(
-                f"{error}; found in the validation after step {done}, which is saved: mend it, and "
-                "go on with --resume"
+                f"{error}; found in the validation after step {done}, which is saved: fix this, "
+                "and continue with --resume"
             ) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(
                 f"training: out of memory in the validation after step {done}, which is saved; set "
-                "test.mode=slide, or lower test.batch_size or test.scale, and go on with --resume"
+                "test.mode=slide, or lower test.batch_size or test.scale, and continue with "
+                "--resume"
             ) from error
         # The loss is of the weights before the last update, so this may be the first to tell. Not
         # all processes have a picture that shows it.

@@ -3,24 +3,22 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Query, Request, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from danet.data.images import PictureTooLarge
-from danet.errors import UserError
-from danet.inspection import Inspection
 from danet.predict import OVERLAY_OPACITY
 from danet.web import drawings
-from danet.web.sessions import BusyError, Sessions
+from danet.web.sessions import BusyError, NotKeptError, Sessions
 
 PREFIX = "/api"
 _SECONDS_BETWEEN_LOOKS = 0.2
 """At a visitor who waits, for whether the connection is still there."""
 
-_Answer = TypeVar("_Answer")
 Side = Annotated[int, Query(ge=0, le=1_000_000)]
 Opacity = Annotated[float, Query(ge=0, le=1)]
 
@@ -36,22 +34,13 @@ class ModelFacts(BaseModel):
     trained_on: str | None
 
 
-class ClassInPicture(BaseModel):
-    """A class that occurs, with its part of the pixels."""
-
-    id: int
-    name: str
-    color: str
-    share: float
-
-
 class SegmentedPicture(BaseModel):
     """A picture that was segmented; `id` is for asking more about it."""
 
     id: str
     width: int
     height: int
-    classes: list[ClassInPicture]
+    classes: list[drawings.ClassShare]
     disagreement: float
     """The part of the pixels on which the branches are not of one opinion."""
 
@@ -73,7 +62,10 @@ class Problem(BaseModel):
 
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "The file is no picture, or a value does not fit it."},
+    400: {
+        "model": Problem,
+        "description": "The file is not a picture, or a value does not fit it.",
+    },
     413: {"model": Problem, "description": "The file or the picture is too large."},
     429: {"model": Problem, "description": "Too many others wait; try again in a moment."},
 }
@@ -115,8 +107,8 @@ def router(sessions: Sessions) -> APIRouter:
     @api.get("/pictures/{picture_id}/mask.png", responses=_OF_PICTURE, response_class=_Png)
     def mask(picture_id: str, branch: str = "fused") -> Response:
         """Class ids at the picture's size, as a palette PNG."""
-        inspection = _find(sessions, picture_id)
-        chosen = _answered(lambda: drawings.check_branch(inspection, branch))
+        inspection = sessions.find(picture_id)
+        chosen = drawings.check_branch(inspection, branch)
         return _Png(drawings.encode(inspection.segmentation(chosen).mask(), "PNG"))
 
     @api.get("/pictures/{picture_id}/overlay.jpg", responses=_OF_PICTURE, response_class=_Jpeg)
@@ -124,23 +116,23 @@ def router(sessions: Sessions) -> APIRouter:
         picture_id: str, branch: str = "fused", opacity: Opacity = OVERLAY_OPACITY
     ) -> Response:
         """The classes over the picture."""
-        inspection = _find(sessions, picture_id)
-        chosen = _answered(lambda: drawings.check_branch(inspection, branch))
+        inspection = sessions.find(picture_id)
+        chosen = drawings.check_branch(inspection, branch)
         drawn = drawings.overlay(inspection, chosen, opacity)
-        return _Jpeg(_answered(lambda: drawings.encode(drawn, "JPEG")))
+        return _Jpeg(drawings.encode(drawn, "JPEG"))
 
     @api.get("/pictures/{picture_id}/attention.jpg", responses=_OF_PICTURE, response_class=_Jpeg)
     def attention(picture_id: str, x: Side, y: Side) -> Response:
         """Where one pixel looks, over the grey picture."""
-        inspection = _find(sessions, picture_id)
-        drawn = _answered(lambda: drawings.attention(inspection, (x, y)))
-        return _Jpeg(_answered(lambda: drawings.encode(drawn, "JPEG")))
+        inspection = sessions.find(picture_id)
+        drawn = drawings.attention(inspection, (x, y))
+        return _Jpeg(drawings.encode(drawn, "JPEG"))
 
     @api.get("/pictures/{picture_id}/pixel", responses=_OF_PICTURE)
     def pixel(picture_id: str, x: Side, y: Side) -> PixelFacts:
         """The class of one pixel and how sure the model is."""
-        inspection = _find(sessions, picture_id)
-        score = _answered(lambda: inspection.score((x, y)))
+        inspection = sessions.find(picture_id)
+        score = inspection.score((x, y))
         name = inspection.metadata.classes[score.class_id]
         return PixelFacts(
             x=x, y=y, class_id=score.class_id, class_name=name, probability=score.probability
@@ -152,12 +144,12 @@ def router(sessions: Sessions) -> APIRouter:
 def _segmented(
     sessions: Sessions, content: bytes, has_gone: Callable[[], bool]
 ) -> SegmentedPicture:
-    inspection = _answered(lambda: sessions.inspect(content, has_gone))
+    inspection = sessions.inspect(content, has_gone)
     return SegmentedPicture(
         id=sessions.keep(inspection),
         width=inspection.image.width,
         height=inspection.image.height,
-        classes=[ClassInPicture(**share._asdict()) for share in drawings.class_shares(inspection)],
+        classes=drawings.class_shares(inspection),
         disagreement=float(inspection.disagreement.mean()),
     )
 
@@ -176,19 +168,7 @@ class _Jpeg(Response):
     media_type = "image/jpeg"
 
 
-def _find(sessions: Sessions, picture_id: str) -> Inspection:
-    try:
-        return sessions.find(picture_id)
-    except KeyError as error:
-        raise HTTPException(
-            404, "no such picture, or it is no longer kept; send it anew"
-        ) from error
-
-
-def _answered(ask: Callable[[], _Answer]) -> _Answer:
-    """The answer, or what was wrong with the question as an HTTP status."""
-    try:
-        return ask()
-    except UserError as error:
-        status = {BusyError: 429, PictureTooLarge: 413}.get(type(error), 400)
-        raise HTTPException(status, str(error)) from error
+async def answer_user_error(_: Request, error: Exception) -> JSONResponse:
+    """What was wrong with a question, a UserError, as an HTTP status."""
+    status = {NotKeptError: 404, PictureTooLarge: 413, BusyError: 429}.get(type(error), 400)
+    return JSONResponse({"detail": str(error)}, status)

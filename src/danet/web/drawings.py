@@ -1,10 +1,10 @@
 """What the page and the HTTP interface show of a segmented picture."""
 
 import io
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel
 
 from danet.data.images import require_jpeg_size
 from danet.errors import UserError
@@ -15,8 +15,8 @@ from danet.palette import hex_color, highlighted
 from danet.predict import OVERLAY_OPACITY
 
 
-class ClassShare(NamedTuple):
-    """A class that occurs in a picture, and the part of its pixels, 0..1."""
+class ClassShare(BaseModel):
+    """A class that occurs in a picture, its colour #rrggbb, and its part of the pixels, 0..1."""
 
     id: int
     name: str

@@ -214,7 +214,7 @@ class _Actions:
         """As `click`, at a pixel whose place was typed: view, facts and picture."""
         try:
             if column is None or row is None:
-                raise UserError("Type column and row.")
+                raise UserError("Type a column and a row.")
             return _looked_at(self._find(name), (column, row), view, opacity)
         except UserError as error:
             return gr.skip(), str(error), gr.skip()
@@ -234,10 +234,7 @@ class _Actions:
     def _find(self, name: str | None) -> Inspection:
         if name is None:
             raise UserError("Choose a photo first.")
-        try:
-            return self.sessions.find(name)
-        except KeyError as error:
-            raise UserError("This picture is no longer kept; choose it again.") from error
+        return self.sessions.find(name)
 
 
 def _segment_batch(

@@ -26,7 +26,7 @@ from fastapi import FastAPI
 
 from danet.errors import UserError
 from danet.predict import Predictor
-from danet.web.api import PREFIX, router
+from danet.web.api import PREFIX, answer_user_error, router
 from danet.web.page import CSS, THEME, build_page
 from danet.web.sessions import Limits, Sessions
 
@@ -95,6 +95,7 @@ def build_application(sessions: Sessions, names: Sequence[str]) -> FastAPI:
     """
     application = FastAPI(title="danet", docs_url=None, redoc_url=None)
     application.include_router(router(sessions))
+    application.add_exception_handler(UserError, answer_user_error)
     page = build_page(sessions)
     # Else Gradio opens any file that a request names: launch() sets this, mounting does not.
     page.has_launched = True
@@ -123,8 +124,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             raise UserError(
-                f"--host {host}: is no address of this machine ({error.strerror}); use 127.0.0.1, "
-                "or 0.0.0.0 for all of its addresses"
+                f"--host {host}: is not an address of this machine ({error.strerror}); use "
+                "127.0.0.1, or 0.0.0.0 for all of its addresses"
             ) from error
         raise UserError(
             f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port, "
@@ -282,7 +283,7 @@ class ReadableJson:
         try:
             json.loads(body or b"null", parse_constant=_finite, parse_float=_finite)
         except (ValueError, RecursionError):
-            await _refuse(scope, None, send, 400, "the body is no JSON that can be read")
+            await _refuse(scope, None, send, 400, "the body is not valid JSON")
             return
         whole: Message = {"type": "http.request", "body": body, "more_body": False}
         pending = [whole]
@@ -296,7 +297,7 @@ class ReadableJson:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no number of JSON")
+        raise ValueError(f"{text} is not a JSON number")
     return number
 
 

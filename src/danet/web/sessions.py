@@ -45,6 +45,10 @@ class BusyError(UserError):
     """More requests wait than are let in."""
 
 
+class NotKeptError(UserError):
+    """There is no such picture, or no longer."""
+
+
 class GoneError(UserError):
     """The visitor has gone before the picture's turn came."""
 
@@ -125,8 +129,10 @@ class Sessions:
         """A picture that is kept.
 
         Raises:
-            KeyError: it is not, or no longer.
+            NotKeptError: it is not, or no longer.
         """
         with self._keeping:
+            if name not in self._kept:
+                raise NotKeptError("this picture is not here, or no longer kept; send it again")
             self._kept.move_to_end(name)
             return self._kept[name]

@@ -62,7 +62,9 @@ def _read_classes(listing: Location) -> DatasetSpec:
         numbers = [int(word) for word in (red, green, blue) if word.isdecimal()]
         has_color = len(numbers) == 3 and any(words)
         if has_color and max(numbers) > 255:
-            raise UserError(f"{listing}: {line!r} ends in no colour of three numbers 0..255")
+            raise UserError(
+                f"{listing}: the colour at the end of {line!r} is not three numbers in 0..255"
+            )
         if _COLOR_WITH_COMMAS.search(line):
             raise UserError(f"{listing}: {line!r}: separate a colour's numbers by spaces")
         names.append(" ".join(filter(None, words)) if has_color else line)
@@ -89,8 +91,8 @@ def _count_classes(root: Location) -> DatasetSpec:
         )
     if largest == 0:
         raise UserError(
-            f"{root}: the labels hold no class but 0 (in masks of 0 and 255, 0 is a class and 255 "
-            f"is ignored); give objects id 1, or name the classes in {_CLASSES_FILE}"
+            f"{root}: the labels hold no class other than 0 (in masks of 0 and 255, 0 is a "
+            f"class and 255 is ignored); give objects id 1, or name the classes in {_CLASSES_FILE}"
         )
     return DatasetSpec(NAME, tuple(f"class {index}" for index in range(largest + 1)))
 

@@ -35,7 +35,7 @@ class Scenes:
 
 def _open_split(root: Path | None, split: str) -> Scenes:
     if root is not None:
-        raise UserError(f"data.root={root}: scenes are generated; leave data.root unset")
+        raise UserError(f"data.root={root}: scenes are generated; do not set data.root")
     return Scenes(split)
 
 

@@ -54,7 +54,7 @@ def _open_split(root: Path | None, split: str) -> PairedFiles:
     if split == "train_aug":
         label_folder, added = _added_labels(folder, voc)
         labels = {**added, **labels}
-        names = [*names, *(name for name in added if name not in set(names))]
+        names = list(dict.fromkeys([*names, *added]))
     images = existing(voc / "JPEGImages", names, ".jpg")
     require_all(images, names, voc / "JPEGImages")
     pairs = without_labels(images) if split == "test" else pair_up(images, labels, label_folder)

@@ -35,11 +35,11 @@ with atheris.instrument_imports(include=["danet", "PIL", "yaml", "tarfile", "zip
 
     import danet
     from danet import bulk, data, jsonl, manifest, video
-    from danet.config import load_recipe, recipe_names
     from danet.data import images, mat
     from danet.export.predictor import ExportedPredictor
     from danet.interop import convert, foreign
     from danet.model_folder import read_folder
+    from danet.recipes import load_recipe, recipe_names
     from danet.training import checkpoint
 
 from results_file import RESULTS, commit, read_rows, write_rows

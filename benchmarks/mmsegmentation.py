@@ -35,7 +35,7 @@ def our_network(args: argparse.Namespace) -> Callable[[], None]:
     import torch
 
     from danet.bench.workload import Workload
-    from danet.config import load_recipe
+    from danet.recipes import load_recipe
 
     checkpointing = CHECKPOINTED.get(args.measure, "false")
     settings = [f"train.activation_checkpointing={checkpointing}"]

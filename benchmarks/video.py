@@ -17,7 +17,7 @@ from results_file import RESULTS, commit, write_rows
 import danet
 from danet.bench.report import hardware
 from danet.data.scenes import render
-from danet.predict import write_segmentation
+from danet.segmentation import write_segmentation
 from danet.video import segment_video
 
 

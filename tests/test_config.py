@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from danet.config import RunConfig, differing_keys, load_recipe, recipe_header, recipe_names
+from danet.config import RunConfig, differing_keys
 from danet.errors import UserError
+from danet.recipes import load_recipe, recipe_header, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

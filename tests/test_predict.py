@@ -18,7 +18,7 @@ from danet.errors import UserError
 from danet.inputs import find_inputs, output_stems
 from danet.model_folder import Metadata
 from danet.palette import default_palette
-from danet.predict import write_segmentation
+from danet.segmentation import write_segmentation
 from networks import tiny_danet
 
 

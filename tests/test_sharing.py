@@ -10,12 +10,12 @@ import torch
 import yaml
 
 import danet
-from danet.config import load_recipe
 from danet.data import open_dataset
 from danet.errors import UserError
 from danet.model_card import write_model_card
 from danet.model_folder import Metadata, read_folder, shipped_models
 from danet.palette import default_palette
+from danet.recipes import load_recipe
 from hub import serving_hub
 
 

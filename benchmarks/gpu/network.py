@@ -24,8 +24,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 from results_file import append_rows
 
 from danet.bench.workload import Runner, Workload
-from danet.config import Size, load_recipe
+from danet.config import Size
 from danet.model import DANet
+from danet.recipes import load_recipe
 
 FORMS: dict[str, dict[str, bool]] = {
     "eager, N x N": {"bfloat16": False, "materialized": True},

@@ -21,10 +21,10 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from danet import DANet
-from danet.config import load_recipe
 from danet.data.loader import training_samples
 from danet.data.spec import Sample
 from danet.errors import TrainingStopped
+from danet.recipes import load_recipe
 from danet.training import loop
 from danet.training.build import build_model
 from danet.training.checkpoint import RunFolder, load_checkpoint, model_weights

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from danet.errors import UserError
     from danet.explanation import Explanation, explain
     from danet.model import DANet, DANetOutput
-    from danet.predict import Predictor, Segmentation
+    from danet.predict import Predictor
+    from danet.segmentation import Segmentation
 
 __all__ = [
     "ChannelAttention",
@@ -37,7 +38,7 @@ _HOME = {
     "Explanation": "danet.explanation",
     "PositionAttention": "danet.attention",
     "Predictor": "danet.predict",
-    "Segmentation": "danet.predict",
+    "Segmentation": "danet.segmentation",
     "UserError": "danet.errors",
     "explain": "danet.explanation",
 }

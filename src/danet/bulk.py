@@ -23,10 +23,12 @@ from danet.data.archives import MAX_FILE_BYTES
 from danet.data.images import IMAGE_SUFFIXES, open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
-from danet.inputs import Input, Results, member_stem, picture_results
+from danet.inputs import Input, Results
 from danet.manifest import Manifest, Origin, earlier_results, finished_results
-from danet.predict import Segmentation, Segmenter, write_segmentation
+from danet.predict import Segmenter
 from danet.processes import Share
+from danet.result_names import member_stem, picture_results
+from danet.segmentation import Segmentation, write_segmentation
 from danet.threads import map_ahead
 
 BATCH = 4

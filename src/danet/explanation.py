@@ -14,6 +14,7 @@ from danet.inspection import ChannelMap, FloatMap, Inspection, PixelScore, Point
 from danet.model import DANet
 from danet.palette import Color
 from danet.predict import Predictor
+from danet.segmentation import ImageSource
 
 CHANNELS_SHOWN = 3
 
@@ -81,7 +82,7 @@ class Explanation(NamedTuple):
 
 def explain(
     model: DANet | Predictor | str | Path,
-    image: Image.Image | npt.NDArray[np.uint8] | str | Path,
+    image: ImageSource,
     point: Point,
 ) -> Explanation:
     """Looks at the attention that a pixel pays, and at the rest of what the network sees.

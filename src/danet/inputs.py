@@ -1,4 +1,4 @@
-"""Finding the inputs of a command, and naming their results."""
+"""Finding the inputs of a command."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from typing import NamedTuple
 from danet.data.images import IMAGE_SUFFIXES
 from danet.errors import UserError, explaining_lookup
 from danet.manifest import earlier_results
+from danet.result_names import member_pattern, picture_results, video_results
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"}
@@ -57,41 +58,6 @@ class Results(NamedTuple):
             masks = self.frame_masks or not self.overlay
             return video_results(one.stem, overlay=self.overlay, masks=masks)
         return picture_results(one.stem, overlay=self.overlay)
-
-
-def mask_name(stem: str) -> str:
-    """The file name of a picture's class ids."""
-    return f"{stem}.png"
-
-
-def overlay_name(stem: str) -> str:
-    """The file name of a picture overlaid with its classes."""
-    return f"{stem}_overlay.jpg"
-
-
-def video_name(stem: str) -> str:
-    """The file name of a video overlaid with its classes."""
-    return f"{stem}_overlay.mp4"
-
-
-def picture_results(stem: str, *, overlay: bool) -> dict[str, str]:
-    """The names of a picture's results, by kind (`danet.manifest.RESULT_KINDS`)."""
-    return {"mask": mask_name(stem)} | ({"overlay": overlay_name(stem)} if overlay else {})
-
-
-def video_results(stem: str, *, overlay: bool, masks: bool) -> dict[str, str]:
-    """The names of a video's results, by kind; the folder of frames' masks is named by the stem."""
-    return ({"overlay": video_name(stem)} if overlay else {}) | ({"frames": stem} if masks else {})
-
-
-def member_pattern(archive_stem: str) -> str:
-    """A regular expression for the beginning of `member_stem`."""
-    return rf"{re.escape(archive_stem)}_\d{{6,}}_"
-
-
-def member_stem(archive_stem: str, index: int, name: str) -> str:
-    """The stem of a picture in an archive; numbered, because names may occur twice."""
-    return f"{archive_stem}_{index:06}_{name}"
 
 
 def find_inputs(

@@ -11,13 +11,11 @@ import operator
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -27,7 +25,8 @@ from danet.errors import UserError
 from danet.evaluation.inference import views
 from danet.evaluation.strips import most_likely_classes
 from danet.heads import Branch
-from danet.predict import Predictor, Segmentation, as_rgb
+from danet.predict import Predictor
+from danet.segmentation import ImageSource, Segmentation, as_rgb
 
 FloatMap = npt.NDArray[np.float32]
 Point = tuple[int, int]
@@ -87,7 +86,7 @@ class Inspection:
     def __init__(
         self,
         predictor: Predictor,
-        image: Image.Image | npt.NDArray[np.uint8] | str | Path,
+        image: ImageSource,
         *,
         keep_channels: bool = True,
     ) -> None:

@@ -7,10 +7,11 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 from pydantic import BaseModel
 
-from danet.config import ModelConfig, RunConfig, TestConfig, load_recipe
+from danet.config import ModelConfig, RunConfig, TestConfig
 from danet.errors import UserError
 from danet.jsonl import read_metrics
 from danet.model_folder import BEST_CHECKPOINT, METRICS_FILE, RECIPE_FILE, Metadata
+from danet.recipes import load_recipe
 
 PICTURE_FILE = "example.jpg"
 

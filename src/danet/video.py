@@ -19,8 +19,9 @@ from PIL import Image
 from danet.atomic import explaining, replacing
 from danet.data.images import MAX_PIXELS
 from danet.errors import UserError, first_line
-from danet.inputs import video_name
-from danet.predict import Segmenter, write_segmentation
+from danet.predict import Segmenter
+from danet.result_names import video_name
+from danet.segmentation import write_segmentation
 
 FRAMES_TOGETHER = 4
 """Frames that go through the network at once, and that are in memory."""

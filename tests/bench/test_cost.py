@@ -13,7 +13,8 @@ from danet.bench.cost import (
 )
 from danet.bench.measure import Form, measure
 from danet.bench.workload import Workload
-from danet.config import RunConfig, load_recipe
+from danet.config import RunConfig
+from danet.recipes import load_recipe
 
 MIB = 2**20
 R50 = "cityscapes_r50_512x1024_40k"

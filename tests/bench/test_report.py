@@ -3,7 +3,8 @@ import pytest
 from danet.bench.cost import LARGEST_BATCH, BatchLimit, estimate_peak_bytes
 from danet.bench.report import estimate_limits, limits_as_json, print_limits
 from danet.bench.workload import Workload
-from danet.config import RunConfig, load_recipe
+from danet.config import RunConfig
+from danet.recipes import load_recipe
 
 MIB = 2**20
 

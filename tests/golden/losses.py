@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from danet.config import load_recipe
+from danet.recipes import load_recipe
 from danet.training.loop import train
 
 RECORD = Path(__file__).with_name("losses.csv")

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 import danet
 from danet.cli import app
-from danet.config import load_recipe
 from danet.data import dataset_spec
 from danet.errors import UserError
 from danet.heads import DualAttentionHead
 from danet.interop import mmseg
 from danet.interop.convert import convert
+from danet.recipes import load_recipe
 
 CLASSES = 11
 

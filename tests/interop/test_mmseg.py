@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from danet.config import TestConfig, load_recipe
+from danet.config import TestConfig
 from danet.errors import UserError
 from danet.interop import mmseg
 from danet.interop.foreign import literal_config
+from danet.recipes import load_recipe
 
 CONFIG = """
 norm_cfg = dict(type='SyncBN', requires_grad=True)

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 import danet
 from danet.config import RunConfig
 from danet.data import dataset_spec
-from danet.training.build import build_model, freeze_unreached
+from danet.training.build import build_model
+from danet.training.probe import freeze_unreached
 from networks import tiny_danet
 
 

@@ -18,7 +18,7 @@ import danet
 import forked
 from danet.bench import cost
 from danet.bench.workload import Workload
-from danet.config import TrainConfig, load_recipe
+from danet.config import TrainConfig
 from danet.data.loader import Batch
 from danet.errors import (
     LogitsNotFinite,
@@ -28,6 +28,7 @@ from danet.errors import (
     UserError,
 )
 from danet.evaluation.metrics import Scores
+from danet.recipes import load_recipe
 from danet.training import loop, state
 from danet.training.checkpoint import RunFolder, load_checkpoint
 from danet.training.launch import launch

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import danet
-from danet.config import TrainConfig, load_recipe
+from danet.config import TrainConfig
 from danet.errors import UserError
+from danet.recipes import load_recipe
 from danet.training.build import prepare_for_training
 
 

@@ -167,7 +167,7 @@ def test_bombs_and_heavy_uploads_are_refused(client: TestClient) -> None:
 def test_an_upload_that_stands_still_is_ended(
     sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("danet.web.server._SLOWEST_UPLOAD_SECONDS", 0.2)
+    monkeypatch.setattr("danet.web.limits._SLOWEST_UPLOAD_SECONDS", 0.2)
     application = build_application(sessions, [])
     sent: list[dict] = []
 

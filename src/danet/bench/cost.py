@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from danet.bench.workload import Workload
 from danet.config import RunConfig
 from danet.devices import choose_device, memory_limit, uses_bfloat16
-from danet.training.build import TooFewValues
+from danet.training.probe import TooFewValues
 
 _MIB = 2**20
 _CPU_HEAP_FACTOR = {"prediction": 1.1, "training": 1.2}

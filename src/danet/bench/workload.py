@@ -16,13 +16,9 @@ from danet.evaluation.strips import Resized, Stored, most_likely_classes
 from danet.model import DANet
 from danet.model_folder import Metadata
 from danet.optimize import convert_parameters, optimize_for_inference
-from danet.training.build import (
-    build_optimizer,
-    explaining_batch_norms,
-    prepare_for_training,
-    require_class_weights,
-)
+from danet.training.build import build_optimizer, prepare_for_training, require_class_weights
 from danet.training.loss import loss_divisor, segmentation_losses
+from danet.training.probe import explaining_batch_norms
 
 
 class Runner(NamedTuple):

@@ -51,8 +51,8 @@ def bench(
     from danet.atomic import require_writable_files, write_json
     from danet.bench import report
     from danet.bench.workload import Workload
-    from danet.config import load_recipe
     from danet.devices import choose_device, memory_limit, uses_bfloat16, warn_of_slow_bfloat16
+    from danet.recipes import load_recipe
 
     how = {"peer": peer, "rounds": rounds, "repeats": repeats}
     given = [f"--{name}" for name, value in {**how, "compile": compile_graph}.items() if value]

@@ -10,7 +10,7 @@ def recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from danet.config import recipe_header, recipe_names
+    from danet.recipes import recipe_header, recipe_names
 
     table = Table("recipe", "what it is", "published", "measured", box=None)
     table.columns[0].no_wrap = True
@@ -22,6 +22,6 @@ def recipes() -> None:
 
 def config(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print a recipe with everything it extends resolved, as YAML."""
-    from danet.config import load_recipe
+    from danet.recipes import load_recipe
 
     print(load_recipe(recipe, overrides or ()).to_yaml(), end="")

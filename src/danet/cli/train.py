@@ -18,7 +18,7 @@ def train(
     """Train a network by a recipe."""
     from lightning_fabric.utilities import rank_zero_only
 
-    from danet.config import load_recipe
+    from danet.recipes import load_recipe
     from danet.training.loop import train as run_training
 
     folder = Path("runs") / Path(recipe).stem if out is None else out

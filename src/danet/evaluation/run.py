@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from danet.choices import Precision, TestMode
-from danet.config import PUBLISHED_RATIOS, TestConfig, load_recipe
+from danet.config import PUBLISHED_RATIOS, TestConfig
 from danet.data import open_dataset
 from danet.data.files import PairedFiles
 from danet.data.spec import SegmentationDataset
@@ -35,6 +35,7 @@ from danet.model import DANet
 from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
 from danet.processes import Share
 from danet.progress import ProgressReport
+from danet.recipes import load_recipe
 from danet.validation_errors import explain
 
 if TYPE_CHECKING:

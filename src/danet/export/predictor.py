@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from pydantic import ValidationError
 
 from danet.choices import ExportFormat
@@ -15,13 +14,8 @@ from danet.errors import UserError, explaining_lookup, first_line
 from danet.evaluation.strips import Stored, most_likely_classes, require_finite
 from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, load
 from danet.model_folder import Metadata
-from danet.predict import (
-    FINGERPRINT_DIGITS,
-    Segmentation,
-    as_rgb,
-    require_rgb_batch,
-    segment_picture,
-)
+from danet.predict import FINGERPRINT_DIGITS, require_rgb_batch, segment_picture
+from danet.segmentation import ImageSource, Segmentation, as_rgb
 
 _HEADER_BYTES = 1024
 _FORMATS = {suffix: name for name, suffix in SUFFIXES.items() if name != "torch"}
@@ -102,15 +96,13 @@ class ExportedPredictor:
 
     def __call__(
         self,
-        image: Image.Image | npt.NDArray[np.uint8] | str | Path,
+        image: ImageSource,
         probabilities: bool = False,
     ) -> Segmentation:
         """Segments one picture, as `danet.Predictor` does."""
         return segment_picture(self, image, probabilities=probabilities)
 
-    def probabilities(
-        self, image: Image.Image | npt.NDArray[np.uint8] | str | Path
-    ) -> npt.NDArray[np.float32]:
+    def probabilities(self, image: ImageSource) -> npt.NDArray[np.float32]:
         """The softmax scores of a picture, upright, K H W float32.
 
         Raises:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from danet.config import load_recipe
 from danet.interop.layout import BODY, Translated, renamed, resnet_name
+from danet.recipes import load_recipe
 
 _RECIPE = "cityscapes_r101_authors"
 """Says of the network that they released what its checkpoint does not."""

@@ -1,32 +1,20 @@
 """Builds the network with its initial weights, and its optimizer."""
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from timm.optim.muon import Muon
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
-from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from danet.backbone import Backbone
-from danet.config import RunConfig, Size, TrainConfig
-from danet.convolution import has_hooks
+from danet.config import RunConfig, TrainConfig
 from danet.data.spec import DatasetSpec
 from danet.devices import uses_bfloat16
 from danet.errors import UserError
-from danet.model import DANet, DANetOutput
+from danet.model import DANet
 from danet.model_folder import Metadata, locate, misfits, read_folder
+from danet.training.activation_checkpointing import checkpoint_backbone
 from danet.training.convolution import use_winograd
 from danet.training.muon import Float32Muon
 
@@ -128,69 +116,6 @@ def require_class_weights(config: RunConfig, spec: DatasetSpec) -> None:
         )
 
 
-class TooFewValues(UserError):
-    """A batch norm has one value per channel, whose variance is none."""
-
-
-@contextlib.contextmanager
-def explaining_batch_norms() -> Iterator[None]:
-    """Around a training pass of the network.
-
-    Raises:
-        TooFewValues: in place of torch's ValueError.
-    """
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise TooFewValues(
-            "batch norm needs more than one value per channel, but this backbone or crop size "
-            "leaves it one pixel of a single crop; choose more crops a pass (train.batch_size over "
-            "train.accumulate), or larger crops"
-        ) from error
-
-
-def require_enough_values(model: DANet, crop_size: Size) -> None:
-    """Checks that one crop can be trained on by itself; computes nothing.
-
-    Raises:
-        TooFewValues: it cannot.
-    """
-    with FakeTensorMode() as fake, explaining_batch_norms():
-        _train_without_data(fake, model, 1, crop_size)
-
-
-def freeze_unreached(model: DANet, crop_size: Size) -> None:
-    """Has no gradient asked for where there is none, in place; computes nothing.
-
-    Some backbones, such as HRNet, have layers that only other features than c3 and c4 come from.
-    DDP would wait for their gradients. Nothing is changed where shapes follow from values.
-    """
-    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    with FakeTensorMode() as fake:
-        try:
-            without_data, output = _train_without_data(fake, model, 2, crop_size)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            return
-        sums = [logits.sum() for logits in output if logits is not None]
-        wanted = [without_data[name] for name in parameters]
-        gradients = torch.autograd.grad(sums, wanted, allow_unused=True)
-    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-        parameter.requires_grad_(gradient is not None)
-
-
-def _train_without_data(
-    fake: FakeTensorMode, model: DANet, crops: int, crop_size: Size
-) -> tuple[dict[str, Tensor], DANetOutput]:
-    """The network's tensors and its logits of a training pass, of which only shapes are known."""
-    width, height = crop_size
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    without_data: dict[str, Tensor] = {name: fake.from_tensor(each) for name, each in tensors}
-    images = torch.empty(crops, 3, height, width)
-    return without_data, functional_call(model.train(), without_data, (images,))
-
-
 def prepare_for_training(
     model: DANet, config: TrainConfig, runs_on: torch.device | None = None
 ) -> None:
@@ -205,75 +130,12 @@ def prepare_for_training(
         UserError: the backbone has no blocks to checkpoint.
     """
     if config.activation_checkpointing:
-        _checkpoint_backbone(model.backbone, early=config.activation_checkpointing == "early")
+        checkpoint_backbone(model.backbone, early=config.activation_checkpointing == "early")
     device = runs_on or next(model.parameters()).device
     if config.compile:
         model.compile_parts()
     elif device.type == "cpu":
         use_winograd(model)
-
-
-def _checkpoint_backbone(backbone: Backbone, *, early: bool) -> None:
-    if not backbone.blocks():
-        raise UserError(
-            "train.activation_checkpointing: the backbone has no blocks whose activations could be "
-            "recomputed; set it to false"
-        )
-    for block in backbone.early_blocks() if early else backbone.blocks():
-        checkpoint_activations(block)
-    stem = backbone.stem()
-    if stem and not any(has_hooks(module) for module in stem[1:]):
-        checkpoint_activations(*stem)
-
-
-def checkpoint_activations(*modules: nn.Module) -> None:
-    """Makes modules that follow one another forget what is inside them until the backward pass.
-
-    All are computed where the first is called; the others pass on what they get.
-    """
-    first, *others = modules
-    forwards = [module.forward for module in modules]
-    norms = [part for each in modules for part in each.modules() if isinstance(part, _BatchNorm)]
-
-    def compute(*inputs: Any, **named: Any) -> Any:
-        output = forwards[0](*inputs, **named)
-        for forward in forwards[1:]:
-            output = forward(output)
-        return output
-
-    def forget(*inputs: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return compute(*inputs, **named)
-        return checkpoint(
-            compute,
-            *inputs,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(norms)),
-            **named,
-        )
-
-    first.forward = forget
-    for module in others:
-        module.forward = _unchanged
-
-
-def _unchanged(features: Tensor) -> Tensor:
-    return features
-
-
-@contextlib.contextmanager
-def _statistics_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Batch norms do not take the same batch into their running statistics a second time."""
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked = norm.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def build_optimizer(model: DANet, config: TrainConfig) -> torch.optim.Optimizer:

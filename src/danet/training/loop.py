@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from danet.atomic import replacing
-from danet.config import RunConfig, differing_keys, load_recipe
+from danet.config import RunConfig, differing_keys
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, training_batches, training_samples
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16, warn_of_slow_bfloat16
@@ -28,7 +28,8 @@ from danet.errors import (
 from danet.evaluation.evaluate import evaluate, segment_with
 from danet.evaluation.metrics import Scores, scores
 from danet.progress import ProgressReport
-from danet.training.build import build_model, freeze_unreached, require_enough_values
+from danet.recipes import load_recipe
+from danet.training.build import build_model
 from danet.training.checkpoint import RunFolder, load_checkpoint, model_weights, save_checkpoint
 from danet.training.events import Events
 from danet.training.launch import (
@@ -39,6 +40,7 @@ from danet.training.launch import (
     reduce_over_processes,
 )
 from danet.training.log import MetricsLog
+from danet.training.probe import freeze_unreached, require_enough_values
 from danet.training.state import TrainingState
 from danet.training.step import take_step
 

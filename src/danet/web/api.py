@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from danet.data.images import PictureTooLarge
-from danet.predict import OVERLAY_OPACITY
+from danet.segmentation import OVERLAY_OPACITY
 from danet.web import drawings
 from danet.web.sessions import BusyError, NotKeptError, Sessions
 
@@ -170,5 +170,7 @@ class _Jpeg(Response):
 
 async def answer_user_error(_: Request, error: Exception) -> JSONResponse:
     """What was wrong with a question, a UserError, as an HTTP status."""
-    status = {NotKeptError: 404, PictureTooLarge: 413, BusyError: 429}.get(type(error), 400)
+    statuses: dict[type[Exception], int]
+    statuses = {NotKeptError: 404, PictureTooLarge: 413, BusyError: 429}
+    status = statuses.get(type(error), 400)
     return JSONResponse({"detail": str(error)}, status)

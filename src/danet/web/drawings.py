@@ -12,7 +12,7 @@ from danet.figure import DISAGREEMENT_COLOR, attention_overlay
 from danet.heads import Branch
 from danet.inspection import Inspection, Point
 from danet.palette import hex_color, highlighted
-from danet.predict import OVERLAY_OPACITY
+from danet.segmentation import OVERLAY_OPACITY
 
 
 class ClassShare(BaseModel):

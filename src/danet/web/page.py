@@ -15,9 +15,9 @@ from PIL import Image
 from danet.data.scenes import render
 from danet.errors import UserError
 from danet.heads import Branch
-from danet.inputs import mask_name, overlay_name
 from danet.inspection import Inspection, Point
-from danet.predict import OVERLAY_OPACITY
+from danet.result_names import mask_name, overlay_name
+from danet.segmentation import OVERLAY_OPACITY
 from danet.web import drawings
 from danet.web.sessions import Sessions
 

@@ -121,7 +121,7 @@ def test_what_is_written_is_on_the_disk_before_it_appears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(atomic, "flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(atomic, "fsync", lambda path: flushed.append(path.name))
     with replacing(tmp_path / "a.txt") as path:
         path.touch()
     with staging(tmp_path / "m.xml") as path:

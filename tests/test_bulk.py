@@ -18,11 +18,12 @@ from typer.testing import CliRunner, Result
 import danet
 import danet.bulk
 import forked
-from danet.bulk import DECODED_AHEAD, WorkItem, segment_inputs
+from danet.bulk import DECODED_AHEAD, segment_inputs
 from danet.cli import app
 from danet.errors import UserError
 from danet.inputs import Input, Results, find_inputs, output_stems
 from danet.processes import Share
+from danet.work_items import WorkItem
 from networks import tiny_danet
 
 SIZES = ((40, 30), (33, 50), (40, 30), (64, 20))
@@ -338,7 +339,7 @@ def test_a_file_that_vanishes_is_an_error_line(
         (photos / "03.png").unlink()
         return real(inputs, overlay=overlay)
 
-    monkeypatch.setattr("danet.bulk.list_pictures", vanishing)
+    monkeypatch.setattr("danet.work_items.list_pictures", vanishing)
     done = predict(model, photos, "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert "03.png: cannot be read" in done.output

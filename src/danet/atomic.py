@@ -14,7 +14,7 @@ from typing import Any
 from danet.errors import UserError, explaining_os_error
 
 
-def explaining(path: Path) -> AbstractContextManager[None]:
+def explaining_write_errors(path: Path) -> AbstractContextManager[None]:
     """Turns an OSError into a UserError that says what cannot be written."""
     return explaining_os_error(
         path, "cannot be written", "choose a folder with space that you may write to"
@@ -32,18 +32,18 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: the folder cannot be made or written to, or the disk is full.
     """
     temporary = _temporary(path)
-    with explaining(path):
+    with explaining_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # it may be a link, which may lead anywhere
         try:
             yield temporary
-            flush(temporary)
+            fsync(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Waits until what was written to a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -73,13 +73,13 @@ def staging(path: Path) -> Iterator[Path]:
         UserError: the folder cannot be made or written to, or the disk is full.
     """
     folder = path.with_name(f".{path.name}.tmp")
-    with explaining(path):
+    with explaining_write_errors(path):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
             yield folder / path.name
             for written in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-                flush(written)
+                fsync(written)
                 written.replace(path.with_name(written.name))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -91,7 +91,7 @@ def require_writable(folder: Path) -> None:
     Raises:
         UserError: it cannot be made or written to.
     """
-    with explaining(folder):
+    with explaining_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
@@ -126,7 +126,7 @@ def _are_same(path: Path, other: Path) -> bool:
 
 
 def _require_writable_file(path: Path) -> None:
-    with explaining(path):
+    with explaining_write_errors(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         new = [folder for folder in path.parents if not folder.exists()]

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from danet.atomic import explaining, replacing
+from danet.atomic import explaining_write_errors, replacing
 from danet.jsonl import read_whole_lines
 from danet.processes import Share
 
@@ -66,7 +66,7 @@ class Manifest:
         self.path = folder / f"manifest{suffix}.jsonl"
         self._begun = folder / f"manifest{suffix}-begun.jsonl"
         self.model = model
-        with explaining(self.path):
+        with explaining_write_errors(self.path):
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666)
             last = b"\n"
             if os.lseek(self._file, 0, os.SEEK_END) > 0:
@@ -87,7 +87,7 @@ class Manifest:
             self._forget_begun()
 
     def _forget_begun(self) -> None:
-        with explaining(self._begun):
+        with explaining_write_errors(self._begun):
             self._begun.unlink(missing_ok=True)
 
     def begin(self, items: Iterable[tuple[str, Origin | None, Mapping[str, str]]]) -> None:
@@ -127,7 +127,7 @@ class Manifest:
 
     def _write(self, line: dict[str, Any]) -> None:
         data = self._separator + json.dumps(line).encode() + b"\n"
-        with explaining(self.path):
+        with explaining_write_errors(self.path):
             if os.write(self._file, data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._separator = b""

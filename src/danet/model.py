@@ -30,7 +30,7 @@ from danet.model_folder import (
     upload,
     write_folder,
 )
-from danet.validation_errors import explain
+from danet.validation_errors import validation_message
 
 
 class DANetOutput(NamedTuple):
@@ -104,7 +104,7 @@ class DANet(nn.Module):
                 channel=channel,
             )
         except ValidationError as error:
-            raise UserError(explain(error, ModelConfig)) from error
+            raise UserError(validation_message(error, ModelConfig)) from error
         self.config = config
         self.metadata = Metadata.placeholder(num_classes) if metadata is None else metadata
         self.optimized = False

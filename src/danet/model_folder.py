@@ -17,7 +17,7 @@ from danet.atomic import replacing
 from danet.config import DataConfig, ModelConfig, Positive, Section, TestConfig
 from danet.errors import UserError, explaining_lookup, first_line
 from danet.palette import default_palette
-from danet.validation_errors import explain
+from danet.validation_errors import validation_message
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -128,7 +128,7 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
     try:
         return FolderConfig.model_validate(json.loads(text)), state
     except ValidationError as error:
-        raise UserError(f"{config_path}: {explain(error, FolderConfig)}") from error
+        raise UserError(f"{config_path}: {validation_message(error, FolderConfig)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{config_path}: not valid JSON ({error})") from error
 

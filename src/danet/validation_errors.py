@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 
-def explain(error: ValidationError, schema: type[BaseModel]) -> str:
+def validation_message(error: ValidationError, schema: type[BaseModel]) -> str:
     """Pydantic's findings as one line, with the nearest known name for an unknown key."""
     findings: dict[str, list[str]] = {}
     for detail in error.errors():

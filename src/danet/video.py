@@ -16,7 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from danet.atomic import explaining, replacing
+from danet.atomic import explaining_write_errors, replacing
 from danet.data.images import MAX_PIXELS
 from danet.errors import UserError, first_line
 from danet.predict import Segmenter
@@ -95,7 +95,7 @@ def segment_video(
 
 def _remove_frames_from(first: int, folder: Path) -> None:
     """Removes masks of an earlier, longer video of the same name."""
-    with explaining(folder):
+    with explaining_write_errors(folder):
         for path in folder.glob("*.png"):
             if re.fullmatch(r"\d{6,}", path.stem) and int(path.stem) >= first:
                 path.unlink()

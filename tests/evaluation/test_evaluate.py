@@ -15,10 +15,10 @@ from danet.evaluation.evaluate import (
     check_classes,
     evaluate,
     merge,
-    report_cases,
     scores_as_json,
     segment_with,
 )
+from danet.evaluation.report import report_cases
 from networks import tiny_danet
 
 TEST = TestConfig(scale=(96, 72))

@@ -807,7 +807,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_another(
         order.append(target.name)
         return replace(path, target)
 
-    monkeypatch.setattr("danet.training.checkpoint.flush", lambda _: order.append("flush"))
+    monkeypatch.setattr("danet.training.checkpoint.fsync", lambda _: order.append("flush"))
     monkeypatch.setattr(Path, "replace", noted)
     folder.save_last({"step": 2})
     assert order == ["flush", "before_last.ckpt", "last.ckpt"]

@@ -89,7 +89,7 @@ def evaluate(
         return
     if json_file is not None:
         write_json(json_file, result.to_json())
-    _print_scores(result.scores)
+    _print_scores(result.evaluation)
     if report is not None:
         result.write_report(report, model)
     for what, where in (("label files", submission), ("report", report)):

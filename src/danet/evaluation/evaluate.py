@@ -17,7 +17,6 @@ from danet.devices import autocast
 from danet.errors import UserError
 from danet.evaluation.inference import predict_classes
 from danet.evaluation.metrics import Scores, confusion_matrix, scores
-from danet.evaluation.report import Case
 from danet.heads import Branch
 from danet.model import DANet
 from danet.model_folder import Metadata
@@ -166,30 +165,6 @@ def _read_ahead(
     """Yields the pictures in order; the next ones are decoded while one is segmented."""
     with ThreadPoolExecutor(_READERS) as pool:
         yield from map_ahead(pool, dataset.__getitem__, indices, _READERS)
-
-
-def report_cases(
-    segment: Segment,
-    dataset: SegmentationDataset,
-    pictures: Sequence[PictureScore],
-    *,
-    worst: int = 8,
-    others: int = 4,
-) -> list[Case]:
-    """Segments the worst pictures again, and some that are spread evenly over the others.
-
-    Args:
-        worst, others: numbers of pictures.
-    """
-    ranked = sorted((p for p in pictures if not math.isnan(p.accuracy)), key=lambda p: p.accuracy)
-    rest = ranked[worst:]
-    spread = [rest[(2 * i + 1) * len(rest) // (2 * others)] for i in range(others)] if rest else []
-    cases = []
-    for picture in dict.fromkeys([*ranked[:worst], *spread]):
-        sample = dataset[picture.position]
-        prediction = segment(sample)[0].cpu().numpy()
-        cases.append(Case(sample.name, sample.image, sample.label, prediction, picture.accuracy))
-    return cases
 
 
 def scores_as_json(evaluation: Evaluation) -> dict[str, Any]:

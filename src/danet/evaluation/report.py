@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from danet.atomic import replacing
-from danet.data.spec import IGNORE_INDEX, DatasetSpec
+from danet.data.spec import IGNORE_INDEX, DatasetSpec, SegmentationDataset
+from danet.evaluation.evaluate import PictureScore, Segment
 from danet.evaluation.metrics import scores
 from danet.palette import colored, hex_color, highlighted
 
@@ -56,6 +57,30 @@ class Curve(NamedTuple):
     first_step: int
     last_step: int
     last: float
+
+
+def report_cases(
+    segment: Segment,
+    dataset: SegmentationDataset,
+    pictures: Sequence[PictureScore],
+    *,
+    worst: int = 8,
+    others: int = 4,
+) -> list[Case]:
+    """Segments the worst pictures again, and some that are spread evenly over the others.
+
+    Args:
+        worst, others: numbers of pictures.
+    """
+    ranked = sorted((p for p in pictures if not math.isnan(p.accuracy)), key=lambda p: p.accuracy)
+    rest = ranked[worst:]
+    spread = [rest[(2 * i + 1) * len(rest) // (2 * others)] for i in range(others)] if rest else []
+    cases = []
+    for picture in dict.fromkeys([*ranked[:worst], *spread]):
+        sample = dataset[picture.position]
+        prediction = segment(sample)[0].cpu().numpy()
+        cases.append(Case(sample.name, sample.image, sample.label, prediction, picture.accuracy))
+    return cases
 
 
 def write_report(

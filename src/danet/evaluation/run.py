@@ -23,11 +23,10 @@ from danet.evaluation.evaluate import (
     check_classes,
     evaluate,
     merge,
-    report_cases,
     scores_as_json,
     segment_with,
 )
-from danet.evaluation.report import write_report
+from danet.evaluation.report import report_cases, write_report
 from danet.evaluation.submission import submission_writer
 from danet.heads import Branch
 from danet.jsonl import read_metrics
@@ -36,7 +35,7 @@ from danet.model_folder import METRICS_FILE, RECIPE_FILE, Metadata
 from danet.processes import Share
 from danet.progress import ProgressReport
 from danet.recipes import load_recipe
-from danet.validation_errors import explain
+from danet.validation_errors import validation_message
 
 if TYPE_CHECKING:
     from danet.export.predictor import ExportedPredictor
@@ -65,7 +64,7 @@ class ModelEvaluation(NamedTuple):
     """A model's scores on one split of a dataset, and what a report needs besides.
 
     Attributes:
-        scores: confusion matrices and the accuracy of each picture.
+        evaluation: confusion matrices and the accuracy of each picture.
         name, split: of the dataset.
         test: the protocol; None for an exported file, which has its own built in.
         segment: maps a picture to its label maps, to show some again.
@@ -73,7 +72,7 @@ class ModelEvaluation(NamedTuple):
         history: rows of the run's `metrics.jsonl`; empty without a run.
     """
 
-    scores: Evaluation
+    evaluation: Evaluation
     dataset: SegmentationDataset
     name: str
     split: str
@@ -86,7 +85,7 @@ class ModelEvaluation(NamedTuple):
         """The scores, fractions in 0..1, with the dataset and the protocol."""
         test = None if self.test is None else self.test.model_dump(mode="json")
         return {
-            **scores_as_json(self.scores),
+            **scores_as_json(self.evaluation),
             "dataset": self.name,
             "split": self.split,
             "test": test,
@@ -110,11 +109,12 @@ class ModelEvaluation(NamedTuple):
             path,
             title=f"danet on {self.name} {self.split}",
             spec=self.dataset.spec,
-            confusion=self.scores.confusion["fused"],
+            confusion=self.evaluation.confusion["fused"],
             branch_mean_iou={
-                branch: self.scores.scores(branch).mean_iou for branch in self.scores.confusion
+                branch: self.evaluation.scores(branch).mean_iou
+                for branch in self.evaluation.confusion
             },
-            cases=report_cases(self.segment, self.dataset, self.scores.pictures),
+            cases=report_cases(self.segment, self.dataset, self.evaluation.pictures),
             history=self.history,
             facts=facts,
         )
@@ -183,10 +183,10 @@ def evaluate_model(
             on_picture=display.advance,
             write_prediction=write,
         )
-        scores = merge(share.gather(found))
+        evaluation = merge(share.gather(found))
     history = [] if run is None else read_metrics(run / METRICS_FILE)
     return ModelEvaluation(
-        scores, dataset, name, split, subject.test, subject.segment, subject.facts, history
+        evaluation, dataset, name, split, subject.test, subject.segment, subject.facts, history
     )
 
 
@@ -257,7 +257,7 @@ def _changed_test(
     try:
         return TestConfig.model_validate({**dict(test), **changes})
     except ValidationError as error:
-        raise UserError(explain(error, TestConfig)) from error
+        raise UserError(validation_message(error, TestConfig)) from error
 
 
 def _dataset_of(

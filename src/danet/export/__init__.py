@@ -93,7 +93,7 @@ def export(
     if calibration is not None:
         _require_pictures(calibration)
     network = WholePicture(model)
-    with _explained(file_format, model.config.backbone), staging(path) as temporary:
+    with _explaining_export_errors(file_format, model.config.backbone), staging(path) as temporary:
         write(network, temporary, file_format, calibration)
         engine = load(temporary, file_format)
         if calibration is None:
@@ -126,7 +126,7 @@ def _require_pictures(calibration: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def _explained(file_format: str, backbone: str) -> Iterator[None]:
+def _explaining_export_errors(file_format: str, backbone: str) -> Iterator[None]:
     try:
         yield
     except (torch._dynamo.exc.TorchDynamoException, torch.onnx.OnnxExporterError) as error:

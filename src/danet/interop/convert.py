@@ -16,7 +16,7 @@ from danet.interop.layout import Translated
 from danet.model import DANet
 from danet.model_folder import MAX_CLASSES, Metadata, misfits
 from danet.palette import default_palette
-from danet.validation_errors import explain
+from danet.validation_errors import validation_message
 
 _NAMES_SHOWN = 20
 
@@ -148,6 +148,6 @@ def _metadata(
         return Metadata.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
         raise UserError(
-            f"{path}: its metadata cannot be used ({explain(error, Metadata)}); correct its "
-            "config, or save the state_dict without metadata and give --data NAME"
+            f"{path}: its metadata cannot be used ({validation_message(error, Metadata)}); correct "
+            "its config, or save the state_dict without metadata and give --data NAME"
         ) from error

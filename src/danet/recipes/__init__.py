@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from danet.config import RunConfig
 from danet.errors import UserError
 from danet.strict_yaml import parse_yaml
-from danet.validation_errors import explain
+from danet.validation_errors import validation_message
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         place = [str(part) for part in error.errors()[0]["loc"]]
         setting = [layer for layer in layers if layer.sets(*[*place, "", ""][:2])]
         where = setting[-1].where if setting else f"recipe {recipe}"
-        raise UserError(f"{where}: {explain(error, RunConfig)}") from error
+        raise UserError(f"{where}: {validation_message(error, RunConfig)}") from error
 
 
 class _Layer(NamedTuple):

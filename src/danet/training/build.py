@@ -15,8 +15,8 @@ from danet.errors import UserError
 from danet.model import DANet
 from danet.model_folder import Metadata, locate, misfits, read_folder
 from danet.training.activation_checkpointing import checkpoint_backbone
-from danet.training.convolution import use_winograd
 from danet.training.muon import Float32Muon
+from danet.training.winograd import use_winograd
 
 
 def build_model(

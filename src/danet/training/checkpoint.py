@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from danet.atomic import explaining, flush, replacing
+from danet.atomic import explaining_write_errors, fsync, replacing
 from danet.errors import UserError, explaining_lookup, first_line, why_not_read
 from danet.jsonl import read_metrics
 from danet.model_folder import (
@@ -52,7 +52,7 @@ class RunFolder:
             UserError: another process has it.
         """
         lock = FileLock(self.path / ".lock", blocking=False)
-        with explaining(self.path):
+        with explaining_write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire()
@@ -94,7 +94,10 @@ class RunFolder:
             self.before_last.replace(self.last)
 
     def append_metrics(self, row: dict[str, float]) -> None:
-        with explaining(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+        with (
+            explaining_write_errors(self.metrics),
+            self.metrics.open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, float]]:
@@ -125,7 +128,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], former: Path | None 
         except RuntimeError as error:
             raise OSError(first_line(error)) from error
         if former is not None and path.exists():
-            flush(temporary)
+            fsync(temporary)
             path.replace(former)
 
 

@@ -6,7 +6,7 @@ from typing import Self
 
 from torch.utils.tensorboard import SummaryWriter
 
-from danet.atomic import explaining
+from danet.atomic import explaining_write_errors
 
 
 class Events:
@@ -31,14 +31,14 @@ class Events:
 
     def __exit__(self, *_: object) -> None:
         try:
-            with explaining(self.folder):
+            with explaining_write_errors(self.folder):
                 self._writer.close()
         finally:
             threading.excepthook = self._usual_hook
 
     def write(self, row: dict[str, float]) -> None:
         """Adds a row of metrics, `step` among them."""
-        with explaining(self.folder):
+        with explaining_write_errors(self.folder):
             for name, value in row.items():
                 if name != "step":
                     self._writer.add_scalar(name.replace("loss_", "loss/"), value, int(row["step"]))

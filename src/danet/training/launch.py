@@ -67,7 +67,7 @@ def reduce_over_processes(fabric: Fabric, tensor: Tensor, operation: str) -> Ten
     return result
 
 
-def explain_lost_process(error: Exception) -> str | None:
+def describe_lost_process(error: Exception) -> str | None:
     """Which process was lost, and what to do; None where the error is another one."""
     text = str(error)
     if "DataLoader worker" in text:
@@ -81,7 +81,7 @@ def explain_lost_process(error: Exception) -> str | None:
 
 
 @contextmanager
-def broken_handover_told(workers: int) -> Iterator[None]:
+def explaining_worker_death(workers: int) -> Iterator[None]:
     """A data worker that dies while it hands over a batch is a broken connection first."""
     try:
         yield

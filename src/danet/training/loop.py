@@ -34,8 +34,8 @@ from danet.training.checkpoint import RunFolder, load_checkpoint, model_weights,
 from danet.training.events import Events
 from danet.training.launch import (
     StopSignal,
-    broken_handover_told,
-    explain_lost_process,
+    describe_lost_process,
+    explaining_worker_death,
     launch,
     reduce_over_processes,
 )
@@ -81,7 +81,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
     with StopSignal() as stop, ExitStack() as at_end:
         try:
             trainer = _Trainer(config, run, stop, at_end)
-            with broken_handover_told(config.data.workers):
+            with explaining_worker_death(config.data.workers):
                 trainer.fit()
         except (TrainingDiverged, TrainingStopped, OutOfMemory):
             raise
@@ -91,7 +91,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
                 raise TrainingOutOfMemory(
                     f"training: out of memory; {run.path} is as last saved"
                 ) from error
-            problem = explain_lost_process(error)
+            problem = describe_lost_process(error)
             if problem is None:
                 raise
             raise TrainingStopped(f"training: {problem}, and continue with --resume") from error

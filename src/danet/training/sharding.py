@@ -29,10 +29,10 @@ def _shard(model: DANet, mesh: DeviceMesh) -> DANet:
     return model
 
 
-def whole(tree: T) -> T:
+def gathered(tree: T) -> T:
     """The same with whole tensors on the CPU in place of shares; every process must ask for it."""
-    gathered: T = tree_map_only(DTensor, lambda share: share.full_tensor().cpu(), tree)
-    return gathered
+    whole: T = tree_map_only(DTensor, lambda share: share.full_tensor().cpu(), tree)
+    return whole
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

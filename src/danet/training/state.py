@@ -11,7 +11,7 @@ from danet.errors import UserError
 from danet.model import DANet
 from danet.training.build import build_optimizer, prepare_for_training
 from danet.training.global_batch import see_global_batch
-from danet.training.sharding import load_optimizer, whole
+from danet.training.sharding import gathered, load_optimizer
 
 
 class TrainingState:
@@ -52,9 +52,9 @@ class TrainingState:
         """Plain tensors and numbers after so many steps; every process must ask for them."""
         return {
             "step": step,
-            "model": whole(self.model.state_dict()),
+            "model": gathered(self.model.state_dict()),
             "average": None if self.average is None else self.average.module.state_dict(),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "optimizer": gathered(self.optimizer.state_dict()),
             "optimizer_name": self.settings.optimizer,
             "best": self.best,
             "validated_step": self.validated_step,
@@ -94,7 +94,7 @@ class TrainingState:
             return self.model
         with self.fabric.device:
             model = DANet.from_config(self.model.config, self.model.metadata)
-        model.load_state_dict(whole(self.model.state_dict()))
+        model.load_state_dict(gathered(self.model.state_dict()))
         return model
 
     def residual_weights(self) -> dict[str, float]:
@@ -102,7 +102,7 @@ class TrainingState:
         head = self.model.head
         branches = {"position": head.position_branch, "channel": head.channel_branch}
         return {
-            f"residual_{name}": whole(branch.get_parameter("attention.residual_weight")).item()
+            f"residual_{name}": gathered(branch.get_parameter("attention.residual_weight")).item()
             for name, branch in branches.items()
             if branch is not None
         }

@@ -11,7 +11,7 @@ from danet.bench.cost import estimate_peak_bytes
 from danet.bench.workload import Workload
 from danet.config import RunConfig
 from danet.training import convolution
-from danet.training.convolution import use_winograd
+from danet.training.winograd import use_winograd
 from networks import tiny_danet
 
 

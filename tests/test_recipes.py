@@ -1,8 +1,9 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from danet.config import RunConfig, differing_keys
+from danet.config import DataConfig, RunConfig, Section, differing_keys
 from danet.errors import UserError
 from danet.recipes import load_recipe, recipe_header, recipe_names
 
@@ -14,6 +15,15 @@ def test_every_recipe_resolves_and_has_a_header(name: str) -> None:
     assert header.title
     assert header.published
     assert header.measured
+
+
+def test_every_setting_is_documented() -> None:
+    for section in (*RunConfig.model_fields.values(), *DataConfig.model_fields.values()):
+        kinds = [section.annotation, *get_args(section.annotation)]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Section):
+                for key, field in kind.model_fields.items():
+                    assert field.description, f"{kind.__name__}.{key}"
 
 
 def test_resolved_yaml_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
@@ -75,7 +85,7 @@ def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
         ("extends: ../{folder}/loop.yaml", "extends itself"),
         ("extends: nowhere", "no such recipe"),
         ("[" * 5000, "not valid YAML"),
-        ("train: {steps: 3}\ndata: {name: scenes}\ntrain: {lr: 0.1}", "train is there twice"),
+        ("train: {steps: 3}\ndata: {name: scenes}\ntrain: {lr: 0.1}", "train appears twice"),
         ("train: 5", "train"),
     ],
 )

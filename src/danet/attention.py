@@ -206,5 +206,5 @@ def _check_features(features: Tensor) -> None:
 
 def _add_residual(attended_BCN: Tensor, weight: Tensor, features_BCHW: Tensor) -> Tensor:
     # As a scalar the float32 weight does not promote half-precision features.
-    # The features come first, for a sum has the memory format of its first operand.
+    # The features come first: a sum has the memory format of its first operand.
     return features_BCHW + weight.squeeze() * attended_BCN.reshape(features_BCHW.shape)

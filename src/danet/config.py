@@ -42,17 +42,22 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The network. `danet.DANet` documents the keys it takes."""
+    """The network, as `danet.DANet` takes it."""
 
     backbone: str = "resnet50c"
+    """A timm model name; resnet50c and resnet101c are mmsegmentation's ResNetV1c."""
     pretrained_backbone: bool = True
     """Start from timm's ImageNet weights, fetched from the hub."""
     backbone_weights: Path | None = None
     """Read the backbone's weights from this file instead of the hub."""
     output_stride: Literal[8, 16, 32] = 8
+    """Pixels of the picture, each way, per position that attention works on."""
     head_channels: int = Field(512, ge=1, le=65_536)
+    """Width of both attention branches."""
     key_channels: int = Field(64, ge=1, le=65_536)
+    """Width of position attention's query and key."""
     channel_affinity: Literal["reference", "paper"] = "reference"
+    """Channel attention as every released network has it, or as the paper's equation (3)."""
     position: bool = True
     """The position attention branch."""
     channel: bool = True
@@ -60,7 +65,10 @@ class ModelConfig(Section):
     auxiliary: bool = True
     """The FCN head on c3."""
     multi_grid: tuple[Annotated[int, Field(ge=1, le=64)], ...] | None = Field(None, min_length=1)
+    """Absolute dilations of the last ResNet stage's blocks, such as [4, 8, 16]; none: one for
+    all."""
     align_corners: bool = False
+    """Upsample logits with the corners' pixels aligned."""
     init_from: Path | None = None
     """A model folder whose weights training starts from; classifiers only if the classes agree."""
 
@@ -73,9 +81,11 @@ class ExtraData(Section):
     """Pictures of another dataset of the same classes, or the same again to see them more often."""
 
     name: str
+    """A dataset; danet data list names them."""
     root: Path | None = None
     """Its folder; none for generated data, or for the main dataset's own."""
     split: str = "train"
+    """The part of it to train on."""
     images: int | None = Field(None, ge=1)
     """Use only the first so many pictures; none: all."""
     repeat: int = Field(1, ge=1, le=1000)
@@ -86,10 +96,13 @@ class DataConfig(Section):
     """Training data and its augmentation. Sizes are width, height in pixels."""
 
     name: str = "scenes"
+    """A dataset; danet data list names them."""
     root: Path | None = None
     """Folder of the dataset in its official layout; none for generated data."""
     train_split: str = "train"
+    """The part of the dataset to train on."""
     val_split: str = "val"
+    """The part that validations score."""
     train_images: int | None = Field(None, ge=1)
     """Train on the first so many pictures only; none: all."""
     extra: tuple[ExtraData, ...] = ()
@@ -101,12 +114,14 @@ class DataConfig(Section):
     scale_range: tuple[float, float] = (0.5, 2.0)
     """The random scale is uniform between these."""
     crop_size: Size = (512, 512)
+    """Of what the network trains on; smaller pictures are padded, and the padding is ignored."""
     class_cap: Fraction = 0.75
     """A crop is drawn again, up to 10 times, while one class holds as much of its labelled pixels,
     or all of them; 1 takes every crop."""
     flip: Fraction = 0.5
     """Probability of mirroring left to right."""
     photometric_distortion: bool = True
+    """Random brightness, contrast, saturation and hue, as mmsegmentation."""
     degradation: Fraction = 0.0
     """Probability of each of gamma 1/2..2, gains of 3/4..4/3 for each colour, greyscale and blur,
     for light and cameras that the training pictures do not show."""
@@ -134,6 +149,7 @@ class TrainConfig(Section):
     """The optimisation. A step is one update of the weights."""
 
     steps: int = Field(40_000, ge=1)
+    """Updates of the weights in the whole run."""
     batch_size: int = Field(8, ge=1)
     """Pictures per step over all devices."""
     accumulate: int = Field(1, ge=1)
@@ -142,8 +158,11 @@ class TrainConfig(Section):
     """sgd with momentum, as published; adamw; or muon (timm's: orthogonalised momentum for weight
     tensors and AdamW for the rest), which needs the fewest steps from nothing."""
     lr: float = Field(0.01, gt=0)
+    """Learning rate at the start; falls to `lr_min` by a power of the share of steps left."""
     lr_min: float = Field(1e-4, ge=0)
+    """Learning rate at the end."""
     lr_power: float = Field(0.9, gt=0)
+    """Exponent of the share of steps left."""
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises linearly."""
     head_lr_factor: float = Field(1.0, gt=0)
@@ -151,9 +170,11 @@ class TrainConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of sgd and muon."""
     weight_decay: float = Field(5e-4, ge=0)
+    """Of all parameters."""
     branch_loss_weight: float = Field(1.0, ge=0)
     """Weight of the losses of the position and the channel logits; the fused logits' is 1."""
     auxiliary_loss_weight: float = Field(0.4, ge=0)
+    """Weight of the loss of the FCN head on c3."""
     loss_divisor: Literal["all", "valid"] = "all"
     """Mean over all pixels, as mmsegmentation, or over labelled pixels only, as the authors."""
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
@@ -177,15 +198,18 @@ class TrainConfig(Section):
     """Compile backbone and branches at the first step, which takes minutes. For long runs on a GPU:
     the CPUs measured gained nothing."""
     device: DeviceName = "auto"
+    """auto: a GPU where there is one."""
     devices: int = Field(1, ge=1)
     """Processes on this machine, one per device."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the training. ddp: each holds all weights and optimizer state;
     fsdp (FSDP2): each holds a part, for networks that do not fit otherwise."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Of initial weights, order of pictures and augmentation."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
     checkpoint_every: int = Field(1000, ge=1)
+    """Steps between checkpoints; a run that was killed loses no more than these."""
     validate_every: int | None = Field(None, ge=1)
     """Steps between validations; none: only after the last step."""
     validate_images: int | None = Field(None, ge=1)
@@ -231,9 +255,11 @@ class TestConfig(Section):
     __test__ = False  # pytest would take the class for tests
 
     mode: TestMode = "whole"
+    """The picture at once, or in sliding windows."""
     scale: Size | None = None
     """Bounds (long side, short side) that the picture is fitted into; none: its own size."""
     window: Size = (512, 512)
+    """Of mode slide."""
     stride: Size = (341, 341)
     """Steps between sliding windows, right and down."""
     window_border: Literal["shift", "pad"] = "shift"

@@ -44,7 +44,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class Conv2dStandIn(nn.Module):
-    """Takes a convolution's place, and has its geometry, for some networks ask for it."""
+    """Takes a convolution's place, and has its geometry: some networks ask for it."""
 
     def __init__(self, convolution: "nn.Conv2d | Conv2dStandIn") -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def _onednn_adds(features: Tensor, shortcut: Tensor) -> bool:
     """Whether torch has oneDNN add to a convolution of these: of channels-last memory with data.
 
     Of other memory torch adds by itself, but cannot in bfloat16. To a single pixel torch 2.11
-    fails to add, for its memory is of either order.
+    fails to add, because its memory is of either order.
     """
     return (
         not isinstance(features, FakeTensor)

@@ -72,7 +72,7 @@ class Share(NamedTuple):
 
     @contextmanager
     def ending_together(self) -> Iterator[None]:
-        """Leaves only when all processes come here, for torchrun ends all as soon as one fails."""
+        """Leaves only when all processes come here: torchrun ends all as soon as one fails."""
         if "MASTER_ADDR" not in os.environ:  # numbered by hand, and nobody watches over them
             yield
             return

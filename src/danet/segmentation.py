@@ -130,7 +130,7 @@ def write_segmentation(
     """
     if image is not None:
         require_jpeg_size(image)
-        # First, for only its name may be too long.
+        # First: only its name may be too long.
         with replacing(folder / overlay_name(stem)) as path:
             segmentation.overlay(image).save(path, format="JPEG", quality=92)
     with replacing(folder / mask_name(stem)) as path:

@@ -32,7 +32,8 @@ class _Loader(yaml.SafeLoader):
         if len(mapping) < len(node.value):
             keys = [self.construct_object(key) for key, _ in node.value]
             twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-            raise yaml.YAMLError(f"{twice} appears twice from line {node.start_mark.line + 1} on")
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"{twice} appears twice in the mapping that begins on line {line}")
         return mapping
 
 

@@ -66,7 +66,7 @@ def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> 
                 name = Path(member.name)
                 if not member.isfile() or name.suffix.lower() not in IMAGE_SUFFIXES:
                     continue
-                # Not its folders, for an archive must not choose where files are written.
+                # Not its folders: an archive must not choose where files are written.
                 own = member_stem(stem, index, name.stem[:_LONGEST_NAME])
                 origin = archived._replace(path=f"{archived.path}:{member.name}")
                 source: bytes | UserError

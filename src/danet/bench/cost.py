@@ -82,7 +82,7 @@ def estimate_peak_bytes(workload: Workload, device: str, *, bfloat16: bool) -> i
     """The memory that the workload will need, weights included, to about 15 %.
 
     The work is done on tensors without data, counting which storages are alive at each operation.
-    The optimizer's state is made by hand, for its step may look at data.
+    The optimizer's state is made by hand: its step may look at data.
     """
     model = workload.build_model()  # some networks look at data meanwhile
     with FakeTensorMode() as without_data, _LiveBytes() as live:

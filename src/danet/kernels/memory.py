@@ -1,4 +1,4 @@
-"""Memory that is used again, for fresh memory costs more than many a computation."""
+"""Memory that is used again, because fresh memory costs more than many a computation."""
 
 import contextlib
 import math

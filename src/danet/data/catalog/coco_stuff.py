@@ -78,7 +78,7 @@ def _archive_10k(root: Location) -> Location | None:
 
 
 def _is_10k_converted(root: Location) -> bool:
-    """By the labels, for pictures named so may be COCO's own of 2014."""
+    """By the labels: pictures named so may be COCO's own of 2014."""
     return any((root / "annotations" / name).is_dir() for name in _FOLDERS_10K.values())
 
 

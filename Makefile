@@ -47,8 +47,8 @@ docs: $(VENV)/development ## write docs' tables and curves from benchmarks/resul
 serve: $(VENV)/development ## serve the shipped model on http://127.0.0.1:7860
 	$(BIN)/danet serve street-small
 
-ablation: $(VENV)/runtime ## rerun the paper's ablation, going on where it stopped; CAMVID=DIR (hours)
-	$(BIN)/python benchmarks/ablation.py $(if $(CAMVID),--camvid $(CAMVID))
+ablation: $(VENV)/runtime ## rerun the paper's ablation, going on where it stopped; CAMVID=DIR RESULTS=DIR (hours)
+	$(BIN)/python benchmarks/ablation.py $(if $(CAMVID),--camvid $(CAMVID)) --results $(or $(RESULTS),runs/ablation)
 
 audit: $(VENV)/development ## look the pinned packages up in the database of known vulnerabilities
 	$(INSTALL) --quiet --editable ".[audit]"

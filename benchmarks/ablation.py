@@ -3,7 +3,7 @@
 Trains and scores every variant with every seed, one process after the other, everything else being
 equal. A run that was stopped goes on from its checkpoint, and what has its row is not run again.
 
-    python benchmarks/ablation.py --camvid DIR
+    python benchmarks/ablation.py --camvid DIR --results NEW
 """
 
 import argparse
@@ -11,8 +11,8 @@ import json
 import statistics
 from pathlib import Path
 
-from results_file import RESULTS, append_rows, commit
-from training_runs import finished_runs, runs_parser, train_and_score
+from results_file import append_rows, commit
+from training_runs import runs_parser, train_and_score, without_rows
 
 VARIANTS = {
     "fcn": ["model.position=false", "model.channel=false"],
@@ -41,7 +41,7 @@ def run(data: str, variant: str, seed: int, args: argparse.Namespace) -> None:
     row |= {"images_per_second": round(statistics.median(rates), 2)}
     row |= scores
     append_rows(
-        RESULTS / "ablation_curves.csv",
+        args.results / "ablation_curves.csv",
         [
             {
                 **case,
@@ -54,7 +54,7 @@ def run(data: str, variant: str, seed: int, args: argparse.Namespace) -> None:
             if "loss_fused" in line and line["step"] % 50 == 0
         ],
     )
-    append_rows(RESULTS / "ablation.csv", [row])
+    append_rows(args.results / "ablation.csv", [row])
     print(f"{data}, {variant}, seed {seed}: mIoU {row['mIoU']:.4f}", flush=True)
 
 
@@ -65,17 +65,22 @@ def _rounded(weight: float | None) -> float | str:
 def parse_args() -> argparse.Namespace:
     parser = runs_parser(__doc__.splitlines()[0], VARIANTS, seeds=[0, 1, 2], out="runs/ablation")
     parser.add_argument("--camvid", type=Path, metavar="DIR", help="without it, scenes only")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.camvid is not None and not args.camvid.is_dir():
+        parser.error(f"--camvid {args.camvid} is not a folder")
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    finished = finished_runs(RESULTS / "ablation.csv", "data")
-    for seed in args.seeds:
-        for data in SPLITS if args.camvid else ["scenes"]:
-            for variant in args.variants:
-                if (data, variant, seed) not in finished:
-                    run(data, variant, seed, args)
+    runs = [
+        (data, variant, seed)
+        for seed in args.seeds
+        for data in (SPLITS if args.camvid else ["scenes"])
+        for variant in args.variants
+    ]
+    for one in without_rows(runs, args.results / "ablation.csv", "data"):
+        run(*one, args)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ again.
 import argparse
 from pathlib import Path
 
-from results_file import RESULTS, append_rows, commit
-from training_runs import finished_runs, runs_parser, train_and_score
+from results_file import append_rows, commit
+from training_runs import runs_parser, train_and_score, without_rows
 
 DRIVES = ("0006R0", "0016E5")
 SCENES = "data.extra=[{name: scenes, images: 150}]"
@@ -58,7 +58,7 @@ def run(drive: str, variant: str, seed: int, args: argparse.Namespace) -> None:
     settings = [*VARIANTS[variant], f"data.root={root}", f"train.seed={seed}", *args.set]
     row = {"commit": commit(), "drive": drive, "variant": variant, "seed": seed}
     row |= train_and_score("ablation_camvid", settings, folder, "val")
-    append_rows(RESULTS / "drives.csv", [row])
+    append_rows(args.results / "drives.csv", [row])
     print(f"{drive} left out, {variant}, seed {seed}: mIoU {row['mIoU']:.4f}", flush=True)
 
 
@@ -71,12 +71,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    finished = finished_runs(RESULTS / "drives.csv", "drive")
-    for seed in args.seeds:
-        for variant in args.variants:
-            for drive in args.drives:
-                if (drive, variant, seed) not in finished:
-                    run(drive, variant, seed, args)
+    runs = [
+        (drive, variant, seed)
+        for seed in args.seeds
+        for variant in args.variants
+        for drive in args.drives
+    ]
+    for one in without_rows(runs, args.results / "drives.csv", "drive"):
+        run(*one, args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from results_file import read_rows
+from results_file import RESULTS, read_rows
 
 from danet.bench.report import hardware
 from danet.devices import choose_device
@@ -23,14 +23,31 @@ def runs_parser(
     parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants))
     parser.add_argument("--out", type=Path, default=Path(out), help="run folders")
     parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="where rows go; runs that have theirs there are not run again; %(default)s",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe's key"
     )
     return parser
 
 
-def finished_runs(results: Path, kind: str) -> set[tuple[str, str, int]]:
-    """The column `kind`, the variant and the seed of every run that has its row."""
-    return {(row[kind], row["variant"], int(row["seed"])) for row in read_rows(results)}
+def without_rows(
+    runs: Sequence[tuple[str, str, int]], results: Path, kind: str
+) -> list[tuple[str, str, int]]:
+    """Of runs (a column `kind`, variant, seed) those without a row; says how many have one."""
+    finished = {(row[kind], row["variant"], int(row["seed"])) for row in read_rows(results)}
+    found = [run for run in runs if run not in finished]
+    if len(found) < len(runs):
+        print(
+            f"{len(runs) - len(found)} of {len(runs)} runs have their rows in {results}; "
+            "to run them again, write to another folder: --results DIR",
+            flush=True,
+        )
+    return found
 
 
 def train_and_score(

@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -96,6 +97,27 @@ def test_what_can_be_read_of_a_cut_video_is_kept(
     with pytest.raises(UserError, match="not a video that can be read"):
         segment_video(predictor, cut, tmp_path, "b", overlay=True, masks=True)
     assert not (tmp_path / "b_overlay.mp4").exists()
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".mkv", "libx264"), (".webm", "libvpx-vp9")])
+def test_a_cut_video_that_counts_no_frames_is_told_by_its_length(
+    suffix: str, codec: str, predictor: danet.Predictor, tmp_path: Path
+) -> None:
+    whole = make_video(tmp_path / f"whole{suffix}", frames=20, codec=codec)
+    assert segment_video(predictor, whole, tmp_path, "w", overlay=False, masks=True).problem is None
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    found = segment_video(predictor, cut, tmp_path, "c", overlay=False, masks=True)
+    assert 0 < found.frames < 20
+    assert re.fullmatch(rf"{re.escape(str(cut))}: ends at 0\.\d of 0\.7 s", found.problem)
+
+
+def test_frames_shown_longer_than_others_are_not_missed(
+    predictor: danet.Predictor, tmp_path: Path
+) -> None:
+    times = [0, 33, 66, 100, 900, 933]
+    path = make_video(tmp_path / "uneven.mkv", frames=6, times=times)
+    assert segment_video(predictor, path, tmp_path, "u", overlay=False, masks=True).problem is None
 
 
 def test_damaged_parts_are_told(predictor: danet.Predictor, tmp_path: Path) -> None:

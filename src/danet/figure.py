@@ -22,7 +22,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from danet.atomic import replacing
 from danet.errors import UserError
-from danet.inspection import ChannelMap, FloatMap, Point, classes_of_cells
+from danet.inspection import ChannelMap, FloatMap, Point, share_by_class
 from danet.palette import highlighted
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _position_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
     axes[1].set_title("where this pixel looks", fontsize="medium")
     picture.heat(axes[2], _logarithm(found.received_attention), label)
     axes[2].set_title("where all pixels look", fontsize="medium")
-    by_class = _share_by_class(found.attention, found.branches["fused"], len(found.class_names))
+    by_class = share_by_class(found.attention, found.branches["fused"], len(found.class_names))
     _draw_shares(picture, axes[3], by_class)
 
 
@@ -265,15 +265,6 @@ def _logarithm(shares: FloatMap) -> FloatMap:
     """log10 of how many times as much as an even share: trained attention spans many decades."""
     times: FloatMap = np.log10((shares * shares.size).clip(min=SMALLEST_TIMES_EVEN))
     return times
-
-
-def _share_by_class(
-    attention: FloatMap, classes: npt.NDArray[np.uint8], count: int
-) -> npt.NDArray[np.float64]:
-    """The attention that falls on each predicted class; K shares summing to 1."""
-    shares = np.zeros(count)
-    np.add.at(shares, classes_of_cells(classes, *attention.shape), attention)
-    return shares
 
 
 def _draw_shares(picture: _Picture, axes: Axes, shares: npt.NDArray[np.float64]) -> None:
@@ -292,7 +283,8 @@ def _draw_shares(picture: _Picture, axes: Axes, shares: npt.NDArray[np.float64])
 
 def _branch_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
     found = picture.explanation
-    titles = {"fused": "both branches", "position": "position branch", "channel": "channel branch"}
+    fused = "both branches" if len(found.branches) > 2 else "prediction"
+    titles = {"fused": fused, "position": "position branch", "channel": "channel branch"}
     panels = list(axes)
     for branch, classes in found.branches.items():
         panel = panels.pop(0)

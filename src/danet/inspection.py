@@ -251,6 +251,15 @@ def classes_of_cells(
     return classes[np.ix_(rows, columns)]
 
 
+def share_by_class(
+    attention: FloatMap, classes: npt.NDArray[np.uint8], count: int
+) -> npt.NDArray[np.float64]:
+    """The attention h w that falls on each of the classes H W; K shares summing to 1."""
+    shares = np.zeros(count)
+    np.add.at(shares, classes_of_cells(classes, *attention.shape), attention)
+    return shares
+
+
 class _Pass(NamedTuple):
     """Input and output of an attention module, each 1 C h w."""
 

@@ -251,6 +251,11 @@ class DANet(nn.Module):
             picture: shown on the card, such as an overlay.
             license_id: as the hub names licences, such as "mit".
         """
+        if picture is not None and not isinstance(picture, Image.Image):
+            raise UserError(
+                f"picture is a {type(picture).__name__}; give a Pillow picture, such as "
+                "PIL.Image.open(FILE)"
+            )
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             self.save_pretrained(folder)

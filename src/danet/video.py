@@ -29,6 +29,11 @@ _QUALITY = "20"
 """x264's constant rate factor: 18 looks lossless, 23 is its default."""
 
 
+_DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
+_WHOLE = 0.95
+"""Of its stated length: shorter is not all of a video."""
+
+
 class SegmentedVideo(NamedTuple):
     """The outcome for one video.
 
@@ -143,6 +148,7 @@ class _Reader:
         if not length and self._container.duration:
             length = round(self._container.duration / av.time_base * self.rate)
         self.announced = max(1, length)
+        self._length = _stated_length(self._stream)
 
     def __enter__(self) -> "_Reader":
         return self
@@ -178,6 +184,19 @@ class _Reader:
             self.problem = f"{self.path}: {damaged} damaged parts were skipped"
         elif self._stream.frames > count:
             self.problem = f"{self.path}: only {count} of {self._stream.frames} frames are there"
+        elif self._length and not self._stream.frames:
+            end, length = float(expected * self.time_base), float(self._length)
+            if end < length - 3 / self.rate and end < _WHOLE * length:
+                self.problem = f"{self.path}: ends at {end:.1f} of {length:.1f} s"
+
+
+def _stated_length(stream: VideoStream) -> Fraction | None:
+    """Seconds to the last frame's end; Matroska and WebM may say so, but count no frames."""
+    stated = _DURATION.fullmatch(stream.metadata.get("DURATION", ""))
+    if stated is None:
+        return None
+    hours, minutes, seconds = map(Fraction, stated.groups())
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def _upright(frame: VideoFrame, size: tuple[int, int]) -> npt.NDArray[np.uint8]:

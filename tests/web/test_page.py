@@ -173,6 +173,14 @@ def test_a_broken_picture_is_explained_and_the_page_goes_on(
     upload(page, photo)
 
 
+def test_what_is_no_picture_is_told_in_our_words(page: Page, tmp_path: Path) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("no picture")
+    page.set_input_files("input[type=file] >> nth=0", str(text))
+    expect(page.get_by_text("text.jpg: not a picture in a known format")).to_be_visible()
+    expect(page.get_by_text("preprocess")).to_have_count(0)
+
+
 def test_many_pictures_come_back_as_one_archive(page: Page, photo: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jpg"
     render(2, 5)[0].save(other)

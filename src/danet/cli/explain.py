@@ -32,6 +32,8 @@ def explain(
 
     pixel = _parse_point(point)
     check_figure_path(out)
+    if arrays is not None and arrays.suffix.lower() != ".npz":
+        raise UserError(f"--arrays {arrays}: arrays are written as .npz; choose that suffix")
     picture = open_image(image)
     require_writable_files(out, arrays, sources=[image, *files_of(model)])
     predictor = Predictor(model, device, precision)

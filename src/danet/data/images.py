@@ -195,6 +195,8 @@ def _decode(source: Location | str | bytes, max_pixels: int | None = None) -> _D
             return _Decoded(image, where, stored_as)
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{where}: is a folder; name a picture") from error
     except UnidentifiedImageError as error:
         raise UserError(
             f"{where}: not a picture in a known format ({', '.join(formats)})"

@@ -15,6 +15,7 @@ from danet.export.graph import (
     WholePicture,
     attend_by_equal_widths,
     attend_in_onnx,
+    errors_alone,
     named_sizes,
     traceable_attention,
 )
@@ -127,17 +128,18 @@ def _quantize(path: Path, calibration: Sequence[Tensor]) -> None:
         for node in onnx.load(path).graph.node
         if node.op_type == "Conv" and ".attention." in node.input[1]
     ]
-    quantize_static(
-        path,
-        path,
-        Pictures(),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv"],
-        nodes_to_exclude=kept,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
+    with errors_alone(None):  # it advises all to preprocess the graph, which was made to fit
+        quantize_static(
+            path,
+            path,
+            Pictures(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            nodes_to_exclude=kept,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
 
 
 def _metadata(network: WholePicture) -> str:

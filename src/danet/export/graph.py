@@ -79,12 +79,21 @@ def named_sizes(network: WholePicture) -> Iterator[None]:
         height, width = (_named(side, max(bounds)) for side in _fitted(size, bounds))
         return height, width
 
-    log = logging.getLogger(symbolic_shapes.__name__)
+    with (
+        errors_alone(symbolic_shapes.__name__),  # it warns of each answer by an example
+        patch.object(network, "fit", fit_and_name),
+    ):
+        yield
+
+
+@contextmanager
+def errors_alone(logger: str | None) -> Iterator[None]:
+    """Has a logger, the root's where None, keep warnings to itself."""
+    log = logging.getLogger(logger)
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of each answer by an example
+    log.setLevel(logging.ERROR)
     try:
-        with patch.object(network, "fit", fit_and_name):
-            yield
+        yield
     finally:
         log.setLevel(level)
 

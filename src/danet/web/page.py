@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from gradio.data_classes import ImageData
 from PIL import Image
 
 from danet.data.scenes import render
 from danet.errors import UserError
 from danet.heads import Branch
-from danet.inspection import Inspection, Point
+from danet.inspection import Inspection, Point, share_by_class
 from danet.result_names import mask_name, overlay_name
 from danet.segmentation import OVERLAY_OPACITY
 from danet.web import drawings
@@ -29,6 +31,9 @@ _ATTENTION = "attention of a pixel"
 _RECEIVED = "attention of all pixels"
 _DISAGREEMENT = "where branches disagree"
 _BRANCHES: dict[Branch, str] = {"position": "position branch", "channel": "channel branch"}
+_SCALE_OF_ATTENTION = "Attention is drawn on a logarithmic scale: the most is yellow."
+_LEAST_SHARE = 0.01
+"""Of a pixel's attention: classes with less are not named."""
 _SCENES = (3, 8, 21)
 
 # Fonts of the system: nothing is fetched from outside.
@@ -87,10 +92,12 @@ def _build_picture_tab(sessions: Sessions) -> None:
                 buttons=[],
                 height=300,
             )
+            source.preprocess = _uploaded_path  # type: ignore[method-assign]
             gr.Examples(_example_pictures(sessions.folder), source, label="Generated scenes")
         with gr.Column(scale=2, min_width=300):
             shown = gr.Image(
-                label="Click a pixel to see its class and where it looks",
+                label="Click a pixel to see its class"
+                + (" and where it looks" if "position" in branches else ""),
                 elem_id="shown",
                 interactive=False,
                 format="jpeg",
@@ -99,7 +106,12 @@ def _build_picture_tab(sessions: Sessions) -> None:
             )
             facts = gr.Markdown("", elem_id="facts")
             legend = gr.HTML("", elem_id="legend")
-            view = gr.Radio(views, value=_CLASSES, label="Show")
+            view = gr.Radio(
+                views,
+                value=_CLASSES,
+                label="Show",
+                info=_SCALE_OF_ATTENTION if _ATTENTION in views else None,
+            )
             with gr.Row():
                 column, row = (
                     gr.Number(None, label=label, precision=0, minimum=0, min_width=100)
@@ -147,10 +159,14 @@ def _build_picture_tab(sessions: Sessions) -> None:
         )
 
 
+def _uploaded_path(payload: ImageData | None) -> str | None:
+    """The file, unopened: of what is not a picture Gradio would show its own error and paths."""
+    return None if payload is None else payload.path
+
+
 def _build_batch_tab(sessions: Sessions) -> None:
-    count = sessions.limits.batch
     sources = gr.File(
-        label=f"Up to {count} photos",
+        label=f"Up to {sessions.limits.batch} photos of {sessions.limits.megabytes} MB each",
         file_count="multiple",
         file_types=["image"],
         height=180,
@@ -290,8 +306,18 @@ def _looked_at(
     label = inspection.metadata.classes[score.class_id]
     column, row = point
     facts = f"Pixel {column}, {row}: **{label}**, {100 * score.probability:.0f} % sure"
-    view = _ATTENTION if inspection.has_position_attention else view
+    if inspection.has_position_attention:
+        view = _ATTENTION
+        facts += f"; looks at {_looks_at(inspection, point)}"
     return view, facts, _shrunk(_drawn(inspection, point, view, opacity))
+
+
+def _looks_at(inspection: Inspection, point: Point) -> str:
+    """The classes with most of a pixel's attention."""
+    names = inspection.metadata.classes
+    shares = share_by_class(inspection.attention(point), inspection.branches["fused"], len(names))
+    most = [int(index) for index in np.argsort(-shares)[:3] if shares[index] >= _LEAST_SHARE]
+    return ", ".join(f"{names[index]} ({100 * shares[index]:.0f} %)" for index in most)
 
 
 def _drawn(inspection: Inspection, point: Point | None, view: str, opacity: float) -> Image.Image:

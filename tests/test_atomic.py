@@ -80,7 +80,7 @@ def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "model/config.json")
     sources = files_of(tmp_path / "model")
     for name in ("model/config.json", "model/recipe.yaml", "link"):
-        with pytest.raises(UserError, match="is read, and would be written over"):
+        with pytest.raises(UserError, match="is an input and would be overwritten"):
             require_writable_files(tmp_path / name, sources=sources)
     require_writable_files(tmp_path / "model/scores.json", sources=sources)
     assert Path("x.bin") in files_of("x.xml")

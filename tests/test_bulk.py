@@ -94,15 +94,15 @@ def test_a_rerun_does_what_is_missing_changed_or_of_another_model(
     os.utime(photos / "05.png", (time.time() + 5, time.time() + 5))
     again = predict(model, photos, "--out", out)
     assert "2 of 13 pictures and videos segmented" in again.output
-    assert "11 were before" in again.output
+    assert "11 were already done" in again.output
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"03.png", "05.png"}
     os.utime(photos / "05.png", (0, 0))
     assert "13 of 13" in predict(model, photos, "--out", out, "--overlay").output
-    assert "13 were before" in predict(model, photos, "--out", out, "--overlay").output
+    assert "13 were already done" in predict(model, photos, "--out", out, "--overlay").output
     network.save_pretrained(tmp_path / "same")
-    assert "13 were before" in predict(tmp_path / "same", photos, "--out", out).output
+    assert "13 were already done" in predict(tmp_path / "same", photos, "--out", out).output
     other = copy.deepcopy(network)
     torch.nn.init.normal_(other.head.fused_classifier[1].weight)
     other.save_pretrained(tmp_path / "other")
@@ -125,7 +125,7 @@ def test_another_file_of_the_same_name_is_segmented(
             "1 of 1 pictures and videos segmented" in predict(model, "p.png", "--out", out).output
         )
         assert found.setdefault(folder, masks(out)) == masks(out)
-    assert "1 were before" in predict(model, tmp_path / "a" / "p.png", "--out", out).output
+    assert "1 were already done" in predict(model, tmp_path / "a" / "p.png", "--out", out).output
     assert found["a"] != found["b"]
 
 
@@ -133,7 +133,7 @@ def test_a_file_that_was_exchanged_is_segmented(model: Path, photos: Path, tmp_p
     """As `cp -p` and rsync do: the time says nothing, or lies before the mask's."""
     path, out = photos / "00.png", tmp_path / "out"
     predict(model, path, "--out", out)
-    assert "1 were before" in predict(model, path, "--out", out).output
+    assert "1 were already done" in predict(model, path, "--out", out).output
     times = path.stat()
     path.write_bytes((photos / "02.png").read_bytes() + b"longer")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -146,7 +146,7 @@ def test_a_file_that_was_exchanged_is_segmented(model: Path, photos: Path, tmp_p
             tar.add(photos / f"{name}.png", "x.png")
         os.utime(archive, (int(name), int(name)))
         assert "1 of 1" in predict(model, archive, "--out", out).output
-        assert "1 were before" in predict(model, archive, "--out", out).output
+        assert "1 were already done" in predict(model, archive, "--out", out).output
 
 
 def test_what_another_model_wrote_over_is_segmented(
@@ -167,7 +167,7 @@ def test_what_another_model_wrote_over_is_segmented(
     assert "1 of 1" in predict(tmp_path / "other", path, "--out", out, "--overlay").output
     assert "1 of 1" in predict(model, path, "--out", out).output
     assert masks(out) == alone
-    assert "1 were before" in predict(model, path, "--out", out).output
+    assert "1 were already done" in predict(model, path, "--out", out).output
 
 
 def test_what_a_stopped_run_wrote_is_segmented_again(
@@ -195,7 +195,7 @@ def test_what_a_stopped_run_wrote_is_segmented_again(
     assert again.exit_code == 0, again.output
     again = predict(model, photos, "--out", out)
     assert again.exit_code == 0, again.output
-    assert f"{13 - changed} were before" in again.output
+    assert f"{13 - changed} were already done" in again.output
     assert masks(out) == before
     assert [path.name for path in out.glob("manifest*")] == ["manifest.jsonl"]
 
@@ -235,7 +235,7 @@ def test_a_manifest_names_its_inputs_and_older_ones_prove_nothing(
     before = {name: line[name] for name in ("input", "model", "status", "mask")}
     (out / "manifest.jsonl").write_text(json.dumps(before) + "\n")
     assert "1 of 1" in predict(model, path, "--out", out).output
-    assert "1 were before" in predict(model, path, "--out", out).output
+    assert "1 were already done" in predict(model, path, "--out", out).output
 
 
 def test_logits_that_are_not_finite_are_an_error_line(
@@ -289,7 +289,7 @@ def test_results_are_no_inputs_of_the_next_run(
     out = photos / "out"
     assert "13 of 13" in predict(model, f"{photos}{pattern}", "--out", out, "--overlay").output
     again = predict(model, f"{photos}{pattern}", "--out", out, "--overlay")
-    assert "13 were before" in again.output
+    assert "13 were already done" in again.output
     assert again.exit_code == 0
 
 
@@ -339,7 +339,7 @@ def test_a_file_that_vanishes_is_an_error_line(
         (photos / "03.png").unlink()
         return real(inputs, overlay=overlay)
 
-    monkeypatch.setattr("danet.work_items.list_pictures", vanishing)
+    monkeypatch.setattr("danet.bulk.list_pictures", vanishing)
     done = predict(model, photos, "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert "03.png: cannot be read" in done.output
@@ -433,7 +433,7 @@ def test_a_damaged_compressed_tar_does_not_stop_the_others(
         ({"GNU.sparse.size": "abc"}, "damaged, or not a tar archive"),
         ({"size": "9" * 30}, "damaged, or not a tar archive"),
         (None, "damaged, or not a tar archive"),
-        ({"path": "b\0.png"}, "no file can have its name"),
+        ({"path": "b\0.png"}, "its name contains a zero byte"),
     ],
 )
 def test_headers_of_nonsense_do_not_stop_the_others(

@@ -374,7 +374,8 @@ def test_output_files_are_probed_before_the_model_is_read(
     Path("file").touch()
     command, *options = arguments
     picture = ["picture.png"] if command == "explain" else []
-    out = f"file/out.{'onnx' if command == 'export' else 'png'}"
+    suffix = "npz" if options[-1] == "--arrays" else "onnx" if command == "export" else "png"
+    out = f"file/out.{suffix}"
     line = fails(command, "/nowhere", *picture, *options, out)
     assert line.startswith(f"error: {out}: cannot be written")
 
@@ -487,4 +488,4 @@ def test_pictures_taken_otherwise_than_by_predict_are_noted(
     test: dict[str, object], noted: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     note_protocol(TestConfig.model_validate(test))
-    assert ("note: the model is tested" in capsys.readouterr().err) == noted
+    assert ("note: the model's test protocol" in capsys.readouterr().err) == noted

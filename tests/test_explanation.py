@@ -189,7 +189,7 @@ def test_passes_of_other_threads_are_not_recorded(
 def test_a_point_outside_is_refused(
     predictor: danet.Predictor, image: Image.Image, point: tuple[int, int]
 ) -> None:
-    with pytest.raises(UserError, match="outside of the picture, which is 50x37"):
+    with pytest.raises(UserError, match="outside the picture, which is 50x37"):
         danet.explain(predictor, image, point)
 
 
@@ -269,8 +269,8 @@ def test_the_command(image: Image.Image, tmp_path: Path) -> None:
     for point, out, message in [
         ("20", "f.png", "write X,Y in pixels"),
         ("20,-3", "f.png", "write X,Y in pixels"),
-        ("20,99", "f.png", "outside of the picture"),
-        ("20,30", "a.png", "is read, and would be written over"),
+        ("20,99", "f.png", "outside the picture"),
+        ("20,30", "a.png", "is an input and would be overwritten"),
         ("20,30", "f.bmp", "choose one by suffix"),
     ]:
         failed = run.invoke(app, [*arguments, "--point", point, "--out", str(tmp_path / out)])

@@ -94,7 +94,7 @@ def test_predict_takes_a_file_for_the_model(files: Path, tmp_path: Path) -> None
     first = runner.invoke(app, command, catch_exceptions=False)
     assert "3 of 3" in first.stdout
     again = runner.invoke(app, command, catch_exceptions=False)
-    assert "3 were before" in again.stdout
+    assert "3 were already done" in again.stdout
     other = [command[0], str(files / "m.xml"), *command[2:]]
     assert "3 of 3" in runner.invoke(app, other, catch_exceptions=False).stdout
     with Image.open(tmp_path / "out" / "0.png") as mask:
@@ -115,7 +115,7 @@ def test_predict_takes_a_file_for_the_model(files: Path, tmp_path: Path) -> None
             "cannot be opened",
         ),
         ("alone.xml", b"<net>", "its weights are missing; put alone.bin beside it"),
-        ("program.pt2", b"PK", "give the model folder"),
+        ("program.pt2", b"PK", "or the model folder"),
     ],
 )
 def test_other_files_are_refused(

@@ -101,9 +101,9 @@ def test_a_hub_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(UserError, match="me/streets: could not be uploaded"):
         network().push_to_hub("me/streets")
     network().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="has no revisions"):
+    with pytest.raises(UserError, match="have revisions"):
         danet.DANet.from_pretrained(tmp_path, revision="v9")
-    with pytest.raises(UserError, match="has no revisions"):
+    with pytest.raises(UserError, match="have revisions"):
         danet.DANet.from_pretrained("street-small", revision="v9")
 
 

@@ -134,10 +134,15 @@ def read_folder(folder: Path) -> tuple[FolderConfig, dict[str, Tensor]]:
 
 
 def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """What keeps tensors from being those of a network, `wanted`: one finding a tensor."""
+    """What keeps tensors from being those of a network, `wanted`: one finding a tensor.
+
+    Counters of batches seen may be missing: old checkpoints lack them, and nothing is computed
+    with them.
+    """
+    needed = [name for name in wanted if not name.endswith("num_batches_tracked")]
     return [
         *(f"{name} is not in the network" for name in state if name not in wanted),
-        *(f"{name} is missing" for name in wanted if name not in state),
+        *(f"{name} is missing" for name in needed if name not in state),
         *(
             f"{name} is {_shape(state[name])}, not {_shape(tensor)}"
             for name, tensor in wanted.items()

@@ -95,11 +95,8 @@ def _width(path: Path, state: Mapping[str, Tensor], name: str) -> int:
 
 def _require_fit(path: Path, translated: Translated, wanted: Mapping[str, Tensor]) -> None:
     state = translated.state
-    # Counters of batches seen: missing in old checkpoints, and no part of what a network computes.
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     problems = [f"{name} is not known" for name in translated.unknown]
-    needed = {name: t for name, t in wanted.items() if name in state or name not in counters}
-    problems += misfits(state, needed)
+    problems += misfits(state, wanted)
     known = {name: tensor for name, tensor in state.items() if name in wanted}
     problems += [
         f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating point"

@@ -78,13 +78,22 @@ def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
     for name in ("config.json", "recipe.yaml"):
         (tmp_path / "model" / name).touch()
     (tmp_path / "link").symlink_to(tmp_path / "model/config.json")
+    (tmp_path / "same").hardlink_to(tmp_path / "model/config.json")
     sources = files_of(tmp_path / "model")
-    for name in ("model/config.json", "model/recipe.yaml", "link"):
+    for name in ("model/config.json", "model/recipe.yaml", "link", "same"):
         with pytest.raises(UserError, match="is an input and would be overwritten"):
             require_writable_files(tmp_path / name, sources=sources)
     require_writable_files(tmp_path / "model/scores.json", sources=sources)
     assert Path("x.bin") in files_of("x.xml")
     assert files_of(".")
+
+
+def test_two_results_are_not_written_to_one_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    require_writable_files(tmp_path / "a.json", tmp_path / "a.html")
+    for other in ("a.json", "link/a.json"):
+        with pytest.raises(UserError, match="is named twice; one would replace the other"):
+            require_writable_files(tmp_path / "a.json", None, tmp_path / other)
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from danet.bulk import DECODED_AHEAD, segment_inputs
 from danet.cli import app
 from danet.errors import UserError
 from danet.inputs import Input, Results, find_inputs, output_stems
+from danet.manifest import Manifest, Origin, finished_results
 from danet.processes import Share
 from danet.work_items import WorkItem
 from networks import tiny_danet
@@ -594,6 +595,49 @@ def test_a_manifest_goes_on_after_an_unfinished_line(
     lines = path.read_text().splitlines()
     assert lines[1] == '{"input": "half'
     assert [json.loads(line)["status"] for line in lines[:1] + lines[2:]] == ["ok"] * 13
+
+
+ORIGIN = Origin("/photos/p.jpg", 1, 2)
+ALONE, FIRST, SECOND = Share(0, 1), Share(0, 2), Share(1, 2)
+
+
+def test_the_later_line_of_a_result_counts_in_whichever_manifest_it_is(tmp_path: Path) -> None:
+    for share, model, name in (
+        (ALONE, "old", "x"),
+        (FIRST, "new", "x"),
+        (FIRST, "new", "y"),
+        (ALONE, "old", "y"),
+    ):
+        with Manifest(tmp_path, share, model) as lines:
+            lines.append(name, ORIGIN, {"mask": f"{name}.png"}, None)
+    assert finished_results(tmp_path, "old") == {"y.png": ORIGIN}
+    assert finished_results(tmp_path, "new") == {"x.png": ORIGIN}
+
+
+def test_what_a_process_was_stopped_at_is_not_finished_when_another_ends(tmp_path: Path) -> None:
+    """Even if the same model wrote it before."""
+    results = {name: {"mask": f"{name}.png"} for name in "ab"}
+    stopped, ended = (Manifest(tmp_path, share, "m") for share in (FIRST, SECOND))
+    stopped.append("a", ORIGIN, results["a"], None)
+    for lines, name in ((stopped, "a"), (ended, "b")):
+        lines.begin([(name, ORIGIN, results[name])])
+    ended.append("b", ORIGIN, results["b"], None)
+    ended.__exit__(None)
+    stopped.__exit__(KeyboardInterrupt)
+    with Manifest(tmp_path, FIRST, "m"):
+        assert finished_results(tmp_path, "m") == {"b.png": ORIGIN}
+
+
+def test_a_rerun_in_the_folder_of_the_pictures(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its results are known to be its own, though the folder is named by a dot."""
+    picture(0).save(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert "1 of 1" in predict(model, "a.jpg", "--out", ".").output
+    again = predict(model, "a.jpg", "--out", ".")
+    assert again.exit_code == 0, again.output
+    assert "1 were already done" in again.output
 
 
 def test_file_names_cannot_steer_the_terminal(model: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from danet.config import TestConfig
 from danet.data.scenes import render
 from danet.data.transforms import fitted_size
 from danet.errors import ExportDiffers, UserError
-from danet.export import SUFFIXES, export, load
+from danet.export import SUFFIXES, Agreement, calibration_pictures, compare, export, load
 from danet.export.files import Engine
 from danet.export.graph import WholePicture, _fitted, attend_by_equal_widths
 from danet.model_folder import Metadata
@@ -184,6 +184,41 @@ def test_attention_by_equal_widths_is_exact(keys: int, channels: int) -> None:
     weights = (query.transpose(1, 2) @ key).softmax(-1)
     expected = value @ weights.transpose(1, 2)
     torch.testing.assert_close(attend_by_equal_widths(query, key, value), expected)
+
+
+def test_files_are_compared_by_their_worst_picture_and_by_all_pixels() -> None:
+    """By hand: of two pictures of two pixels, one is off by 3 of 4, and has another class."""
+    expected = torch.tensor([[4.0, 0.0], [0.0, 2.0]]).view(1, 2, 1, 2)
+    found = [expected.clone(), expected.clone()]
+    found[0][0, 0, 0, 1] = 3
+    found[1][0, 1, 0, 0] = 1
+
+    def compared(*logits: Tensor) -> Agreement:
+        left = iter(logits)
+        engine = Engine(lambda _: next(left).numpy(), None)
+        return compare(lambda _: expected, engine, [torch.zeros(1, 3, 1, 2) for _ in logits])
+
+    assert compared(*found) == (3 / 4, 3 / 4)
+    with pytest.raises(ExportDiffers, match=r"gives logits \(1, 2, 1, 1\)"):
+        compared(expected[..., :1])
+    with pytest.raises(ExportDiffers, match="not finite"):
+        compared(expected.log())
+
+
+def test_calibration_pictures_are_few_and_not_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("a", (2048, 512)), ("b", (31, 400)), ("c", (64, 48)), ("d", (64, 48))):
+        Image.new("RGB", size, (255, 51, 0)).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr("danet.export.CALIBRATION_PICTURES", 3)
+    pictures = calibration_pictures([str(tmp_path)])
+    assert [tuple(picture.shape) for picture in pictures] == [(3, 256, 1024), (3, 48, 64)]
+    for picture in pictures:
+        torch.testing.assert_close(picture[:, 5, 7], torch.tensor([1, 0.2, 0]))
+    with pytest.raises(UserError, match="no picture of at least 32 pixels a side"):
+        calibration_pictures([str(tmp_path / "b.png")])
+    with pytest.raises(UserError, match="absent"):
+        calibration_pictures([str(tmp_path / "c.png"), str(tmp_path / "absent.png")])
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

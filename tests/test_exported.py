@@ -1,6 +1,7 @@
 """Segmenting with exported files."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def test_openvino_computes_in_bfloat16_where_asked_to(model: danet.DANet, files:
     for name in ("m.onnx", "m.xml"):
         with pytest.raises(UserError, match="precision typo: use auto, fp32 or bf16"):
             ExportedPredictor(files / name, "typo")
+
+
+def test_other_weights_beside_the_same_graph_are_another_model(files: Path, tmp_path: Path) -> None:
+    for name in ("m.xml", "m.bin"):
+        shutil.copy(files / name, tmp_path / name)
+    before = ExportedPredictor(tmp_path / "m.xml", "fp32").fingerprint()
+    assert before == ExportedPredictor(files / "m.xml", "fp32").fingerprint()
+    weights = bytearray((tmp_path / "m.bin").read_bytes())
+    weights[-4] ^= 1
+    (tmp_path / "m.bin").write_bytes(weights)
+    assert ExportedPredictor(tmp_path / "m.xml", "fp32").fingerprint() != before
 
 
 def test_predict_takes_a_file_for_the_model(files: Path, tmp_path: Path) -> None:

@@ -264,9 +264,7 @@ def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
     renamed = build()
     renamed.metadata = Metadata.placeholder(7)
     for model in (changed, renamed):
-        with pytest.raises(
-            UserError, match=r"weight is \dx16x1x1, not \dx16x1x1, by the n"
-        ):
+        with pytest.raises(UserError, match=r"weight is \dx16x1x1, not \dx16x1x1, by the n"):
             model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
     danet.DANet.from_pretrained(tmp_path)

@@ -92,6 +92,15 @@ def test_a_convolution_that_is_read_twice_keeps_its_norm() -> None:
     assert isinstance(model.head.position_branch.attention.norm, nn.BatchNorm2d)
 
 
+@torch.no_grad()
+def test_a_network_that_was_in_training_is_made_fast_as_it_evaluates() -> None:
+    model = network("test_resnet")
+    images = torch.randn(1, 3, 64, 64)
+    expected = model(images).fused
+    fast = optimize_for_inference(model.train(), bfloat16=False, compile_graph=False)
+    torch.testing.assert_close(fast(images).fused, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_norm_by_the_batchs_own_statistics_stays() -> None:
     model = network("test_resnet")
     norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))

@@ -299,7 +299,43 @@ def test_masks_of_a_video_that_fails_are_not_an_earlier_runs(
         assert predict(tmp_path / "other", source, "--out", out).exit_code == 2
     again = predict(model_folder, source, "--out", out)
     assert "1 of 1" in again.output
-    assert "before" not in again.output
+    assert "already" not in again.output
+
+
+def test_masks_of_a_video_that_was_stopped_are_not_an_earlier_runs(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has written over some of them, and did not live to say so."""
+    source = make_video(tmp_path / "a.mp4", frames=6)
+    out = tmp_path / "out"
+    assert predict(model_folder, source, "--out", out).exit_code == 0
+    tiny_danet(4).save_pretrained(tmp_path / "other")
+    real = danet.Predictor.segment_batch
+
+    def stopped(self: danet.Predictor, images: np.ndarray) -> list[danet.Segmentation]:
+        if len(images) < 4:  # the last frames
+            raise KeyboardInterrupt
+        return real(self, images)
+
+    with monkeypatch.context() as once:
+        once.setattr(danet.Predictor, "segment_batch", stopped)
+        assert predict(tmp_path / "other", source, "--out", out).exit_code != 0
+    again = predict(model_folder, source, "--out", out)
+    assert "1 of 1" in again.output
+    assert "already" not in again.output
+
+
+def test_processes_share_videos(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = [make_video(tmp_path / f"{name}.mp4", frames=1) for name in "abc"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, number in enumerate((2, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        done = predict(model_folder, *videos, "--out", tmp_path / "out")
+        assert f"{number} of {number}" in done.output
+    masks = sorted(path.parent.name for path in (tmp_path / "out").glob("*/000000.png"))
+    assert masks == ["a", "b", "c"]
 
 
 def test_a_full_disk_ends_the_run(

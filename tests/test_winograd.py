@@ -152,8 +152,10 @@ def test_bfloat16_rounds_about_twice_as_much() -> None:
     features = torch.randn(1, 512, 20, 24).relu().bfloat16()
     exact = direct(features.float())
     error = lambda output: (output.float() - exact).norm() / exact.norm()  # noqa: E731
-    fast = WinogradConv2d(direct, torch.bfloat16)(features)
+    layer = WinogradConv2d(direct, torch.bfloat16)
+    fast = layer(features)
     assert fast.dtype == torch.bfloat16
+    assert torch.equal(layer(features.float()), fast)
     assert error(fast) < 3 * error(copy.deepcopy(direct).bfloat16()(features))
 
 

@@ -139,9 +139,7 @@ class TestFolder:
     def test_one_class_must_be_named(self, root: Path) -> None:
         """Masks of 0 and 255 would train on one class and reach an mIoU of 1."""
         write_pair(root, "images/train/a.jpg", "labels/train/a.png", [[0, 255], [0, 255]])
-        with pytest.raises(
-            UserError, match=r"no class other than 0 .*give objects id 1.*s\.txt"
-        ):
+        with pytest.raises(UserError, match=r"no class other than 0 .*give objects id 1.*s\.txt"):
             dataset_spec("folder", root)
         with pytest.raises(UserError, match="no class other than 0"):
             open_dataset("folder", root)

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import danet
 from danet.config import TestConfig
@@ -46,6 +47,20 @@ def test_counts_every_labelled_pixel_once(model: danet.DANet) -> None:
     assert result.confusion["fused"].diagonal().sum() == right
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_the_network_computes_in_the_precision_that_is_asked_for(
+    precision: str, dtype: torch.dtype, model: danet.DANet
+) -> None:
+    sample = open_dataset("scenes", split="val")[0]
+    found: list[torch.dtype] = []
+    layer = model.head.fused_classifier[1]
+    with layer.register_forward_hook(lambda _, __, output: found.append(output.dtype)):
+        segment_with(model, TEST, precision)(sample)
+    assert found == [dtype]
+
+
 def test_parts_add_up_to_the_whole(model: danet.DANet) -> None:
     dataset = open_dataset("scenes", split="val")
     segment = segment_with(model, TEST)
@@ -54,6 +69,27 @@ def test_parts_add_up_to_the_whole(model: danet.DANet) -> None:
     merged = merge(parts)
     assert torch.equal(merged.confusion["fused"], whole.confusion["fused"])
     assert merged.pictures == whole.pictures
+
+
+def test_a_picture_without_labels_has_no_accuracy() -> None:
+    """By hand: three of four labelled pixels are right, and then there is none."""
+    image = Image.new("RGB", (3, 2))
+    labels = ([[0, 1, 1], [1, 255, 255]], [[255] * 3] * 2)
+
+    class Labelled:
+        spec = DatasetSpec("two", ("a", "b"))
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Sample:
+            return Sample(image, np.array(labels[index], np.uint8), "ab"[index])
+
+    result = evaluate(lambda _: [torch.ones(2, 3, dtype=torch.uint8)], Labelled())
+    assert [(p.position, p.name) for p in result.pictures] == [(0, "a"), (1, "b")]
+    assert result.pictures[0].accuracy == 3 / 4
+    assert math.isnan(result.pictures[1].accuracy)
+    assert result.confusion["fused"].tolist() == [[0, 1], [0, 3]]
 
 
 def test_few_pictures_are_decoded_ahead(model: danet.DANet) -> None:

@@ -132,6 +132,34 @@ def test_scales_and_flips_average_the_probabilities(model: danet.DANet, image: T
     np.testing.assert_allclose(actual.sum(0), 1, rtol=1e-5)
 
 
+def test_corners_are_aligned_in_every_resizing_of_logits(image: Tensor) -> None:
+    """At twice the size, where multiples of 16 are resized to whole numbers."""
+    network = tiny_danet(4, align_corners=True)
+    coarse = (image // 16 * 16).float()
+    with torch.inference_mode():
+        doubled = F.interpolate(coarse[None], scale_factor=2, mode="bilinear")[0]
+        mean, std = (
+            torch.tensor(v).view(3, 1, 1) for v in (network.metadata.mean, network.metadata.std)
+        )
+        logits = network(((doubled - mean) / std)[None]).fused
+        for size in ((100, 140), (50, 70)):
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+        actual = predict_probabilities(network, coarse.byte(), TestConfig(ratios=(2.0,)))
+    torch.testing.assert_close(actual, logits.softmax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_shrunk_without_smoothing(model: danet.DANet) -> None:
+    """To a quarter by the middle two of four pixels, as mmsegmentation does; here these are 0."""
+    picture = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    picture[..., 1::4] = picture[..., 2::4] = 0
+    read: list[Tensor] = []
+    hook = model.backbone.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    with hook:
+        predict_classes(model, picture, TestConfig(ratios=(0.25,)))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.metadata.mean, model.metadata.std))
+    torch.testing.assert_close(read[0], (-mean / std).expand(1, 3, 16, 16))
+
+
 def test_a_symmetric_picture_stays_symmetric_with_flips(model: danet.DANet, image: Tensor) -> None:
     symmetric = torch.cat([image, image.flip(-1)], dim=-1)
     scores = predict_probabilities(model, symmetric, TestConfig(flip=True))

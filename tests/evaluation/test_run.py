@@ -71,6 +71,18 @@ def test_the_runs_recipe_says_where_its_dataset_is(
         evaluate_model(model)
 
 
+def test_what_is_not_asked_for_is_as_the_model_says(model: danet.DANet, dataset: Path) -> None:
+    settings = {"flip": True, "mode": "slide", "window": (32, 32), "stride": (24, 24)}
+    flipped = tiny_danet(3)
+    test = flipped.metadata.test.model_copy(update={**settings, "ratios": (0.5,)})
+    flipped.metadata = model.metadata.model_copy(update={"test": test})
+    for asked, expected in (
+        ({}, test),
+        ({"mode": "whole"}, test.model_copy(update={"mode": "whole"})),
+    ):
+        assert evaluate_model(flipped, root=dataset, precision="fp32", **asked).test == expected
+
+
 def test_mistakes_are_told(model: danet.DANet, dataset: Path) -> None:
     with pytest.raises(UserError, match="mode: Input should be 'whole' or 'slide'"):
         evaluate_model(model, root=dataset, mode="tiles")  # type: ignore[arg-type]
@@ -94,8 +106,10 @@ def test_a_split_without_labels_is_segmented_for_its_server_only(tmp_path: Path)
     assert (tree["mIoU"], tree["images"]) == (None, 2)
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png"]
     assert Image.open(out / "a.png").size == (40, 32)
-    with pytest.raises(UserError, match="the dataset's own files are there"):
-        evaluate_model(network, "voc", tmp_path, "test", submission=voc / "JPEGImages")
+    (tmp_path / "link").symlink_to(voc, target_is_directory=True)
+    for folder in (voc, tmp_path / "link"):
+        with pytest.raises(UserError, match="the dataset's own files are there"):
+            evaluate_model(network, "voc", tmp_path, "test", submission=folder / "JPEGImages")
     assert len(list((voc / "JPEGImages").iterdir())) == 2
     test = network.metadata.test.model_copy(update={"scale": (64, 48)})
     network.metadata = network.metadata.model_copy(update={"test": test})

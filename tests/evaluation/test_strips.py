@@ -73,6 +73,20 @@ def test_a_class_left_out_never_wins(classes: int, height: int, width: int, seed
         assert contends[winners[row], top:bottom].any(1).all()
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_class_wins_between_pixels_that_it_does_not_win(turned: bool, mirrored: bool) -> None:
+    """By hand: logits (10, 0, 4.9) and (0, 10, 9), in the middle (5, 5, 6.95)."""
+    stored = torch.tensor([[10.0, 0.0, 4.9], [0.0, 10.0, 9.0]]).T.view(1, 3, 2, 1)
+    expected = torch.tensor([0, 0, 0, 2, 2, 1, 1, 1]).view(8, 1)
+    if mirrored:
+        stored, expected = stored.flip(2), expected.flip(0)
+    if turned:
+        stored, expected = stored.mT, expected.mT
+    view = Resized(Stored(stored.contiguous()), expected.shape, False)
+    assert most_likely_classes([view])[0].tolist() == expected.tolist()
+
+
 def test_few_classes_contend_where_areas_are_large() -> None:
     assert strips._contenders(patches(150, 33, 64)).float().mean() < 0.2
     assert strips._contenders(torch.zeros(1, 150, 5, 5)).all()

@@ -170,6 +170,34 @@ def test_mmsegmentations_network_is_dilated_as_its_config_says(tmp_path: Path) -
         assert torch.equal(converted(images).fused, model(images).fused)
 
 
+def test_mmsegmentations_residual_weights_are_plain_numbers(tmp_path: Path) -> None:
+    state = mmseg_state(build("resnet50c", multi_grid=None))
+    state["decode_head.pam.gamma.scale"] = torch.tensor(0.75)
+    state["decode_head.cam.gamma.scale"] = torch.tensor(0.5)
+    head = convert(saved(tmp_path, {"state_dict": state})).head
+    assert head.position_branch.attention.residual_weight.tolist() == [0.75]
+    assert head.channel_branch.attention.residual_weight.tolist() == [0.5]
+
+
+def test_classes_are_those_that_are_asked_for_or_its_own(tmp_path: Path) -> None:
+    own = [f"own {index}" for index in range(CLASSES)]
+    state = mmseg_state(build("resnet50c", multi_grid=None))
+    path = saved(tmp_path, {"meta": {"CLASSES": own}, "state_dict": state})
+    camvid = dataset_spec("camvid")
+    for spec, classes, name in ((None, tuple(own), None), (camvid, camvid.classes, "camvid")):
+        metadata = convert(path, spec).metadata
+        assert (metadata.classes, metadata.dataset) == (classes, name)
+
+
+@pytest.mark.parametrize(
+    "values", [torch.zeros(()).expand(16, 2048, 3, 3), torch.zeros(16, 2048, 3, 3).to_sparse()]
+)
+def test_values_that_the_file_does_not_hold_are_refused(values: Tensor, tmp_path: Path) -> None:
+    state = {**authors_state(build()), "head.conv5a.0.weight": values}
+    with pytest.raises(UserError, match=r"conv5a\.0\.weight claims more values than the file"):
+        convert(saved(tmp_path, state))
+
+
 SLIDE = "model = dict(test_cfg=dict(mode='slide', crop_size={}, stride=(9, 9)))"
 NORMALIZED = "img_norm_cfg = dict(mean={}, std={})"
 

@@ -288,6 +288,6 @@ def test_keys_that_are_no_literals_are_left_out() -> None:
 
 def test_literals_only() -> None:
     config = literal_config(
-        "a = dict(b=[1, dict(c=-2)], d=open('x'))\ne = {'f': (1, 'g')}\nh.i = 3"
+        "a = dict(b=[1, dict(c=-2)], d=open('x'))\ne = {'f': (1, 'g')}\nh.i = 3\nj = dict(a, k=4)"
     )
-    assert config == {"a": {"b": [1, {"c": -2}], "d": None}, "e": {"f": [1, "g"]}}
+    assert config == {"a": {"b": [1, {"c": -2}], "d": None}, "e": {"f": [1, "g"]}, "j": None}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,10 +32,11 @@ from danet.evaluation.metrics import Scores
 from danet.recipes import load_recipe
 from danet.training import loop, state
 from danet.training.checkpoint import RunFolder, load_checkpoint
-from danet.training.launch import launch
+from danet.training.launch import StopSignal, launch
+from danet.training.log import MetricsLog
 from danet.training.loop import train
 from danet.training.state import TrainingState
-from networks import TINY_RUN
+from networks import TINY_RUN, tiny_danet
 
 FEW_SCENES = {"train": 8, "val": 2, "test": 2}
 TINY = (*TINY_RUN, "train.steps=6", "train.checkpoint_every=2")
@@ -423,23 +425,103 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         "train.warmup_steps=0",
         "train.ema_decay=null",
     )
-    initial, whole, split = (
-        load_file(run(tmp_path / name, *options, *more).model / "model.safetensors")
+    runs = [
+        run(tmp_path / name, *options, *more)
         for name, more in (
             ("initial", ["train.lr=1e-30"]),
             ("whole", []),
             ("split", ["train.accumulate=4"]),
         )
-    )
+    ]
+    initial, whole, split = (load_file(each.model / "model.safetensors") for each in runs)
     for name, tensor in whole.items():
         update = (tensor - initial[name]).abs().max()
         assert (tensor - split[name]).abs().max() <= 1e-4 * update + 1e-7
     assert any(not torch.equal(tensor, initial[name]) for name, tensor in whole.items())
+    losses = [each.read_metrics()[0]["loss"] for each in runs]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_the_average_follows_the_first_steps_closely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: after s steps its decay is 1 - s^(-2/3), here up to 0.4 from the third on."""
+    after: list[torch.Tensor] = []
+    real = loop.take_step
+
+    def noted(trained: TrainingState, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+        losses = real(trained, step, batch)
+        after.append(trained.model.head.fused_classifier[1].weight.detach().clone())
+        return losses
+
+    monkeypatch.setattr(loop, "take_step", noted)
+    settings = ("train.ema_decay=0.4", "train.warmup_steps=0")
+    found = load_file(run(tmp_path / "run", *settings).model / "model.safetensors")
+    average = after[0]
+    for steps, weight in enumerate(after[1:], start=1):
+        decay = min(1 - steps ** (-2 / 3), 0.4)
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(found["head.fused_classifier.1.weight"], average)
+    assert not torch.allclose(average, after[-1], rtol=1e-3)
+
+
+def test_after_a_validation_batch_norms_go_on_learning(tmp_path: Path) -> None:
+    """Without an average, it is the network in training that is scored."""
+    settings = ("train.steps=3", "train.validate_every=1", "train.ema_decay=null")
+    trained = load_checkpoint(run(tmp_path / "run", *settings).last)["model"]
+    counts = {int(t) for name, t in trained.items() if name.endswith("num_batches_tracked")}
+    assert counts == {3}
+
+
+def metrics_log(tmp_path: Path, settings: TrainConfig) -> MetricsLog:
+    fabric = launch(settings, torch.device("cpu"), bfloat16=False)
+    return MetricsLog(fabric, RunFolder(tmp_path), settings, SimpleNamespace(write=lambda _: None))
+
+
+def test_a_row_has_the_means_of_its_steps(tmp_path: Path) -> None:
+    """And the learning rate of the last of them: here 0.1 (1 - 6 / 10)."""
+    settings = TrainConfig(lr=0.1, lr_min=0, lr_power=1, steps=10, device="cpu")
+    log = metrics_log(tmp_path, settings)
+    for total, fused in ((1.0, 0.5), (2.0, 0.5), (6.0, 2.0)):
+        log.add({"loss": torch.tensor(total), "loss_fused": torch.tensor(fused)})
+    assert log.pending == 3
+    log.write_steps(7, {"residual_position": 0.25})
+    (row,) = log.run.read_metrics()
+    row.pop("images_per_second")
+    assert row == pytest.approx(
+        {"step": 7, "loss": 3.0, "loss_fused": 1.0, "residual_position": 0.25, "lr": 0.04}
+    )
+    assert log.pending == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_step_is_named_whose_loss_is_not_finite(value: float, tmp_path: Path) -> None:
+    log = metrics_log(tmp_path, TrainConfig(device="cpu"))
+    for loss in (1.0, value, 1.0):
+        log.add({"loss": torch.tensor(loss)})
+    with pytest.raises(TrainingDiverged, match=f"the loss became {value} at step 6"):
+        log.write_steps(7, {})
+    assert not log.run.metrics.exists()
+
+
+def test_a_second_interrupt_stops_at_once() -> None:
+    for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.received == name
+            with pytest.raises(KeyboardInterrupt) if name == "SIGINT" else nullcontext():
+                os.kill(os.getpid(), number)
 
 
 def test_the_batch_must_divide(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.batch_size=2 does not divide by 3"):
         run(tmp_path / "run", "train.accumulate=3")
+
+
+def test_there_is_a_weight_for_each_class(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"class_weights: 2 weights, but scenes has 11 classes"):
+        run(tmp_path / "run", "train.class_weights=[1, 2]")
+    assert not (tmp_path / "run").exists()
 
 
 def test_best_weights_can_be_kept(tmp_path: Path) -> None:
@@ -505,12 +587,24 @@ class TestInitFrom:
         name = "head.position_branch.reduce.0.weight"
         torch.testing.assert_close(after[name], source.state_dict()[name], rtol=1e-4, atol=1e-6)
 
+    def test_as_many_other_classes_leave_out_the_classifiers(self, tmp_path: Path) -> None:
+        source = tiny_danet(11, auxiliary=False)
+        source.save_pretrained(tmp_path / "source")
+        settings = (f"model.init_from={tmp_path / 'source'}", "train.steps=1", "train.lr=1e-12")
+        target = run(tmp_path / "target", *settings, "train.ema_decay=null")
+        after = load_file(target.model / "model.safetensors")
+        convolutions = {name: t for name, t in source.state_dict().items() if t.ndim == 4}
+        taken = {name for name, t in convolutions.items() if torch.allclose(after[name], t)}
+        assert taken == {name for name in convolutions if "classifier" not in name}
+
     def test_another_network_is_refused(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         source = run(tmp_path / "source", "train.steps=1")
         with pytest.raises(UserError, match="another network"):
             run(tmp_path / "target", f"model.init_from={source.model}", "model.head_channels=8")
+        with pytest.raises(UserError, match=r"0 tensors do not fit, \d+ are missing"):
+            run(tmp_path / "target", f"model.init_from={source.model}", "model.auxiliary=true")
         assert "weights from" not in capsys.readouterr().err
 
 

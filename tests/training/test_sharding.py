@@ -1,8 +1,10 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from danet.config import TrainConfig
 from danet.training.build import build_optimizer
@@ -48,3 +50,23 @@ def test_fused_kernels_are_as_the_strategy_wants_them() -> None:
         optimizer = build_optimizer(tiny_danet(), TrainConfig(strategy=after))
         load_optimizer(optimizer, stepped(TrainConfig(strategy=before)).state_dict())
         assert {group["fused"] for group in optimizer.param_groups} == {after == "ddp"}
+
+
+def test_state_in_another_memory_format_goes_on_alike() -> None:
+    """As of a run whose weights were sharded, which are channels-last elsewhere."""
+    torch.manual_seed(0)
+    alone, resumed = (tiny_danet().to(memory_format=torch.channels_last) for _ in range(2))
+    settings = TrainConfig(optimizer="adamw")
+    optimizers = [build_optimizer(model, settings) for model in (alone, resumed)]
+    for step in range(2):
+        for ours, theirs in zip(alone.parameters(), resumed.parameters(), strict=True):
+            ours.grad = torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        if step == 0:
+            plain = partial(torch.clone, memory_format=torch.contiguous_format)
+            state = tree_map_only(torch.Tensor, plain, optimizers[0].state_dict())
+            load_optimizer(optimizers[1], state)
+    for ours, theirs in zip(alone.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours)

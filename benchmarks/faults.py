@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from results_file import RESULTS, commit, write_rows
+from results_file import RESULTS, commit, renew_rows
 
 import danet
 from danet.data.scenes import render
@@ -107,7 +107,7 @@ def kill_again_and_again(
         finish(work.arguments(alone))
     expected = work.kept(alone)
     count = Outcome(0, 0, 0, 0, 0)
-    while count.kills < kills or killed.exists():
+    while count.kills < kills or killed.exists() or not count.finished:
         before = work.progress(killed) if work.progress else 0
         process = start(work.arguments(killed))
         while process.poll() is None and work.progress and work.progress(killed) == before:
@@ -265,7 +265,7 @@ def main() -> None:
                 row = {"work": title, "signal": kind.name, **found._asdict(), "commit": commit()}
                 print(row, flush=True)
                 rows.append(row)
-    write_rows(RESULTS / "faults.csv", rows)
+    renew_rows(RESULTS / "faults.csv", rows, case=("work", "signal"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A reader may accept its input or raise a UserError; anything else, or 20 seconds, or 8 GiB, is a
 fault. Each runs in a process of its own, with every file it writes in a temporary folder.
 
-python benchmarks/fuzz.py --runs 100000
+    make fuzz    # or: pip install -e '.[fuzz]'; python benchmarks/fuzz.py --runs 100000
 """
 
 import argparse
@@ -330,7 +330,7 @@ def main() -> None:
         place = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
         row = {"reader": name, "executions": 0, "branches": 0, "seconds": 0, "faults": 0}
         start = time.monotonic()
-        seed = 0
+        seed = args.seed - 1
         while row["executions"] < args.runs and not row["faults"]:
             seed += 1
             command = [sys.executable, __file__, "--readers", name, "--inside", str(place)]

@@ -11,7 +11,8 @@ RESULTS = Path(__file__).parent / "results"
 def commit() -> str:
     """The commit that is measured."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=RESULTS)
+    return done.stdout.strip()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

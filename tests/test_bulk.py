@@ -411,6 +411,44 @@ def test_tar_archives_are_read_as_they_are(model: Path, photos: Path, tmp_path: 
     assert "05.png" in masks(tmp_path / "broken")
 
 
+def test_links_and_hidden_files_in_a_tar(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hard links are the file that they stand for; macOS puts hidden files beside pictures."""
+    archive, empty = tmp_path / "a.tar", tmp_path / "empty.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(photos / "03.png", "one.png")
+        tar.addfile(tarfile.TarInfo("._one.png"), io.BytesIO(b""))
+        for name, target in (("same.png", "one.png"), ("lost.png", "nowhere.png")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, target
+            tar.addfile(link)
+    with tarfile.open(empty, "w"):
+        pass
+    out = tmp_path / "out"
+    done = predict(model, archive, empty, "--out", out)
+    assert done.exit_code == 2
+    assert "._one" not in done.output
+    assert "lost.png: the file that it links to is not in the archive" in done.output
+    assert "empty.tar: no pictures in it" in done.output
+    assert set(masks(out)) == {"a_000000_one.png", "a_000002_same.png"}
+    one, same = (np.asarray(Image.open(out / name)) for name in masks(out))
+    np.testing.assert_array_equal(one, same)
+    monkeypatch.setattr("danet.work_items.MAX_FILE_BYTES", (photos / "03.png").stat().st_size - 1)
+    refused = predict(model, archive, "--out", tmp_path / "refused")
+    assert refused.output.count("MiB; refused") == 2
+
+
+def test_a_picture_named_in_two_ways_is_one(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    name = f"{photos.name}/01.png"
+    done = predict(model, name, f"./{name}", photos / "01.png", "--out", tmp_path / "out")
+    assert "1 of 1" in done.output
+    assert set(masks(tmp_path / "out")) == {"01.png"}
+
+
 @pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
 def test_a_damaged_compressed_tar_does_not_stop_the_others(
     compression: str, model: Path, photos: Path, tmp_path: Path

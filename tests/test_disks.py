@@ -97,6 +97,17 @@ def test_a_full_disk_leaves_no_half_report(model: Path, dataset: Path, tmp_path:
     assert left == ""
 
 
+@pytest.mark.parametrize("file_format", ["torch", "onnx"])
+def test_a_full_disk_leaves_no_half_export(file_format: str, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "disk" / ("m.pt2" if file_format == "torch" else "m.onnx")
+    arguments = ("export", model, "--format", file_format, "--out", out)
+    status, said, left = on_disk(tmp_path / "disk", "size=64k", *arguments)
+    assert status == 2, said
+    assert "Traceback" not in said
+    assert "cannot be written" in said
+    assert "m." not in left
+
+
 def test_a_read_only_folder_is_named_before_any_work(
     model: Path, photos: Path, tmp_path: Path
 ) -> None:

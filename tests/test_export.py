@@ -347,7 +347,10 @@ def test_the_command(tmp_path: Path) -> None:
     for arguments, message in [
         (("--format", "onnx", "--out", "m.pt2"), "files end in .onnx"),
         (("--format", "onnx", "--out", "m.onnx", "--int8"), "--calibration INPUT"),
-        (("--format", "openvino", "--out", str(tmp_path / "own.xml")), "own.bin: would be written"),
+        (
+            ("--format", "openvino", "--out", str(tmp_path / "own.xml")),
+            "own.bin: would be overwritten",
+        ),
         (("--format", "onnx", "--out", "m.onnx", "--calibration", "x"), "--int8 goes with"),
         (
             ("--format", "torch", "--out", "m.pt2", "--int8", "--calibration", "ABSENT"),

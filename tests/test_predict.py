@@ -321,7 +321,9 @@ def test_fingerprints_tell_protocols_apart() -> None:
 
 
 def test_a_predictors_network_is_not_saved(predictor: danet.Predictor, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="save the network that the Predictor was made from"):
+    with pytest.raises(
+        UserError, match="save the network or folder that the Predictor was made from"
+    ):
         predictor.model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

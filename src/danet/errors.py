@@ -78,7 +78,8 @@ def first_line(error: Exception) -> str:
 
 def why_not_read(error: Exception) -> str:
     """Why torch could not read a file, without its advice to run whatever code the file holds."""
-    if isinstance(error, pickle.UnpicklingError):
+    # Of a text file its reader says a mere number.
+    if isinstance(error, pickle.UnpicklingError) or first_line(error).isdecimal():
         return "not a torch file of plain values"
     return first_line(error)
 

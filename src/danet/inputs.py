@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from danet.data.images import IMAGE_SUFFIXES
+from danet.data.images import is_picture_name
 from danet.errors import UserError, explaining_lookup
 from danet.manifest import earlier_results
 from danet.result_names import member_pattern, picture_results, video_results
@@ -74,7 +74,7 @@ def find_inputs(
             if an input's results would be written over an input, or over a file or folder beside
             it, such as its label, that no earlier run wrote.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # as they are named, by their absolute paths
     problems: list[str] = []
     earlier = set() if results is None else earlier_results(results.folder)
     for text in _unlisted(inputs, problems):
@@ -88,9 +88,10 @@ def find_inputs(
             continue
         if results is not None and not _is_file(text):
             matches = _without_results(matches, results.folder.resolve(), _searched(text), earlier)
-        found.update(dict.fromkeys(matches))
+        for match in matches:
+            found.setdefault(Path(os.path.abspath(match)), match)
         problems += [] if matches else [f"{text}: holds only results of earlier runs"]
-    named = _named(list(found))
+    named = _named(list(found.values()))
     if results is not None:
         folder = results.folder.resolve()
         over = {
@@ -195,7 +196,7 @@ def _matches(text: str, problems: list[str]) -> list[Path]:
     path = Path(text)
     with explaining_lookup(text):
         if path.is_dir():
-            matches = [p for p in sorted(_files_below(path, problems)) if _may_be_picture(p)]
+            matches = [p for p in sorted(_files_below(path, problems)) if is_picture_name(p.name)]
             problem = "no pictures in this folder"
         elif path.exists() or not _GLOB_CHARACTERS & set(text):
             matches = [path] if path.exists() else []
@@ -221,11 +222,6 @@ def _files_below(folder: Path, problems: list[str]) -> Iterator[Path]:
 
     for where, _, names in os.walk(folder, onerror=note):
         yield from (Path(where, name) for name in names)
-
-
-def _may_be_picture(path: Path) -> bool:
-    """Decides by name; hidden files, which some systems put beside pictures, do not count."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def _may_be_file(path: Path) -> bool:

@@ -19,10 +19,14 @@ def validation_message(error: ValidationError, schema: type[BaseModel]) -> str:
             close = difflib.get_close_matches(path[-1], known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
             message = f"unknown key; {hint}"
+        elif detail["type"] == "model_type":
+            message = "must be a mapping of keys to values"
         elif detail["type"] == "tuple_type":
             message = "write a list in brackets, such as [1, 2]"
         findings.setdefault(".".join(path), []).append(message)
-    return "; ".join(f"{path}: {', or '.join(said)}" for path, said in findings.items())
+    return "; ".join(
+        ": ".join(filter(None, (path, ", or ".join(said)))) for path, said in findings.items()
+    )
 
 
 def _find(

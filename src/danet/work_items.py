@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from danet.data.archives import MAX_FILE_BYTES
-from danet.data.images import IMAGE_SUFFIXES
+from danet.data.images import is_picture_name
 from danet.errors import UserError
 from danet.inputs import Input
 from danet.manifest import Origin
@@ -60,29 +60,45 @@ def list_pictures(inputs: Sequence[Input], *, overlay: bool) -> Iterator[WorkIte
 
 
 def _pictures_of_tar(path: Path, stem: str, archived: Origin, overlay: bool) -> Iterator[WorkItem]:
+    empty = True
     try:
         with tarfile.open(path) as archive:
             for index, member in enumerate(archive):
                 name = Path(member.name)
-                if not member.isfile() or name.suffix.lower() not in IMAGE_SUFFIXES:
+                if not (member.isfile() or member.islnk()) or not is_picture_name(name.name):
                     continue
+                empty = False
                 # Not its folders: an archive must not choose where files are written.
                 own = member_stem(stem, index, name.stem[:_LONGEST_NAME])
                 origin = archived._replace(path=f"{archived.path}:{member.name}")
                 source: bytes | UserError
-                if member.size > MAX_FILE_BYTES:
-                    source = UserError(f"unpacks to over {MAX_FILE_BYTES >> 20} MiB; refused")
-                elif "\0" in member.name:
+                if "\0" in member.name:
                     source = UserError("its name contains a zero byte, which no file name may")
                 else:
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    source = file.read()
+                    source = _content(archive, member)
                 results = picture_results(own, overlay=overlay)
                 yield WorkItem(f"{path}:{member.name}", own, source, origin, results)
     except _TAR_DAMAGE as error:
         problem = UserError(f"{path}: damaged, or not a tar archive ({error})")
         yield WorkItem(str(path), stem, problem, None, {})
+        return
+    if empty:
+        yield WorkItem(str(path), stem, UserError(f"{path}: no pictures in it"), None, {})
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | UserError:
+    """Of a file, or of the one that a hard link stands for."""
+    too_large = UserError(f"unpacks to over {MAX_FILE_BYTES >> 20} MiB; refused")
+    if member.size > MAX_FILE_BYTES:
+        return too_large
+    try:
+        file = archive.extractfile(member)
+    except KeyError:
+        file = None
+    if file is None:
+        return UserError("the file that it links to is not in the archive")
+    content = file.read(MAX_FILE_BYTES + 1)  # a link's own size is 0
+    return too_large if len(content) > MAX_FILE_BYTES else content
 
 
 def video_item(video: Input, results: dict[str, str]) -> WorkItem:

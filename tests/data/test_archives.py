@@ -156,6 +156,13 @@ class TestBadArchives:
         with pytest.raises(UserError, match="refused"):
             open_dataset("folder", folder_archive, "val")
 
+    def test_a_member_without_a_name_is_passed_over(self, folder_archive: Path) -> None:
+        with zipfile.ZipFile(folder_archive, "a") as archive:
+            nameless = zipfile.ZipInfo("X")
+            nameless.filename = ""
+            archive.writestr(nameless, b"")
+        assert len(open_dataset("folder", folder_archive, "val")) == 6
+
     def test_names_that_point_outside_are_only_names(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
             archive.writestr("../../outside.txt", "x")

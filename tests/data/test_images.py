@@ -101,7 +101,7 @@ def test_what_is_no_picture_is_named(content: bytes, message: str, tmp_path: Pat
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         open_image(tmp_path / "nowhere.png")
-    with pytest.raises(UserError, match="unreadable"):
+    with pytest.raises(UserError, match="is a folder; name a picture"):
         open_image(tmp_path)
 
 

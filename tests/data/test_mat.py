@@ -97,7 +97,7 @@ def test_damage_is_one_clear_error(tmp_path: Path) -> None:
 def test_files_of_other_versions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.mat"
     savemat(path, {"S": IDS}, format="4")
-    with pytest.raises(UserError, match=r"no MATLAB 5 to 7\.2 file"):
+    with pytest.raises(UserError, match=r"not a MATLAB 5 to 7\.2 file"):
         open_coco_stuff_label(path)
     with pytest.raises(UserError, match="missing or damaged"):
         open_coco_stuff_label(tmp_path / "none.mat")

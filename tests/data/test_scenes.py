@@ -86,5 +86,5 @@ def test_indices_work_like_a_sequence() -> None:
 
 
 def test_a_root_makes_no_sense() -> None:
-    with pytest.raises(UserError, match=r"leave data\.root unset"):
+    with pytest.raises(UserError, match=r"do not set data\.root"):
         open_dataset("scenes", "/somewhere")

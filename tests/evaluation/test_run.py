@@ -69,6 +69,21 @@ def test_the_runs_recipe_says_where_its_dataset_is(
     assert evaluate_model(model, run=tmp_path).to_json()["images"] == 2
     with pytest.raises(UserError):
         evaluate_model(model)
+    moved = RunConfig(data=DataConfig(name="folder", root=Path("elsewhere")))
+    (tmp_path / RECIPE_FILE).write_text(moved.to_yaml())
+    with pytest.raises(UserError, match=r"recipe\.yaml: data\.root=elsewhere is not there.*--root"):
+        evaluate_model(model, run=tmp_path)
+
+
+def test_settings_of_the_test_can_be_changed(model: danet.DANet, dataset: Path) -> None:
+    window = {"mode": "slide", "window": [32, 32], "stride": [16, 16]}
+    result = evaluate_model(model, root=dataset, settings=window)
+    assert result.test == model.metadata.test.model_copy(
+        update={"mode": "slide", "window": (32, 32), "stride": (16, 16)}
+    )
+    assert "slide (32, 32) by (16, 16)" in result.facts["Protocol"]
+    with pytest.raises(UserError, match="test: windw: unknown key; did you mean window"):
+        evaluate_model(model, root=dataset, settings={"windw": [32, 32]})
 
 
 def test_what_is_not_asked_for_is_as_the_model_says(model: danet.DANet, dataset: Path) -> None:

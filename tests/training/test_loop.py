@@ -2,6 +2,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,7 +203,7 @@ def test_a_resumed_run_goes_by_its_new_settings(
     for group in load_checkpoint(folder.last)["optimizer"]["param_groups"]:
         assert (group["weight_decay"], group["momentum"]) == (0, 0.5)
     said = " ".join(capsys.readouterr().err.split())
-    expected = "train.steps, train.head_lr_factor, train.momentum, train.weight_decay: other than"
+    expected = "train.steps, train.head_lr_factor, train.momentum, train.weight_decay: not as"
     assert f"note: {expected} in {folder.recipe}; the remaining steps" in said
     assert load_recipe(folder.recipe).train.momentum == 0.5
     rates = [group["lr"] for group in load_checkpoint(folder.last)["optimizer"]["param_groups"]]
@@ -600,12 +601,25 @@ class TestInitFrom:
     def test_another_network_is_refused(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        source = run(tmp_path / "source", "train.steps=1")
+        source = run(tmp_path / "source", "train.steps=1", "model.channel=false")
+        given = (f"model.init_from={source.model}", "model.channel=false")
         with pytest.raises(UserError, match="another network"):
-            run(tmp_path / "target", f"model.init_from={source.model}", "model.head_channels=8")
-        with pytest.raises(UserError, match=r"0 tensors do not fit, \d+ are missing"):
-            run(tmp_path / "target", f"model.init_from={source.model}", "model.auxiliary=true")
+            run(tmp_path / "target", *given, "model.head_channels=8")
+        with pytest.raises(
+            UserError, match=r"\d tensors do not fit, first: head\.channel.* missing"
+        ):
+            run(tmp_path / "target", *given, "model.channel=true")
         assert "weights from" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("auxiliary", [False, True])
+    def test_an_auxiliary_head_that_one_lacks_is_left_out(
+        self, auxiliary: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        source = run(tmp_path / "source", "train.steps=1", f"model.auxiliary={auxiliary}".lower())
+        other = f"model.auxiliary={not auxiliary}".lower()
+        run(tmp_path / "target", f"model.init_from={source.model}", "train.steps=1", other)
+        said = capsys.readouterr().err
+        assert "all but the auxiliary head, which only one of both has" in said
 
 
 def test_the_only_checkpoint_is_kept(tmp_path: Path) -> None:
@@ -766,7 +780,9 @@ def test_weights_that_diverged_do_not_replace_the_checkpoint_before(
         raise LogitsNotFinite("the network's logits are not finite")
 
     monkeypatch.setattr(loop, "evaluate", fail)
-    with pytest.raises(TrainingDiverged, match=r"validation after step 6.* delete that file first"):
+    with pytest.raises(
+        TrainingDiverged, match=r"validation after step 6.* delete that file to resume"
+    ):
         run(tmp_path / "run", "train.checkpoint_every=4")
     assert saved_step(RunFolder(tmp_path / "run")) == 4
 
@@ -783,7 +799,7 @@ def test_settings_changed_before_the_first_step_become_the_runs(
             run(tmp_path / "run", "train.lr=0.5")
     folder = run(tmp_path / "run", "train.lr=0.01", "model.init_from=gone", resume=True)
     said = capsys.readouterr().err
-    assert "note: train.lr: other than" in said
+    assert "note: train.lr: not as in" in said
     assert "note: model.init_from: without effect" in said
     assert load_recipe(str(folder.recipe)).train.lr == 0.01
 
@@ -793,7 +809,7 @@ def test_a_run_does_not_go_on_with_another_network(setting: str, tmp_path: Path)
     """Whose weights have the same shapes."""
     folder = run(tmp_path / "run", "train.steps=2")
     before = folder.recipe.read_bytes()
-    with pytest.raises(UserError, match=r"^model\.\w+: other than .* that network's"):
+    with pytest.raises(UserError, match=r"^model\.\w+: not as in .* weights belong to"):
         run(tmp_path / "run", "train.steps=2", setting, resume=True)
     assert folder.recipe.read_bytes() == before
 
@@ -817,19 +833,48 @@ def test_scores_of_another_protocol_do_not_count(
     assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.3}
 
 
+@pytest.mark.parametrize(("again", "best"), [(0.4, 4), (0.2, 2)])
 def test_scores_of_few_pictures_do_not_count_beside_those_of_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    again: float, best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last score is of all pictures unless the best weights are kept."""
-    found = iter([0.9, 0.3, 0.2])
+    found = iter([0.3, 0.9, again])
     real = loop.scores
     monkeypatch.setattr(
         loop, "scores", lambda confusion: real(confusion)._replace(mean_iou=next(found))
     )
     settings = ("train.validate_every=2", "train.validate_images=1", "train.steps=4")
+    folder = run(tmp_path / "run", *settings, "train.keep=last")
+    assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.3}
+    run(tmp_path / "run", *settings, "train.keep=best", resume=True)
+    assert load_checkpoint(folder.best)["step"] == best
+
+
+def test_the_best_weights_of_a_finished_run_can_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([0.3, 0.2])
+    real = loop.scores
+    monkeypatch.setattr(
+        loop, "scores", lambda confusion: real(confusion)._replace(mean_iou=next(found))
+    )
+    settings = ("train.validate_every=2", "train.validate_images=null", "train.steps=4")
     run(tmp_path / "run", *settings, "train.keep=last")
     folder = run(tmp_path / "run", *settings, "train.keep=best", resume=True)
-    assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.2}
+    stored = load_file(folder.model / "model.safetensors")
+    average = load_checkpoint(folder.best)["average"]
+    assert load_checkpoint(folder.best)["step"] == 2
+    assert all(torch.equal(stored[name], tensor) for name, tensor in average.items())
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", "train.steps=2")
+    before = weights(folder)
+    shutil.rmtree(folder.last.parent)
+    with pytest.raises(UserError, match=r"holds metrics\.jsonl but no checkpoint to continue from"):
+        run(tmp_path / "run", "train.steps=2", resume=True)
+    assert weights(folder) == before
+    assert folder.read_metrics()
 
 
 @pytest.mark.parametrize("name", ["gloo_test", "DataLoader worker"])

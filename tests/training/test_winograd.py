@@ -10,7 +10,7 @@ from danet import winograd
 from danet.bench.cost import estimate_peak_bytes
 from danet.bench.workload import Workload
 from danet.config import RunConfig
-from danet.training import convolution
+from danet.training import winograd as winograd_in_training
 from danet.training.winograd import use_winograd
 from networks import tiny_danet
 
@@ -31,7 +31,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.dtype]:
     monkeypatch.setattr(winograd, "_MIN_CHANNELS", {torch.float32: 8, torch.bfloat16: 8})
     monkeypatch.setattr(winograd, "has_amx", lambda: False)
     monkeypatch.setattr(
-        convolution, "_OVERHEADS", {torch.float32: (0, 0.0), torch.bfloat16: (0, 0.0)}
+        winograd_in_training, "_OVERHEADS", {torch.float32: (0, 0.0), torch.bfloat16: (0, 0.0)}
     )
     return counts
 
@@ -107,10 +107,10 @@ def test_other_passes_go_the_direct_way(
     layer = nn.Conv2d(8, 8, 3, padding=1)
     features = torch.randn(2, 8, 10, 10)
     if case == "few pixels":
-        monkeypatch.setattr(convolution, "_OVERHEADS", {torch.float32: (200, 0.0)})
+        monkeypatch.setattr(winograd_in_training, "_OVERHEADS", {torch.float32: (200, 0.0)})
     elif case == "small phases":  # 2 x 64 tiles of 4 x 4 pixels
         layer = nn.Conv2d(8, 8, 3, padding=8, dilation=8)
-        monkeypatch.setattr(convolution, "_OVERHEADS", {torch.float32: (0, 2.0)})
+        monkeypatch.setattr(winograd_in_training, "_OVERHEADS", {torch.float32: (0, 2.0)})
     elif case == "float64":
         layer, features = layer.double(), features.double()
     else:

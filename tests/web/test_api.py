@@ -117,9 +117,9 @@ def test_model_is_described(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
-        ("pixel?x=60&y=0", 400, "outside of the picture"),
+        ("pixel?x=60&y=0", 400, "outside the picture"),
         ("pixel?x=-1&y=0", 422, "greater than or equal"),
-        ("attention.jpg?x=1&y=40", 400, "outside of the picture"),
+        ("attention.jpg?x=1&y=40", 400, "outside the picture"),
         ("mask.png?branch=lower", 400, "fused, position, channel"),
         ("overlay.jpg?opacity=2", 422, "less than or equal"),
     ],

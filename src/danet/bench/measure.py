@@ -1,8 +1,9 @@
 """Time and peak memory of workloads, each in a process of its own."""
 
+import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -37,13 +38,20 @@ class Measurement(NamedTuple):
 
 
 def measure(
-    workload: Workload, forms: Sequence[Form], device: str, *, rounds: int, repeats: int
+    workload: Workload,
+    forms: Sequence[Form],
+    device: str,
+    *,
+    rounds: int,
+    repeats: int,
+    on_run: Callable[[], None] = lambda: None,
 ) -> dict[str, Measurement | None]:
     """Measures the forms in turns; None for one that ran out of memory.
 
     Args:
         rounds: fresh processes for each form.
         repeats: runs timed in each process, after one that is not.
+        on_run: called after each process.
     """
     runs: dict[str, list[tuple[float, int]]] = {form.name: [] for form in forms}
     failed = set()
@@ -52,7 +60,13 @@ def measure(
             if form.name in failed:
                 continue
             # A process that has used a lot of memory is no measure of the next one's need.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            with ProcessPoolExecutor(
+                1,
+                mp_context=get_context("spawn"),
+                # Ctrl-C ends it without a word.
+                initializer=signal.signal,
+                initargs=(signal.SIGINT, signal.SIG_DFL),
+            ) as pool:
                 try:
                     runs[form.name].append(
                         pool.submit(_measure_once, workload, form, device, repeats).result()
@@ -63,6 +77,7 @@ def measure(
                     if not is_out_of_memory(error):
                         raise
                     failed.add(form.name)
+            on_run()
     return {
         name: None
         if name in failed

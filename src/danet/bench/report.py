@@ -20,6 +20,7 @@ from danet.bench.cost import (
 from danet.bench.measure import Form, measure
 from danet.bench.workload import Workload
 from danet.kernels.cpu import has_amx, has_avx2_alone
+from danet.progress import ProgressReport
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -40,7 +41,11 @@ def benchmark(
 ) -> dict[str, Any]:
     """Costs by part, the estimated memory of each of our forms, and what was measured."""
     parts = cost_by_part(workload)
-    measured = measure(workload, forms, device, rounds=rounds, repeats=repeats)
+    width, height = workload.size
+    with ProgressReport(f"measure {width}x{height}", rounds * len(forms)) as progress:
+        measured = measure(
+            workload, forms, device, rounds=rounds, repeats=repeats, on_run=progress.advance
+        )
     rows = []
     for form in forms:
         result = measured[form.name]

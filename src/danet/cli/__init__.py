@@ -107,7 +107,8 @@ def main() -> None:
 
 
 def _fail(error: Exception, status: int) -> NoReturn:
-    print(f"error: {printable(str(error))}", file=sys.stderr)
+    # In one piece, for other processes may write, too.
+    print(f"error: {printable(str(error))}\n", end="", file=sys.stderr)
     sys.stderr.flush()
     _exit(status)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from danet.cli.options import named_folder
 from danet.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def data_list() -> None:
 @app.command("check")
 def data_check(
     name: Annotated[str, typer.Argument(help="A dataset; danet data list names them.")],
-    root: Annotated[Path, typer.Argument(help="Its folder.")],
+    root: Annotated[Path, typer.Argument(parser=named_folder, metavar="ROOT", help="Its folder.")],
 ) -> None:
     """Read every image and label, and say what training would fail on."""
     from danet.data import dataset_spec, open_dataset, splits_of
@@ -67,7 +68,8 @@ def data_check(
         absent = checks[split].absent(spec.classes)
         if absent and split.startswith("train"):
             _say("warning", split, f"classes that no pixel has: {len(absent)}: {first_few(absent)}")
-    _print_frequencies(spec.classes, checks)
+    if checks:
+        _print_frequencies(spec.classes, checks)
     if fails:
         raise typer.Exit(2)
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,12 +12,12 @@ from danet.cli.options import (
     Device,
     ModelOrFile,
     Precision,
+    folder_option,
     open_exported,
-    output_folder,
     own_device,
     say_on_stderr,
 )
-from danet.errors import printable
+from danet.errors import UserError, printable
 
 if TYPE_CHECKING:
     from danet.evaluation.evaluate import Evaluation
@@ -26,13 +26,21 @@ if TYPE_CHECKING:
 def evaluate(
     model: ModelOrFile,
     data: Annotated[str | None, typer.Option(help="Dataset; the model's own unless given.")] = None,
-    root: Annotated[Path | None, typer.Option(help="The folder of the dataset.")] = None,
+    root: Annotated[Path | None, folder_option("The folder of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "val",
     mode: Annotated[TestMode | None, typer.Option(help="whole or slide.")] = None,
     multi_scale: Annotated[
         bool, typer.Option("--multi-scale", help="Average over the six published scales.")
     ] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="test.KEY=VALUE",
+            help="Change the test: test.window=[769,769].",
+        ),
+    ] = None,
     branches: Annotated[
         bool, typer.Option("--branches", help="Score each branch's classifier too.")
     ] = False,
@@ -43,7 +51,8 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Write an HTML report with pictures.")
     ] = None,
     submission: Annotated[
-        Path | None, output_folder("Write label files as the dataset's server takes them.")
+        Path | None,
+        folder_option("Write label files as the dataset's server takes them."),
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -77,6 +86,7 @@ def evaluate(
         mode=mode,
         multi_scale=multi_scale,
         flip=flip,
+        settings=dict(map(_test_setting, overrides or ())),
         branches=branches,
         precision=precision,
         run=model,
@@ -90,11 +100,21 @@ def evaluate(
     if json_file is not None:
         write_json(json_file, result.to_json())
     _print_scores(result.evaluation)
+    print(f"protocol: {result.facts['Protocol']}")
     if report is not None:
         result.write_report(report, model)
     for what, where in (("label files", submission), ("report", report)):
         if where is not None:
             print(f"{what}: {where}")
+
+
+def _test_setting(override: str) -> tuple[str, Any]:
+    from danet.recipes import parse_override
+
+    section, key, value = parse_override(override)
+    if section != "test":
+        raise UserError(f"--set {override}: only the test can be changed, test.KEY=VALUE")
+    return key, value
 
 
 def _print_scores(result: "Evaluation") -> None:

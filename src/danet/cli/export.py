@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from danet.choices import ExportFormat
-from danet.cli.options import Model, note_protocol, output_folder, say_on_stderr
+from danet.cli.options import Model, folder_option, note_protocol, say_on_stderr
 from danet.errors import UserError
 
 
@@ -48,7 +48,7 @@ def export(
 
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Of mmsegmentation or of the authors.")],
-    out: Annotated[Path, output_folder("The model folder to write.")],
+    out: Annotated[Path, folder_option("The model folder to write.")],
     data: Annotated[
         str | None, typer.Option(help="The dataset whose classes it has, if it names none.")
     ] = None,

@@ -32,12 +32,13 @@ Compile = Annotated[
 ]
 
 
-def output_folder(help_text: str) -> Any:
-    """An option for a folder to write to."""
-    return typer.Option(parser=_named_folder, metavar="DIR", help=help_text)
+def folder_option(help_text: str) -> Any:
+    """An option that names a folder."""
+    return typer.Option(parser=named_folder, metavar="DIR", help=help_text)
 
 
-def _named_folder(text: str) -> Path:
+def named_folder(text: str) -> Path:
+    """The folder of this name."""
     # Path("") is the working folder, which is not what an unset variable of a shell means.
     if not text:
         raise typer.BadParameter("it is empty; give a folder")

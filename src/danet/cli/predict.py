@@ -11,8 +11,8 @@ from danet.cli.options import (
     Device,
     ModelOrFile,
     Precision,
+    folder_option,
     open_exported,
-    output_folder,
     own_device,
 )
 from danet.errors import UserError
@@ -28,7 +28,7 @@ def predict(
         list[str],
         typer.Argument(metavar="INPUT...", help="Pictures, videos, folders, globs, tars, @LIST."),
     ],
-    out: Annotated[Path, output_folder("The folder for the results.")],
+    out: Annotated[Path, folder_option("The folder for the results.")],
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Also write the picture with the classes over it.")
     ] = False,

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from danet.cli.options import Overrides, Recipe, output_folder
+from danet.cli.options import Overrides, Recipe, folder_option
 from danet.errors import OutOfMemory, TrainingOutOfMemory, UserError, first_line
 
 
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[Path | None, output_folder("The run folder; runs/RECIPE unless given.")] = None,
+    out: Annotated[Path | None, folder_option("The run folder; runs/RECIPE unless given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in it.")] = False,
 ) -> None:
     """Train a network by a recipe."""

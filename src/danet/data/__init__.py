@@ -59,7 +59,9 @@ def submission_format(name: str) -> SubmissionFormat:
     """
     submission = _entry(name).submission
     if submission is None:
-        raise UserError(f"{name} has no server that takes label files")
+        raise UserError(
+            f"{name} has no server that takes label files; omit --submission, or score its labels"
+        )
     return submission
 
 
@@ -94,6 +96,9 @@ def open_dataset(
 
 
 def _path(root: Path | str | None) -> Path | None:
+    # Path("") is the working folder, which is not what an unset variable of a shell means.
+    if root == "":
+        raise UserError("data.root is empty; give the dataset's folder")
     return None if root is None else Path(root)
 
 

@@ -102,7 +102,9 @@ def _opened(archive: Path) -> _Archive:
     folders: dict[PurePosixPath, dict[str, None]] = {_TOP: {}}
     for member in file.infolist():
         path = PurePosixPath(member.filename)
-        if member.is_dir():
+        if not path.parts:  # a damaged archive's
+            continue
+        if member.filename.endswith("/"):
             folders.setdefault(path, {})
         else:
             members[path] = member

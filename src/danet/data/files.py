@@ -10,7 +10,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from danet.data.archives import Location, ZipPath, is_zip, locate
-from danet.data.images import IMAGE_SUFFIXES, open_image, open_label, open_upright
+from danet.data.images import (
+    IMAGE_SUFFIXES,
+    is_picture_name,
+    open_image,
+    open_label,
+    open_upright,
+)
 from danet.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from danet.errors import UserError, explaining_lookup
 
@@ -110,11 +116,7 @@ def list_images(folder: Location) -> list[Location]:
     """The image files directly in a folder, sorted by name, without hidden files."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; check data.root and the split's name")
-    images: list[Location] = [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
+    images: list[Location] = [path for path in folder.iterdir() if is_picture_name(path.name)]
     return sorted(images, key=str)
 
 

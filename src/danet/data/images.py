@@ -4,7 +4,7 @@ import io
 import struct
 import threading
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,11 @@ MAX_JPEG_SIDE = 65_500
 _TURNING = range(2, 9)
 """EXIF orientations of pictures that are not stored as they are seen; others mean nothing."""
 _opening = threading.Lock()
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file is one by its name; hidden files, as macOS puts beside pictures, are not."""
+    return PurePath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 class PictureTooLarge(UserError):
@@ -174,7 +179,7 @@ class _Decoded(NamedTuple):
 
 def _decode(source: Location | str | bytes, max_pixels: int | None = None) -> _Decoded:
     limit = MAX_PIXELS if max_pixels is None else min(max_pixels, MAX_PIXELS)
-    where = "the uploaded image" if isinstance(source, bytes) else str(source)
+    where = "the picture" if isinstance(source, bytes) else str(source)
     file: Path | str | io.BytesIO
     if isinstance(source, bytes):
         file = io.BytesIO(source)

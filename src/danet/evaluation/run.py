@@ -1,7 +1,7 @@
 """Scoring a model on a dataset by name: what `danet evaluate` does."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -129,6 +129,7 @@ def evaluate_model(
     mode: TestMode | None = None,
     multi_scale: bool = False,
     flip: bool = False,
+    settings: Mapping[str, Any] | None = None,
     branches: bool = False,
     precision: Precision = "auto",
     run: str | Path | None = None,
@@ -148,6 +149,7 @@ def evaluate_model(
         mode: how pictures go through the network, if not as the metadata say.
         multi_scale: average over the six published scales.
         flip: average with the mirror image.
+        settings: other changes of the test settings (`danet.config.TestConfig`), by their keys.
         branches: score each branch's classifier too.
         precision: of a network: "fp32", "bf16", or "auto" for what is faster on the device.
         run: the run folder that the model comes from, for its recipe and its learning curves.
@@ -165,10 +167,14 @@ def evaluate_model(
             that takes label files, or they would go where its own are.
     """
     run = None if run is None else Path(run)
+    changes = dict(settings or {})
+    changes |= {} if mode is None else {"mode": mode}
+    changes |= {"ratios": PUBLISHED_RATIOS} if multi_scale else {}
+    changes |= {"flip": True} if flip else {}
     if isinstance(model, DANet):
-        subject = _network_subject(model, precision, mode, multi_scale, flip, branches)
+        subject = _network_subject(model, precision, changes, branches=branches)
     else:
-        subject = _exported_subject(model, mode, multi_scale, flip, branches)
+        subject = _exported_subject(model, changes, branches=branches)
     name, folder = _dataset_of(subject.metadata.dataset, run, data, root)
     dataset = open_dataset(name, folder, split, needs_labels=submission is None)
     check_classes(subject.metadata, dataset.spec, say)
@@ -203,14 +209,12 @@ def _submission_writer(
 
 
 def _network_subject(
-    model: DANet,
-    precision: str,
-    mode: TestMode | None,
-    multi_scale: bool,
-    flip: bool,
-    branches: bool,
+    model: DANet, precision: str, changes: Mapping[str, Any], *, branches: bool
 ) -> _Subject:
-    test = _changed_test(model.metadata.test, mode, multi_scale, flip)
+    try:
+        test = TestConfig.model_validate({**dict(model.metadata.test), **changes})
+    except ValidationError as error:
+        raise UserError(f"test: {validation_message(error, TestConfig)}") from error
     wanted = model.branches if branches else ("fused",)
     device = next(model.parameters()).device
     dtype = "bfloat16" if uses_bfloat16(precision, device) else "float32"
@@ -228,16 +232,12 @@ def _network_subject(
 
 
 def _exported_subject(
-    exported: "ExportedPredictor",
-    mode: TestMode | None,
-    multi_scale: bool,
-    flip: bool,
-    branches: bool,
+    exported: "ExportedPredictor", changes: Mapping[str, Any], *, branches: bool
 ) -> _Subject:
-    if mode not in (None, "whole") or multi_scale or flip or branches:
+    if changes not in ({}, {"mode": "whole"}) or branches:
         raise UserError(
-            f"{exported.path} is scored as it predicts; omit --mode, --multi-scale, --flip and "
-            "--branches, or give the model folder"
+            f"{exported.path} is scored as it predicts; omit --mode, --multi-scale, --flip, "
+            "--branches and --set, or give the model folder"
         )
     return _Subject(
         lambda sample: [torch.from_numpy(exported(sample.image).classes)],
@@ -246,18 +246,6 @@ def _exported_subject(
         None,
         {"Protocol": "whole, as exported"},
     )
-
-
-def _changed_test(
-    test: TestConfig, mode: TestMode | None, multi_scale: bool, flip: bool
-) -> TestConfig:
-    changes: dict[str, Any] = {} if mode is None else {"mode": mode}
-    changes |= {"ratios": PUBLISHED_RATIOS} if multi_scale else {}
-    changes |= {"flip": True} if flip else {}
-    try:
-        return TestConfig.model_validate({**dict(test), **changes})
-    except ValidationError as error:
-        raise UserError(validation_message(error, TestConfig)) from error
 
 
 def _dataset_of(
@@ -272,7 +260,13 @@ def _dataset_of(
     if run is None or not (run / RECIPE_FILE).is_file():
         return name, None
     trained_with = load_recipe(run / RECIPE_FILE).data
-    return name, trained_with.root if trained_with.name == name else None
+    found = trained_with.root if trained_with.name == name else None
+    if found is not None and not found.exists():
+        raise UserError(
+            f"{run / RECIPE_FILE}: data.root={found} is not there, from here at least; give the "
+            "dataset's folder with --root DIR"
+        )
+    return name, found
 
 
 def _describe(test: TestConfig) -> str:

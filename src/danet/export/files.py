@@ -1,5 +1,6 @@
 """Writing a graph in each format, and running it in its own engine."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,7 +71,10 @@ def _write_torch(network: WholePicture, path: Path) -> None:
             # Relations of odd sizes that always hold but that export cannot prove.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    torch.export.save(program, path, extra_files={"metadata.json": _metadata(network)})
+    # Into memory: where the disk is full, torch's writer of files ends the process.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"metadata.json": _metadata(network)})
+    path.write_bytes(content.getbuffer())
 
 
 def _write_onnx(network: WholePicture, path: Path) -> None:

@@ -53,15 +53,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     layers = _read(str(recipe), Path(), seen={})
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or key.count(".") != 1:
-            raise UserError(f"--set {override}: write SECTION.KEY=VALUE, such as train.steps=100")
-        section, name = key.split(".")
-        if _is_path(section, name):
-            parsed = None if value in ("", "null") else value
-        else:
-            parsed = parse_yaml(value, f"--set {override}")
-        layers.append(_Layer(f"--set {override}", {section: {name: parsed}}))
+        section, name, value = parse_override(override)
+        layers.append(_Layer(f"--set {override}", {section: {name: value}}))
     tree: dict[str, Any] = {}
     for layer in layers:
         tree = _merge(tree, layer.changes)
@@ -72,6 +65,21 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         setting = [layer for layer in layers if layer.sets(*[*place, "", ""][:2])]
         where = setting[-1].where if setting else f"recipe {recipe}"
         raise UserError(f"{where}: {validation_message(error, RunConfig)}") from error
+
+
+def parse_override(override: str) -> tuple[str, str, Any]:
+    """Section, key and value of `section.key=value`.
+
+    Raises:
+        UserError: it is written otherwise, or the value is not YAML.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or key.count(".") != 1:
+        raise UserError(f"--set {override}: write SECTION.KEY=VALUE, such as train.steps=100")
+    section, name = key.split(".")
+    if _is_path(section, name):
+        return section, name, None if value in ("", "null") else value
+    return section, name, parse_yaml(value, f"--set {override}")
 
 
 class _Layer(NamedTuple):

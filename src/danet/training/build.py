@@ -79,26 +79,34 @@ def _note_normalization(config: RunConfig, say: Callable[[str], None]) -> None:
 
 
 def _initialize_from(model: DANet, source: Path, say: Callable[[str], None]) -> None:
-    """Loads another model's weights, its classifiers only if it has the same classes.
+    """Loads another model's weights, without classifiers of other classes or an auxiliary head
+    that only one of both has.
 
     Raises:
-        UserError: the networks differ in more than their classes.
+        UserError: the networks differ in more than that.
     """
     stored, state = read_folder(locate(source))
     wanted = model.state_dict()
-    same_classes = stored.metadata.classes == model.metadata.classes
-    if not same_classes:
-        state, wanted = (
-            {name: tensor for name, tensor in tensors.items() if "classifier" not in name}
-            for tensors in (state, wanted)
-        )
+    left_out = {}
+    if stored.metadata.classes != model.metadata.classes:
+        left_out["classifier"] = "the classifiers, whose classes differ"
+    if stored.model.auxiliary != model.config.auxiliary:
+        left_out["auxiliary_head."] = "the auxiliary head, which only one of both has"
+    state, wanted = (
+        {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not any(part in name for part in left_out)
+        }
+        for tensors in (state, wanted)
+    )
     if problems := misfits(state, wanted):
         raise UserError(
             f"model.init_from: {source} is another network ({len(problems)} tensors do not fit, "
             f"first: {problems[0]}); train with the model settings of its config.json"
         )
     model.load_state_dict(state, strict=False)
-    omitted = "" if same_classes else ", all but the classifiers, whose classes differ"
+    omitted = f", all but {' and '.join(left_out.values())}" if left_out else ""
     say(f"weights from {source}{omitted}")
 
 

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from danet.atomic import explaining_write_errors, fsync, replacing
-from danet.errors import UserError, explaining_lookup, first_line, why_not_read
+from danet.errors import UserError, explaining_lookup, why_not_read
 from danet.jsonl import read_metrics
 from danet.model_folder import (
     BEST_CHECKPOINT,
@@ -124,9 +124,9 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], former: Path | None 
     with replacing(path) as temporary:
         try:
             torch.save(checkpoint, temporary)
-        # How torch tells of a full disk.
+        # How torch tells of a full disk, in words of its own.
         except RuntimeError as error:
-            raise OSError(first_line(error)) from error
+            raise OSError("the disk may be full") from error
         if former is not None and path.exists():
             fsync(temporary)
             path.replace(former)

@@ -27,13 +27,17 @@ _SIGNAL_SECONDS = 0.5
 """How long the signal of a dead data worker may take to arrive."""
 
 
+def process_counts(settings: TrainConfig) -> tuple[int, int]:
+    """Processes on each machine, and machines: as torchrun started them, or the recipe says."""
+    if not torch.distributed.is_torchelastic_launched():
+        return settings.devices, 1
+    on_each = int(os.environ["LOCAL_WORLD_SIZE"])
+    return on_each, int(os.environ["WORLD_SIZE"]) // on_each
+
+
 def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fabric:
     """Fabric over the processes that torchrun started, or else over as many as the recipe says."""
-    on_each, machines = settings.devices, 1
-    by_torchrun = torch.distributed.is_torchelastic_launched()
-    if by_torchrun:
-        on_each = int(os.environ["LOCAL_WORLD_SIZE"])
-        machines = int(os.environ["WORLD_SIZE"]) // on_each
+    on_each, machines = process_counts(settings)
     processes = on_each * machines
     _require_devices(on_each, device)
     sharded = sharding_strategy(processes) if settings.strategy == "fsdp" else "ddp"
@@ -44,7 +48,7 @@ def launch(settings: TrainConfig, device: torch.device, *, bfloat16: bool) -> Fa
         strategy=sharded if processes > 1 else "auto",
         precision="bf16-mixed" if bfloat16 else "32-true",
     )
-    if by_torchrun and processes > 1:
+    if torch.distributed.is_torchelastic_launched() and processes > 1:
         join_process_group("nccl" if device.type == "cuda" else "gloo")
     fabric.launch()
     return fabric

@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from danet.atomic import replacing
-from danet.config import RunConfig, differing_keys
+from danet.config import RunConfig, TrainConfig, differing_keys
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, training_batches, training_samples
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16, warn_of_slow_bfloat16
@@ -37,6 +38,7 @@ from danet.training.launch import (
     describe_lost_process,
     explaining_worker_death,
     launch,
+    process_counts,
     reduce_over_processes,
 )
 from danet.training.log import MetricsLog
@@ -48,10 +50,9 @@ _FIRST_WEIGHTS = {"model.init_from", "model.pretrained_backbone", "model.backbon
 """Settings that a resumed run, which goes on from its own weights, does not look at."""
 _SCORED = {
     *("data.name", "data.val_split", "data.mean", "data.std"),
-    *("train.validate_images", "train.keep"),
+    "train.validate_images",
 }
-"""With all of section test, the settings whose change makes scores incomparable: what is kept
-decides on how many pictures the last score is."""
+"""With all of section test, the settings whose change makes scores incomparable."""
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
@@ -111,8 +112,12 @@ class _Trainer:
         self.bfloat16 = uses_bfloat16(config.train.precision, device)
         if self.bfloat16:
             warn_of_slow_bfloat16(device)
+        # What is wrong with the input is told before there are several processes to tell it.
+        _check_batch_size(config.train, math.prod(process_counts(config.train)))
+        data = config.data
+        spec, self.training_data = training_samples(data)
+        self.validation_data = open_dataset(data.name, data.root, data.val_split, needs_labels=True)
         self.fabric = launch(config.train, device, bfloat16=self.bfloat16)
-        self._check_batch_size()
         # Another process may still be training here. A new run is locked later, because what is
         # wrong with the input must leave no folder behind.
         begun = run.exists()
@@ -120,21 +125,13 @@ class _Trainer:
             self._lock(at_end)
         self.fabric.barrier()
         notes: list[str] = []
-        checkpoint = run.last_checkpoint(notes.append)
+        checkpoint = self._read_checkpoint(begun, notes)
         self.first_step: int = 0 if checkpoint is None else checkpoint["step"]
-        if config.train.steps < self.first_step:
-            raise UserError(
-                f"train.steps={config.train.steps}, but the run in {run.path} has taken "
-                f"{self.first_step} steps; set at least as many"
-            )
         self.progress = ProgressReport(
             "train", config.train.steps, done=self.first_step, enabled=self.fabric.is_global_zero
         )
         for note in notes:
             self.progress.say(note)
-        data = config.data
-        spec, self.training_data = training_samples(data)
-        self.validation_data = open_dataset(data.name, data.root, data.val_split, needs_labels=True)
         resumed = None if checkpoint is None else checkpoint["model"]
         model = build_model(config, spec, resumed, self.progress.say)
         if config.train.batch_size == config.train.accumulate:
@@ -169,14 +166,22 @@ class _Trainer:
         if self.fabric.is_global_zero:
             at_end.callback(self.run.lock().release)
 
-    def _check_batch_size(self) -> None:
-        settings = self.config.train
-        passes = self.fabric.world_size * settings.accumulate
-        if settings.batch_size % passes:
+    def _read_checkpoint(self, begun: bool, notes: list[str]) -> dict[str, Any] | None:
+        """What to go on from, if there is something."""
+        run, steps = self.run, self.config.train.steps
+        checkpoint = run.last_checkpoint(notes.append)
+        if checkpoint is None:
+            if begun and (other := run.file_of_another_kind()) is not None:
+                raise UserError(
+                    f"{run.path} holds {other.name} but no checkpoint to continue from; choose "
+                    "another folder with --out"
+                )
+        elif steps < checkpoint["step"]:
             raise UserError(
-                f"train.batch_size={settings.batch_size} does not divide by {passes} "
-                "(processes times train.accumulate); choose a multiple"
+                f"train.steps={steps}, but the run in {run.path} has taken {checkpoint['step']} "
+                "steps; set at least as many"
             )
+        return checkpoint
 
     def _start_folder(self) -> None:
         if self.fabric.is_global_zero:
@@ -210,7 +215,12 @@ class _Trainer:
                 "steps use the new settings"
             )
         if any(key in _SCORED or key.startswith("test.") for key in changed):
+            if self.state.best is not None:
+                self.progress.say("note: earlier scores do not compare; the best is chosen anew")
             self.state.forget_scores()
+        elif "train.keep" in changed and self._scored_while_training() < len(self.validation_data):
+            # It decides on how many pictures the last score is.
+            self.state.validated_step = 0
         if self.fabric.is_global_zero:
             if changed:
                 self._write_recipe()
@@ -316,12 +326,18 @@ class _Trainer:
             f"{self.run.last}; continue with --resume"
         )
 
+    def _scored_while_training(self) -> int:
+        """Pictures of the validations before the last step."""
+        there = len(self.validation_data)
+        return min(there, self.config.train.validate_images or there)
+
     def _validate(self, done: int) -> None:
         """Scores the network after so many steps, which must be saved: this may take long."""
         config, state = self.config, self.state
-        count = min(len(self.validation_data), config.train.validate_images or 10**9)
-        # The best are chosen by the same pictures at every step.
+        count = self._scored_while_training()
+        compares = True  # the best are chosen by the same pictures at every step
         if done == config.train.steps and config.train.keep == "last":
+            compares = count == len(self.validation_data) or state.best is None
             count = len(self.validation_data)
         result = self._score(done, count)
         self.log.write(
@@ -338,7 +354,7 @@ class _Trainer:
         )
         # No score is larger than an undefined one, of pictures without any label.
         former = math.nan if state.best is None else state.best["mIoU"]
-        is_best = math.isnan(former) or result.mean_iou > former
+        is_best = compares and (math.isnan(former) or result.mean_iou > former)
         if is_best:
             state.best = {"step": done, "mIoU": result.mean_iou}
         state.validated_step = done
@@ -407,3 +423,12 @@ class _Trainer:
         if self.config.train.keep == "best":
             model.load_state_dict(model_weights(load_checkpoint(self.run.best)))
         model.save_pretrained(self.run.model)
+
+
+def _check_batch_size(settings: TrainConfig, processes: int) -> None:
+    passes = processes * settings.accumulate
+    if settings.batch_size % passes:
+        raise UserError(
+            f"train.batch_size={settings.batch_size} does not divide by {passes} "
+            "(processes times train.accumulate); choose a multiple"
+        )

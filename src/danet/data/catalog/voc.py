@@ -77,7 +77,7 @@ def _added_labels(root: Location, voc: Location) -> tuple[Location, dict[str, Lo
         except UserError as error:
             raise UserError(
                 f"{voc}: split train_aug needs SBD's labels; put {_AUGMENTED}/*.png here, or SBD's "
-                f"benchmark_RELEASE in {root}"
+                f"benchmark_RELEASE in {root}, or set data.train_split=train"
             ) from error
         folder = sbd / "cls"
         names = [*read_names(sbd / "train.txt"), *read_names(sbd / "val.txt")]

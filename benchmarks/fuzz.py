@@ -34,7 +34,7 @@ with atheris.instrument_imports(include=["danet", "PIL", "yaml", "tarfile", "zip
     from scipy.io import savemat
 
     import danet
-    from danet import bulk, data, jsonl, manifest, video
+    from danet import data, jsonl, manifest, video, work_items
     from danet.data import images, mat
     from danet.export.predictor import ExportedPredictor
     from danet.interop import convert, foreign
@@ -215,8 +215,8 @@ def read_openvino(path: Path) -> None:
 
 
 def read_tar(path: Path) -> None:
-    for picture in bulk.list_pictures([Input(path, "a")], overlay=False):
-        bulk._decode(picture, path.parent, {})
+    for picture in work_items.list_pictures([Input(path, "a")], overlay=False):
+        picture.decoded()
 
 
 def read_zip(path: Path) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import danet
 import danet.bulk
+import danet.work_items
 import forked
 from danet.bulk import DECODED_AHEAD, segment_inputs
 from danet.cli import app
@@ -562,7 +563,7 @@ def test_memory_holds_a_few_pictures(
         Image.new("RGB", (10 + index, 20)).save(tmp_path / f"{index:02}.png")
     predictor = danet.Predictor(network, device="cpu", precision="fp32")
     begun = finished = largest = 0
-    real = danet.bulk.open_image
+    real = danet.work_items.open_image
 
     def counted(source: Path) -> Image.Image:
         nonlocal begun, largest
@@ -570,7 +571,7 @@ def test_memory_holds_a_few_pictures(
         largest = max(largest, begun - finished)
         return real(source)
 
-    monkeypatch.setattr("danet.bulk.open_image", counted)
+    monkeypatch.setattr("danet.work_items.open_image", counted)
     pictures, _ = find_inputs([str(tmp_path)])
     out = tmp_path / "out"
     out.mkdir()

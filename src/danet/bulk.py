@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from danet.data.images import open_image
 from danet.devices import is_out_of_memory
 from danet.errors import UserError
 from danet.inputs import Input, Results
@@ -118,12 +117,9 @@ class _Run(NamedTuple):
         if self._is_done(picture):
             return None
         try:
-            if isinstance(picture.source, UserError):
-                raise picture.source
-            return open_image(picture.source)
+            return picture.decoded()
         except UserError as error:
-            message = str(error)
-            return message if picture.name in message else f"{picture.name}: {message}"
+            return str(error)
 
     def _batch(
         self, batch: Sequence[tuple[WorkItem, Image.Image]], pool: ThreadPoolExecutor

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from danet.data.archives import MAX_FILE_BYTES
-from danet.data.images import is_picture_name
+from danet.data.images import is_picture_name, open_image
 from danet.errors import UserError
 from danet.inputs import Input
 from danet.manifest import Origin
@@ -38,6 +40,22 @@ class WorkItem(NamedTuple):
     source: Path | bytes | UserError
     origin: Origin | None
     results: dict[str, str]
+
+    def decoded(self) -> Image.Image:
+        """The picture.
+
+        Raises:
+            UserError: what is wrong with it, by its name.
+        """
+        try:
+            if isinstance(self.source, UserError):
+                raise self.source
+            return open_image(self.source)
+        except UserError as error:
+            message = str(error)
+            raise UserError(
+                message if self.name in message else f"{self.name}: {message}"
+            ) from error
 
 
 def list_pictures(inputs: Sequence[Input], *, overlay: bool) -> Iterator[WorkItem]:

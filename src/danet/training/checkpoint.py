@@ -21,6 +21,7 @@ from danet.model_folder import (
     WEIGHTS_FILE,
 )
 
+_NO_OTHER = "there is no other checkpoint, so start a new run with another --out"
 _KEYS = {"step", "model", "average", "optimizer", "optimizer_name", "best", "validated_step"}
 
 
@@ -75,8 +76,11 @@ class RunFolder:
             return load_checkpoint(self.last)
         except UserError as error:
             if not self.before_last.exists():
-                raise
-            checkpoint = load_checkpoint(self.before_last)
+                raise UserError(f"{error}; {_NO_OTHER}") from error
+            try:
+                checkpoint = load_checkpoint(self.before_last)
+            except UserError as other:
+                raise UserError(f"{error}; {other}; {_NO_OTHER}") from other
             say(f"note: {error}; continuing from the one before, step {checkpoint['step']}")
             return checkpoint
 

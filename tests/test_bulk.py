@@ -450,6 +450,19 @@ def test_a_picture_named_in_two_ways_is_one(
     assert set(masks(tmp_path / "out")) == {"01.png"}
 
 
+@pytest.mark.parametrize(
+    ("name", "compression"), [("a.TAR.GZ", "gz"), ("a.tgz", "gz"), ("a.tar.xz", "xz")]
+)
+def test_compressed_tars_are_archives_too(
+    name: str, compression: str, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / name, f"w:{compression}") as tar:
+        tar.add(photos / "03.png", "one.png")
+    done = predict(model, tmp_path / name, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert set(masks(tmp_path / "out")) == {f"{Path(name).stem}_000000_one.png"}
+
+
 @pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
 def test_a_damaged_compressed_tar_does_not_stop_the_others(
     compression: str, model: Path, photos: Path, tmp_path: Path

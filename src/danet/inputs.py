@@ -16,7 +16,8 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg"}
 )
 """Suffixes of the files that `danet predict` treats as videos."""
-TAR_SUFFIX = ".tar"
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+"""Of archives of pictures, which are read as they are."""
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
@@ -37,7 +38,7 @@ class Input(NamedTuple):
 
     @property
     def is_archive(self) -> bool:
-        return self.path.suffix.lower() == TAR_SUFFIX
+        return self.path.name.lower().endswith(TAR_SUFFIXES)
 
 
 class Results(NamedTuple):

@@ -81,7 +81,7 @@ def test_settings_of_the_test_can_be_changed(model: danet.DANet, dataset: Path) 
     assert result.test == model.metadata.test.model_copy(
         update={"mode": "slide", "window": (32, 32), "stride": (16, 16)}
     )
-    assert "slide (32, 32) by (16, 16)" in result.facts["Protocol"]
+    assert "slide, windows of 32x32 every 16x16" in result.facts["Protocol"]
     with pytest.raises(UserError, match="test: windw: unknown key; did you mean window"):
         evaluate_model(model, root=dataset, settings={"windw": [32, 32]})
 

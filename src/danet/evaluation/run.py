@@ -270,7 +270,8 @@ def _dataset_of(
 
 
 def _describe(test: TestConfig) -> str:
-    parts = [test.mode if test.mode == "whole" else f"slide {test.window} by {test.stride}"]
+    windows = "windows of {}x{} every {}x{}".format(*test.window, *test.stride)
+    parts = ["whole" if test.mode == "whole" else f"slide, {windows}"]
     if test.scale is not None:
         parts.append(f"pictures fitted into {test.scale[0]}x{test.scale[1]}")
     factors = f"scales {', '.join(f'{ratio:g}' for ratio in test.ratios)}"

@@ -41,6 +41,22 @@ def test_it_is_the_convolution(
     torch.testing.assert_close(WinogradConv2d(direct)(features), direct(features))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_small_features_of_a_large_dilation_are_done_directly(dtype: torch.dtype) -> None:
+    """24x24 at dilation 16 have phases of 1 or 2 pixels, 96x96 of 6x6."""
+    exact = convolution(16)
+    fast = WinogradConv2d(exact.float(), dtype, rectify=True)
+    direct = convolution(16).to(dtype)
+    for side, same in ((24, True), (96, False)):
+        features = torch.randn(1, 5, side, side).to(dtype).to(memory_format=torch.channels_last)
+        expected = direct(features).relu()
+        found = fast(features)
+        assert torch.equal(found, expected) == same
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+    assert WinogradConv2d(convolution(4).float(), dtype).direct is None
+
+
 @pytest.fixture
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one row of tiles."""

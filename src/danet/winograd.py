@@ -16,6 +16,7 @@ Shapes: B batch, H W C the channels-last input, O output channels; m outputs and
 of a tile each way; of a strip P phases, R rows and S columns of tiles, T = P B R S tiles.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,6 +39,10 @@ _FILTERS_TOGETHER = 64 << 10
 """Transformed at a time: all of them in float32 would be several times the weight."""
 _GRADIENT_CHANNELS = 256
 """Input channels whose filters' gradient is computed at a time."""
+_LARGE_DILATION = 8
+"""From here on small features have phases that are smaller than a tile."""
+_OVERHEADS = {torch.float32: (120, 8.0), torch.bfloat16: (80, 3.5)}
+"""What one so dilated and each of its tiles take, in pixels of features of a direct convolution."""
 _MIN_CHANNELS = {torch.float32: 256, torch.bfloat16: 512}
 """Below, what is saved does not pay for the transforms."""
 
@@ -189,6 +194,16 @@ class TiledConvolution:
         rows, columns = self._grid(height, width)
         return batch * min(self.dilation, height) * min(self.dilation, width) * rows * columns
 
+    def saves_time(self, features: Tensor, overheads: tuple[float, float]) -> bool:
+        """Whether it is faster than a direct convolution of B C H W.
+
+        Args:
+            overheads: what it and each tile take, in pixels of features of a direct convolution.
+        """
+        batch, _, height, width = features.shape
+        once, of_tile = overheads
+        return once + of_tile * self.tiles(batch, height, width) < batch * height * width
+
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tiles of the largest phase."""
         step = self.transforms.outputs * self.dilation
@@ -292,7 +307,7 @@ class TiledConvolution:
 class WinogradConv2d(Conv2dStandIn):
     """Computes what a 3x3 convolution of stride 1 that keeps the size does: B C H W -> B O H W.
 
-    It has no gradient.
+    It has no gradient. Of small features a convolution of a large dilation is done directly.
 
     Args:
         convolution: in float32 or wider.
@@ -318,9 +333,17 @@ class WinogradConv2d(Conv2dStandIn):
         if convolution.bias is not None:
             self.bias = nn.Parameter(convolution.bias.detach().to(dtype), requires_grad=False)
         self.rectify = rectify
+        self.overheads = _OVERHEADS.get(dtype, _OVERHEADS[torch.float32])
+        self.direct: nn.Conv2d | None = None
+        if convolution.dilation[0] >= _LARGE_DILATION:
+            direct = copy.deepcopy(convolution).requires_grad_(False)
+            self.direct = direct.to(dtype).to(memory_format=torch.channels_last)
 
     def forward(self, features: Tensor) -> Tensor:
         features = features.to(self.weight.dtype)
+        if self.direct is not None and not self.tiled.saves_time(features, self.overheads):
+            output: Tensor = self.direct(features)
+            return output.relu_() if self.rectify else output
         return self.tiled.convolve(features, self.weight, self.bias, rectify=self.rectify)
 
 

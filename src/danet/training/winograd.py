@@ -40,14 +40,12 @@ def _forward(
     in_autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if in_autocast else features.dtype
     tiled = ways.get(dtype)
-    if tiled is None or layer.weight.dtype != torch.float32 or not _saves_time(tiled, features):
+    if (
+        tiled is None
+        or layer.weight.dtype != torch.float32
+        or not tiled.saves_time(features, _OVERHEADS[tiled.dtype])
+    ):
         return nn.Conv2d.forward(layer, features)
     with without_autocast("cpu"):
         output = winograd.convolve(features.to(dtype), layer.weight, tiled)
         return output if layer.bias is None else output + layer.bias.to(dtype).view(-1, 1, 1)
-
-
-def _saves_time(tiled: winograd.TiledConvolution, features: Tensor) -> bool:
-    batch, _, height, width = features.shape
-    of_filters, of_tile = _OVERHEADS[tiled.dtype]
-    return of_filters + of_tile * tiled.tiles(batch, height, width) < batch * height * width

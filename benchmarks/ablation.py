@@ -9,10 +9,9 @@ equal. A run that was stopped goes on from its checkpoint, and what has its row 
 import argparse
 import json
 import statistics
-from pathlib import Path
 
 from results_file import append_rows, commit
-from training_runs import runs_parser, train_and_score, without_rows
+from training_runs import existing_folder, runs_parser, train_and_score, without_rows
 
 VARIANTS = {
     "fcn": ["model.position=false", "model.channel=false"],
@@ -64,11 +63,10 @@ def _rounded(weight: float | None) -> float | str:
 
 def parse_args() -> argparse.Namespace:
     parser = runs_parser(__doc__.splitlines()[0], VARIANTS, seeds=[0, 1, 2], out="runs/ablation")
-    parser.add_argument("--camvid", type=Path, metavar="DIR", help="without it, scenes only")
-    args = parser.parse_args()
-    if args.camvid is not None and not args.camvid.is_dir():
-        parser.error(f"--camvid {args.camvid} is not a folder")
-    return args
+    parser.add_argument(
+        "--camvid", type=existing_folder, metavar="DIR", help="without it, scenes only"
+    )
+    return parser.parse_args()
 
 
 def main() -> None:

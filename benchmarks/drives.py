@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from results_file import append_rows, commit
-from training_runs import runs_parser, train_and_score, without_rows
+from training_runs import existing_folder, runs_parser, train_and_score, without_rows
 
 DRIVES = ("0006R0", "0016E5")
 SCENES = "data.extra=[{name: scenes, images: 150}]"
@@ -64,7 +64,7 @@ def run(drive: str, variant: str, seed: int, args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = runs_parser(__doc__.splitlines()[0], VARIANTS, seeds=[0], out="runs/drives")
-    parser.add_argument("--camvid", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--camvid", type=existing_folder, metavar="DIR", required=True)
     parser.add_argument("--drives", nargs="+", choices=DRIVES, default=list(DRIVES))
     return parser.parse_args()
 

@@ -35,6 +35,14 @@ def runs_parser(
     return parser
 
 
+def existing_folder(text: str) -> Path:
+    """An option's folder, which must be there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    return path
+
+
 def without_rows(
     runs: Sequence[tuple[str, str, int]], results: Path, kind: str
 ) -> list[tuple[str, str, int]]:

@@ -27,8 +27,6 @@ FRAMES_TOGETHER = 4
 """Frames that go through the network at once, and that are in memory."""
 _QUALITY = "20"
 """x264's constant rate factor: 18 looks lossless, 23 is its default."""
-
-
 _DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _WHOLE = 0.95
 """Of its stated length: shorter is not all of a video."""

@@ -104,7 +104,7 @@ def _opened(archive: Path) -> _Archive:
         path = PurePosixPath(member.filename)
         if not path.parts:  # a damaged archive's
             continue
-        if member.filename.endswith("/"):
+        if member.is_dir():
             folders.setdefault(path, {})
         else:
             members[path] = member

@@ -334,10 +334,8 @@ class _Trainer:
     def _validate(self, done: int) -> None:
         """Scores the network after so many steps, which must be saved: this may take long."""
         config, state = self.config, self.state
-        count = self._scored_while_training()
-        compares = True  # the best are chosen by the same pictures at every step
+        count = before = self._scored_while_training()
         if done == config.train.steps and config.train.keep == "last":
-            compares = count == len(self.validation_data) or state.best is None
             count = len(self.validation_data)
         result = self._score(done, count)
         self.log.write(
@@ -352,8 +350,10 @@ class _Trainer:
             f"step {done}: mIoU {result.mean_iou:.4f} on {count} pictures of "
             f"{config.data.name} {config.data.val_split}"
         )
-        # No score is larger than an undefined one, of pictures without any label.
+        # No score is larger than an undefined one, of pictures without any label. The best are
+        # chosen by the same pictures at every step.
         former = math.nan if state.best is None else state.best["mIoU"]
+        compares = count == before or state.best is None
         is_best = compares and (math.isnan(former) or result.mean_iou > former)
         if is_best:
             state.best = {"step": done, "mIoU": result.mean_iou}

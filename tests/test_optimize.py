@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import danet
-from danet import winograd
 from danet.convolution import ConvReLU2d, ResidualBlock
 from danet.data.scenes import render
 from danet.optimize import fold_batch_norms, optimize_for_inference
@@ -114,7 +113,7 @@ def test_wide_convolutions_take_winograds_way(
     monkeypatch: pytest.MonkeyPatch, width: int, bfloat16: bool, bound: float
 ) -> None:
     """The logits of a network that is wide enough for it, and its own are left as they were."""
-    monkeypatch.setattr(winograd, "has_amx", lambda: False)
+    monkeypatch.setattr("danet.winograd.layer.has_amx", lambda: False)
     torch.manual_seed(0)
     model = danet.DANet(5, "test_resnet", pretrained_backbone=False, head_channels=width).eval()
     exact = copy.deepcopy(model)

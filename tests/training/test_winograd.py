@@ -28,8 +28,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.dtype]:
         return plain(features, weight, tiled)
 
     monkeypatch.setattr(winograd, "convolve", counted)
-    monkeypatch.setattr(winograd, "_MIN_CHANNELS", {torch.float32: 8, torch.bfloat16: 8})
-    monkeypatch.setattr(winograd, "has_amx", lambda: False)
+    monkeypatch.setattr("danet.winograd.layer._MIN_CHANNELS", {torch.float32: 8, torch.bfloat16: 8})
+    monkeypatch.setattr("danet.winograd.layer.has_amx", lambda: False)
     monkeypatch.setattr(
         winograd_in_training, "_OVERHEADS", {torch.float32: (0, 0.0), torch.bfloat16: (0, 0.0)}
     )
@@ -114,7 +114,7 @@ def test_other_passes_go_the_direct_way(
     elif case == "float64":
         layer, features = layer.double(), features.double()
     else:
-        monkeypatch.setattr(winograd, "has_amx", lambda: True)
+        monkeypatch.setattr("danet.winograd.layer.has_amx", lambda: True)
     use_winograd(layer)
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "AMX"):
         assert layer(features).isfinite().all()

@@ -1,35 +1,24 @@
-"""3x3 convolutions with fewer multiplications, on a CPU: Winograd's.
+"""A convolution, and the gradient of its filters, over tiles.
 
-Over all tiles and channels, what `danet.winograd_transforms` does element by element is 16 or 36
-matrix products. In exact arithmetic this is the convolution. float32 takes F(4x4, 3x3) and differs
-from the direct one by rounding alone (2e-6 of the output). bfloat16 takes F(2x2, 3x3): what is
-rounded between the steps doubles the error of a layer, 3e-3 of its output to 6e-3, and would make
-it 17e-3 with F(4x4, 3x3).
-
-A convolution of dilation d is an ordinary one on each of its d x d phases, the pictures of every
-d-th row and column. Strips of tile rows, of one phase or several, are transformed at a time: small
-enough for the cache, in memory that is used again.
-
-`WinogradConv2d` is for inference. `convolve` has gradients, which are computed in the same way.
+Over all tiles and channels, what `danet.winograd.transforms` does element by element is 16 or 36
+matrix products. A convolution of dilation d is an ordinary one on each of its d x d phases, the
+pictures of every d-th row and column. Strips of tile rows, of one phase or several, are transformed
+at a time: small enough for the cache, in memory that is used again.
 
 Shapes: B batch, H W C the channels-last input, O output channels; m outputs and n = m + 2 inputs
 of a tile each way; of a strip P phases, R rows and S columns of tiles, T = P B R S tiles.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from danet.convolution import Conv2dStandIn, has_hooks
-from danet.kernels.cpu import has_amx
 from danet.kernels.memory import MemoryPool, ReusedMemory
 from danet.kernels.precision import fast_exact_float32
-from danet.winograd_transforms import FourByFour, Transforms, TwoByTwo
+from danet.winograd.transforms import FourByFour, Transforms, TwoByTwo
 
 _STRIP_ELEMENTS = 12 << 20
 """Transformed inputs and outputs held at a time,"""
@@ -39,28 +28,6 @@ _FILTERS_TOGETHER = 64 << 10
 """Transformed at a time: all of them in float32 would be several times the weight."""
 _GRADIENT_CHANNELS = 256
 """Input channels whose filters' gradient is computed at a time."""
-_LARGE_DILATION = 8
-"""From here on small features have phases that are smaller than a tile."""
-_OVERHEADS = {torch.float32: (120, 8.0), torch.bfloat16: (80, 3.5)}
-"""What one so dilated and each of its tiles take, in pixels of features of a direct convolution."""
-_MIN_CHANNELS = {torch.float32: 256, torch.bfloat16: 512}
-"""Below, what is saved does not pay for the transforms."""
-
-
-def pays(convolution: nn.Conv2d, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether a convolution can be done this way in float32 or bfloat16, and is faster so."""
-    return (
-        not (dtype == torch.bfloat16 and has_amx())
-        and type(convolution) is nn.Conv2d
-        and convolution.kernel_size == (3, 3)
-        and convolution.stride == (1, 1)
-        and convolution.groups == 1
-        and convolution.padding == convolution.dilation
-        and convolution.dilation[0] == convolution.dilation[1]
-        and convolution.padding_mode == "zeros"
-        and min(convolution.in_channels, convolution.out_channels) >= _MIN_CHANNELS[dtype]
-        and not has_hooks(convolution)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,76 +269,6 @@ class TiledConvolution:
                 torch.add(inside, bias, out=target)
             if rectify:
                 target.relu_()
-
-
-class WinogradConv2d(Conv2dStandIn):
-    """Computes what a 3x3 convolution of stride 1 that keeps the size does: B C H W -> B O H W.
-
-    It has no gradient. Of small features a convolution of a large dilation is done directly.
-
-    Args:
-        convolution: in float32 or wider.
-        dtype: to compute in; the convolution's own where None.
-        rectify: whether a ReLU follows.
-        pool: memory for what is transformed, its own where None.
-    """
-
-    def __init__(
-        self,
-        convolution: nn.Conv2d,
-        dtype: torch.dtype | None = None,
-        *,
-        rectify: bool = False,
-        pool: MemoryPool | None = None,
-    ) -> None:
-        super().__init__(convolution)
-        dtype = dtype or convolution.weight.dtype
-        self.tiled = TiledConvolution(dtype, convolution.dilation[0], pool or MemoryPool())
-        filters = self.tiled.filters(convolution.weight.detach())
-        self.weight = nn.Parameter(filters, requires_grad=False)
-        self.bias: nn.Parameter | None = None
-        if convolution.bias is not None:
-            self.bias = nn.Parameter(convolution.bias.detach().to(dtype), requires_grad=False)
-        self.rectify = rectify
-        self.overheads = _OVERHEADS.get(dtype, _OVERHEADS[torch.float32])
-        self.direct: nn.Conv2d | None = None
-        if convolution.dilation[0] >= _LARGE_DILATION:
-            direct = copy.deepcopy(convolution).requires_grad_(False)
-            self.direct = direct.to(dtype).to(memory_format=torch.channels_last)
-
-    def forward(self, features: Tensor) -> Tensor:
-        features = features.to(self.weight.dtype)
-        if self.direct is not None and not self.tiled.saves_time(features, self.overheads):
-            output: Tensor = self.direct(features)
-            return output.relu_() if self.rectify else output
-        return self.tiled.convolve(features, self.weight, self.bias, rectify=self.rectify)
-
-
-def convolve(features: Tensor, weight: Tensor, tiled: TiledConvolution) -> Tensor:
-    """B C H W in the dtype of `tiled` and O C 3 3, float32 or wider -> B O H W; differentiable."""
-    output: Tensor = _Convolution.apply(features, weight, tiled)
-    return output
-
-
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, tiled: TiledConvolution) -> Tensor:
-        ctx.save_for_backward(features, weight)
-        ctx.tiled = tiled
-        return tiled.convolve(features, tiled.filters(weight))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        features, weight = ctx.saved_tensors
-        tiled: TiledConvolution = ctx.tiled
-        of_features: Tensor | None = None
-        of_weight: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            of_features = tiled.convolve(grad, tiled.filters(weight, adjoint=True))
-        if ctx.needs_input_grad[1]:
-            of_weight = tiled.filters_gradient(features, grad)
-        return of_features, of_weight, None
 
 
 def _even_share(number: int, most: int) -> int:

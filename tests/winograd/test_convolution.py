@@ -11,7 +11,7 @@ from torch import nn
 from danet import winograd
 from danet.kernels.memory import MemoryPool
 from danet.winograd import TiledConvolution, WinogradConv2d, convolve
-from danet.winograd_transforms import FourByFour, TwoByTwo
+from danet.winograd.transforms import FourByFour, TwoByTwo
 
 
 def convolution(dilation: int = 1, bias: bool = True, **options: object) -> nn.Conv2d:
@@ -22,7 +22,7 @@ def convolution(dilation: int = 1, bias: bool = True, **options: object) -> nn.C
 @pytest.fixture(params=[FourByFour, TwoByTwo])
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """float64 takes the one, and then the other."""
-    monkeypatch.setattr(winograd, "FourByFour", request.param)
+    monkeypatch.setattr("danet.winograd.tiles.FourByFour", request.param)
 
 
 @pytest.mark.usefixtures("either")
@@ -60,8 +60,8 @@ def test_small_features_of_a_large_dilation_are_done_directly(dtype: torch.dtype
 @pytest.fixture
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one row of tiles."""
-    monkeypatch.setattr(winograd, "_STRIP_ELEMENTS", 1)
-    monkeypatch.setattr(winograd, "_LEAST_TILES", 1)
+    monkeypatch.setattr("danet.winograd.tiles._STRIP_ELEMENTS", 1)
+    monkeypatch.setattr("danet.winograd.tiles._LEAST_TILES", 1)
 
 
 Gradients = tuple[torch.Tensor, torch.Tensor]
@@ -106,8 +106,8 @@ def test_its_gradients_are_the_convolutions(
 def test_strips_and_pieces_change_no_gradient(
     batch: int, least_tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "_LEAST_TILES", least_tiles)
-    monkeypatch.setattr(winograd, "_GRADIENT_CHANNELS", 2)
+    monkeypatch.setattr("danet.winograd.tiles._LEAST_TILES", least_tiles)
+    monkeypatch.setattr("danet.winograd.tiles._GRADIENT_CHANNELS", 2)
     torch.manual_seed(0)
     features = torch.randn(batch, 5, 21, 16, dtype=torch.float64)
     weight = torch.randn(7, 5, 3, 3, dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_gradients_round_little(dtype: torch.dtype, most: float) -> None:
 def test_strips_change_nothing(
     batch: int, least_tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "_LEAST_TILES", least_tiles)
+    monkeypatch.setattr("danet.winograd.tiles._LEAST_TILES", least_tiles)
     direct = convolution()
     features = torch.randn(batch, 5, 21, 16, dtype=torch.float64)
     torch.testing.assert_close(WinogradConv2d(direct)(features), direct(features))
@@ -179,7 +179,7 @@ def test_bfloat16_rounds_about_twice_as_much() -> None:
 def test_bfloat16_goes_this_way_where_products_are_dear(
     monkeypatch: pytest.MonkeyPatch, amx: bool, pays: bool
 ) -> None:
-    monkeypatch.setattr(winograd, "has_amx", lambda: amx)
+    monkeypatch.setattr("danet.winograd.layer.has_amx", lambda: amx)
     assert winograd.pays(nn.Conv2d(512, 512, 3, padding=1), torch.bfloat16) == pays
     assert not winograd.pays(nn.Conv2d(256, 512, 3, padding=1), torch.bfloat16)
     assert winograd.pays(nn.Conv2d(256, 512, 3, padding=1), torch.float32)

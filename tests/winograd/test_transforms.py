@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from danet.winograd_transforms import FourByFour, Transforms, TwoByTwo
+from danet.winograd.transforms import FourByFour, Transforms, TwoByTwo
 
 
 @pytest.mark.parametrize("transforms", [TwoByTwo(), FourByFour()])

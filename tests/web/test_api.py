@@ -22,7 +22,7 @@ import danet
 from danet.errors import UserError
 from danet.evaluation.inference import predict_classes
 from danet.inspection import Inspection
-from danet.web import page
+from danet.web import actions
 from danet.web.server import build_application, serve
 from danet.web.sessions import Limits, NotKeptError, Sessions
 from networks import tiny_danet
@@ -487,9 +487,9 @@ def test_pictures_that_are_asked_about_are_kept(sessions: Sessions) -> None:
 def test_errors_do_not_tell_the_servers_folders(sessions: Sessions, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"nothing")
     with pytest.raises(gr.Error) as caught:
-        page._Actions(sessions).segment(str(tmp_path / "a.png"), 0.5)
+        actions.Actions(sessions).segment(str(tmp_path / "a.png"), 0.5)
     assert str(caught.value.message).startswith("a.png: ")
-    rows, archive = page._segment_batch(sessions, gr.File(), [str(tmp_path / "a.png")])
+    rows, archive = actions.segment_batch(sessions, gr.File(), [str(tmp_path / "a.png")])
     assert archive is None
     assert rows[0][1].startswith("a.png: ")
 
@@ -498,6 +498,6 @@ def test_names_of_classes_are_no_html() -> None:
     model = tiny_danet(1)
     model.metadata = model.metadata.model_copy(update={"classes": ("<img src=x>",)})
     sessions = Sessions(danet.Predictor(model, device="cpu", precision="fp32"), LIMITS)
-    legend = page._legend(sessions.inspect(png(picture())))
+    legend = actions._legend(sessions.inspect(png(picture())))
     assert "&lt;img src=x&gt;" in legend
     assert "<img" not in legend

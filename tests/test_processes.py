@@ -127,13 +127,13 @@ def test_all_processes_learn_that_one_found_logits_not_finite(tmp_path: Path) ->
     failing = f"""
 import os
 from danet.errors import LogitsNotFinite
-from danet.training import loop
-evaluate = loop.evaluate
+from danet.training import validation
+evaluate = validation.evaluate
 def fail_in_one(*arguments, **options):
     if os.environ["RANK"] == "1":
         raise LogitsNotFinite("the network's logits are not finite")
     return evaluate(*arguments, **options)
-loop.evaluate = fail_in_one
+validation.evaluate = fail_in_one
 {SMALL_SCENES}"""
     (tmp_path / "small_scenes.py").write_text(failing)
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)

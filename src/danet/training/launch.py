@@ -71,6 +71,14 @@ def reduce_over_processes(fabric: Fabric, tensor: Tensor, operation: str) -> Ten
     return result
 
 
+def holds_anywhere(fabric: Fabric, condition: bool) -> bool:
+    """Whether something is so in any process; every process must ask."""
+    if fabric.world_size == 1:
+        return condition
+    found = torch.tensor(float(condition), device=fabric.device)
+    return bool(reduce_over_processes(fabric, found, "max"))
+
+
 def describe_lost_process(error: Exception) -> str | None:
     """Which process was lost, and what to do; None where the error is another one."""
     text = str(error)

@@ -4,17 +4,13 @@ Everything random is drawn from (seed, step) and everything else is in the check
 that was killed and resumed takes the same steps, to the bit on a CPU, as one left alone.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from danet.atomic import replacing
-from danet.config import RunConfig, TrainConfig, differing_keys
+from danet.config import RunConfig, TrainConfig
 from danet.data import open_dataset
 from danet.data.loader import Batch, StepSampler, training_batches, training_samples
 from danet.devices import choose_device, is_out_of_memory, uses_bfloat16, warn_of_slow_bfloat16
@@ -26,10 +22,7 @@ from danet.errors import (
     TrainingStopped,
     UserError,
 )
-from danet.evaluation.evaluate import evaluate, segment_with
-from danet.evaluation.metrics import Scores, scores
 from danet.progress import ProgressReport
-from danet.recipes import load_recipe
 from danet.training.build import build_model
 from danet.training.checkpoint import RunFolder, load_checkpoint, model_weights, save_checkpoint
 from danet.training.events import Events
@@ -37,22 +30,16 @@ from danet.training.launch import (
     StopSignal,
     describe_lost_process,
     explaining_worker_death,
+    holds_anywhere,
     launch,
     process_counts,
-    reduce_over_processes,
 )
 from danet.training.log import MetricsLog
 from danet.training.probe import freeze_unreached, require_enough_values
+from danet.training.resume import ChangedSettings, read_checkpoint, require_folder
 from danet.training.state import TrainingState
 from danet.training.step import take_step
-
-_FIRST_WEIGHTS = {"model.init_from", "model.pretrained_backbone", "model.backbone_weights"}
-"""Settings that a resumed run, which goes on from its own weights, does not look at."""
-_SCORED = {
-    *("data.name", "data.val_split", "data.mean", "data.std"),
-    "train.validate_images",
-}
-"""With all of section test, the settings whose change makes scores incomparable."""
+from danet.training.validation import Validation
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
@@ -69,16 +56,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> RunFolder:
         OutOfMemory: the device, the machine or a limit had no memory left.
     """
     run = RunFolder(out)
-    if run.exists():
-        if not resume:
-            raise UserError(
-                f"{out} already holds a run; continue with --resume, or choose another folder with "
-                "--out"
-            )
-    elif (other := run.file_of_another_kind()) is not None:
-        raise UserError(
-            f"{out} holds {other.name}, but no run to resume; choose another folder with --out"
-        )
+    require_folder(run, resume)
     with StopSignal() as stop, ExitStack() as at_end:
         try:
             trainer = _Trainer(config, run, stop, at_end)
@@ -116,8 +94,9 @@ class _Trainer:
         _check_batch_size(config.train, math.prod(process_counts(config.train)))
         data = config.data
         spec, self.training_data = training_samples(data)
-        self.validation_data = open_dataset(data.name, data.root, data.val_split, needs_labels=True)
+        validated = open_dataset(data.name, data.root, data.val_split, needs_labels=True)
         self.fabric = launch(config.train, device, bfloat16=self.bfloat16)
+        self.validation = Validation(config, self.fabric, validated)
         # Another process may still be training here. A new run is locked later, because what is
         # wrong with the input must leave no folder behind.
         begun = run.exists()
@@ -125,7 +104,7 @@ class _Trainer:
             self._lock(at_end)
         self.fabric.barrier()
         notes: list[str] = []
-        checkpoint = self._read_checkpoint(begun, notes)
+        checkpoint = read_checkpoint(run, config.train.steps, notes.append)
         self.first_step: int = 0 if checkpoint is None else checkpoint["step"]
         self.progress = ProgressReport(
             "train", config.train.steps, done=self.first_step, enabled=self.fabric.is_global_zero
@@ -166,23 +145,6 @@ class _Trainer:
         if self.fabric.is_global_zero:
             at_end.callback(self.run.lock().release)
 
-    def _read_checkpoint(self, begun: bool, notes: list[str]) -> dict[str, Any] | None:
-        """What to go on from, if there is something."""
-        run, steps = self.run, self.config.train.steps
-        checkpoint = run.last_checkpoint(notes.append)
-        if checkpoint is None:
-            if begun and (other := run.file_of_another_kind()) is not None:
-                raise UserError(
-                    f"{run.path} holds {other.name} but no checkpoint to continue from; choose "
-                    "another folder with --out"
-                )
-        elif steps < checkpoint["step"]:
-            raise UserError(
-                f"train.steps={steps}, but the run in {run.path} has taken {checkpoint['step']} "
-                "steps; set at least as many"
-            )
-        return checkpoint
-
     def _start_folder(self) -> None:
         if self.fabric.is_global_zero:
             self._write_recipe()
@@ -195,34 +157,27 @@ class _Trainer:
         Raises:
             UserError: the weights are another network's.
         """
-        changed = differing_keys(load_recipe(self.run.recipe), self.config)
+        changed = ChangedSettings.of(self.run, self.config)
         self.fabric.barrier()  # all have read it
-        if other := [
-            key for key in changed if key.startswith("model.") and key not in _FIRST_WEIGHTS
-        ]:
-            raise UserError(
-                f"{', '.join(other)}: not as in {self.run.recipe}, whose network the run's "
-                "weights belong to; restore them, or start a new run with model.init_from"
-            )
-        if ignored := [key for key in changed if key in _FIRST_WEIGHTS]:
+        if changed.without_effect:
             self.progress.say(
-                f"note: {', '.join(ignored)}: without effect, because the run continues from its "
-                "own weights"
+                f"note: {', '.join(changed.without_effect)}: without effect, because the run "
+                "continues from its own weights"
             )
-        if changed := [key for key in changed if key not in _FIRST_WEIGHTS]:
+        if changed.used:
             self.progress.say(
-                f"note: {', '.join(changed)}: not as in {self.run.recipe}; the remaining "
+                f"note: {', '.join(changed.used)}: not as in {self.run.recipe}; the remaining "
                 "steps use the new settings"
             )
-        if any(key in _SCORED or key.startswith("test.") for key in changed):
+        if changed.change_scores:
             if self.state.best is not None:
                 self.progress.say("note: earlier scores do not compare; the best is chosen anew")
             self.state.forget_scores()
-        elif "train.keep" in changed and self._scored_while_training() < len(self.validation_data):
+        elif "train.keep" in changed.used and self.validation.grows_at_the_end:
             # It decides on how many pictures the last score is.
             self.state.validated_step = 0
         if self.fabric.is_global_zero:
-            if changed:
+            if changed.used:
                 self._write_recipe()
             self.run.forget_metrics_after(self.first_step)
 
@@ -310,14 +265,7 @@ class _Trainer:
 
     def _stops(self) -> bool:
         """Whether any process was told to stop."""
-        return self._holds_anywhere(self.stop.received is not None)
-
-    def _holds_anywhere(self, condition: bool) -> bool:
-        """Whether something is so in any process; every process must ask."""
-        if self.fabric.world_size == 1:
-            return condition
-        found = torch.tensor(float(condition), device=self.fabric.device)
-        return bool(reduce_over_processes(self.fabric, found, "max"))
+        return holds_anywhere(self.fabric, self.stop.received is not None)
 
     def _stopped(self, done: int) -> TrainingStopped:
         told_by = self.stop.received or "another process"
@@ -326,18 +274,23 @@ class _Trainer:
             f"{self.run.last}; continue with --resume"
         )
 
-    def _scored_while_training(self) -> int:
-        """Pictures of the validations before the last step."""
-        there = len(self.validation_data)
-        return min(there, self.config.train.validate_images or there)
-
     def _validate(self, done: int) -> None:
         """Scores the network after so many steps, which must be saved: this may take long."""
-        config, state = self.config, self.state
-        count = before = self._scored_while_training()
-        if done == config.train.steps and config.train.keep == "last":
-            count = len(self.validation_data)
-        result = self._score(done, count)
+        config, state, validation = self.config, self.state, self.validation
+        count = validation.count(done)
+
+        def on_picture(scored: int) -> None:
+            if self.stop.received is not None:
+                raise self._stopped(done)
+            self.progress.advance(f"validating {scored}/{count}", steps=0)
+
+        try:
+            result = validation.score(state.kept_model(), done, on_picture)
+        except LogitsNotFinite as error:
+            # The loss is of the weights before the last update, so this may be the first to tell.
+            if self.fabric.is_global_zero:
+                self.run.drop_last()
+            raise TrainingDiverged.after(self.run.last, str(error), config.train.lr) from error
         self.log.write(
             {
                 "step": done,
@@ -353,7 +306,7 @@ class _Trainer:
         # No score is larger than an undefined one, of pictures without any label. The best are
         # chosen by the same pictures at every step.
         former = math.nan if state.best is None else state.best["mIoU"]
-        compares = count == before or state.best is None
+        compares = count == validation.usual_count or state.best is None
         is_best = compares and (math.isnan(former) or result.mean_iou > former)
         if is_best:
             state.best = {"step": done, "mIoU": result.mean_iou}
@@ -363,51 +316,6 @@ class _Trainer:
             if is_best:
                 save_checkpoint(self.run.best, checkpoint)
             self.run.renew_last(checkpoint)
-
-    def _score(self, done: int, count: int) -> Scores:
-        """Scores on the first `count` pictures, of which each process segments its share."""
-        config = self.config
-        scored = itertools.count(1)
-        rank, processes = self.fabric.global_rank, self.fabric.world_size
-
-        def on_picture() -> None:
-            if self.stop.received is not None:
-                raise self._stopped(done)
-            self.progress.advance(f"validating {next(scored) * processes}/{count}", steps=0)
-
-        model = self.state.kept_model().eval()
-        diverged: LogitsNotFinite | None = None
-        try:
-            evaluation = evaluate(
-                segment_with(model, config.test, config.train.precision),
-                self.validation_data,
-                indices=range(rank, count, processes),
-                on_picture=on_picture,
-            )
-        except LogitsNotFinite as error:
-            diverged = error
-        except UserError as error:
-            raise UserError(
-                f"{error}; found in the validation after step {done}, which is saved: fix this, "
-                "and continue with --resume"
-            ) from error
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(
-                f"training: out of memory in the validation after step {done}, which is saved; set "
-                "test.mode=slide, or lower test.batch_size or test.scale, and continue with "
-                "--resume"
-            ) from error
-        # The loss is of the weights before the last update, so this may be the first to tell. Not
-        # all processes have a picture that shows it.
-        if self._holds_anywhere(diverged is not None):
-            if self.fabric.is_global_zero:
-                self.run.drop_last()
-            finding = f"the network's logits were not finite in the validation after step {done}"
-            raise TrainingDiverged.after(self.run.last, finding, config.train.lr) from diverged
-        confusion = evaluation.confusion["fused"].to(self.fabric.device)
-        return scores(reduce_over_processes(self.fabric, confusion, "sum"))
 
     # Saving
 

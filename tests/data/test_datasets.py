@@ -161,6 +161,23 @@ class TestFolder:
             dataset_spec("folder", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["scenes", "camvid"])
+def test_a_dataset_is_indexed_as_a_sequence_of_single_items(name: str, tmp_path: Path) -> None:
+    root = None
+    if name == "camvid":
+        root = tmp_path
+        for folder in ("val", "valannot"):
+            (root / folder).mkdir()
+            Image.new("L", (4, 4)).save(root / folder / "a.png")
+    dataset = open_dataset(name, root, "val")
+    assert dataset[-1].name == dataset[len(dataset) - 1].name
+    assert dataset[np.int64(0)].name == dataset[0].name
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+    with pytest.raises(TypeError, match="slice"):
+        dataset[:2]
+
+
 def test_names() -> None:
     assert {"camvid", "folder", "scenes"} <= set(dataset_names())
     with pytest.raises(UserError, match="no dataset named 'cityscape'"):

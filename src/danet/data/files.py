@@ -1,5 +1,6 @@
 """Datasets of image and label files, on disk or in archives."""
 
+import operator
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -263,7 +264,7 @@ class PairedFiles:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
+        pair = self.pairs[operator.index(index)]  # no slice
         image = open_image(pair.image)
         file_ids = self.read_file_ids(pair, image)
         self.require_same_size(pair, image, file_ids)

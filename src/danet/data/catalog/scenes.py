@@ -1,5 +1,6 @@
 """Generated street scenes in CamVid's classes; see `danet.data.scenes`."""
 
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Scenes:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:
-        position = range(len(self))[index]
+        position = range(len(self))[operator.index(index)]  # no slice
         image, label = render(_SPLITS.index(self.split), position)
         return Sample(image, label, f"{self.split}_{position:05}")
 

@@ -201,6 +201,15 @@ def test_any_request_is_answered_as_the_description_says(predictor: danet.Predic
         answers()
 
 
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "TRACE", "OPTIONS"])
+def test_another_method_than_a_paths_own_is_not_allowed(client: TestClient, method: str) -> None:
+    answer = client.request(method, "/api/model")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "GET"
+    assert answer.json() == {"detail": "Method Not Allowed"}
+    assert client.request(method, "/api/nothing").status_code == 404
+
+
 def test_pictures_that_do_not_fit_the_memory_are_refused(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

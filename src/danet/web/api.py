@@ -3,12 +3,15 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from http import HTTPMethod, HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response, UploadFile
+from fastapi import APIRouter, HTTPException, Query, Request, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.routing import Match
 
 from danet.data.images import PictureTooLarge
 from danet.segmentation import OVERLAY_OPACITY
@@ -137,6 +140,18 @@ def router(sessions: Sessions) -> APIRouter:
         return PixelFacts(
             x=x, y=y, class_id=score.class_id, class_name=name, probability=score.probability
         )
+
+    # The page is mounted at / and would answer whatever is left.
+    @api.api_route("/{path:path}", methods=[*HTTPMethod], include_in_schema=False)
+    def refuse(request: Request) -> None:
+        allowed: set[str] = set()
+        for route in api.routes:
+            if isinstance(route, APIRoute) and route.matches(request.scope)[0] is Match.PARTIAL:
+                allowed.update(route.methods or ())
+        if allowed:
+            allow = {"Allow": ", ".join(sorted(allowed))}
+            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers=allow)
+        raise HTTPException(HTTPStatus.NOT_FOUND)
 
     return api
 

@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from timm.models._features import FeatureHookNet
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -23,8 +24,10 @@ def sharding_strategy(processes: int) -> ModelParallelStrategy:
 def _shard(model: DANet, mesh: DeviceMesh) -> DANet:
     processes = mesh["data_parallel"]
     model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
-    for block in model.backbone.blocks():
-        fully_shard(block, mesh=processes)
+    # Gradients of features that are read inside a block do not pass its output, where FSDP2 waits.
+    if not isinstance(model.backbone.body, FeatureHookNet):
+        for block in model.backbone.blocks():
+            fully_shard(block, mesh=processes)
     fully_shard(model, mesh=processes)
     return model
 

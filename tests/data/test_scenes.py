@@ -1,11 +1,19 @@
 import hashlib
+import itertools
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
 from danet.data import dataset_spec, open_dataset
+from danet.data.scenes import compose, render
+from danet.data.scenes.classes import BUILDING, FENCE, PEDESTRIAN
+from danet.data.scenes.materials import Light
+from danet.data.scenes.objects import draw_pedestrian
+from danet.data.scenes.street import draw_street
+from danet.data.scenes.view import Canvas, View, split_codes
 from danet.errors import UserError
 
 NUM_SCENES = 24
@@ -76,6 +84,43 @@ def test_color_alone_does_not_tell_the_class(samples: list) -> None:
         bins = colors[known].astype(int) @ (256, 16, 1)
         np.add.at(votes, (bins, labels[known]), 1)
     assert votes.max(1).sum() / votes.sum() < 0.75
+
+
+def test_nothing_beside_a_person_on_the_pavement_hides_them() -> None:
+    """Fronts and fences reach from nearer than the person to farther, but behind their back."""
+    white = (255.0, 255.0, 255.0)
+    light = Light(0, 1, (1, 1, 1), 1, white, white, 0, 1000)
+    view = View((480, 360), 1, 0.4, 0.5, 1.8, 0, curve=0)
+    for seed, side, z in itertools.product(range(10), (-1, 1), (5, 8, 12)):
+        rng = np.random.default_rng(seed)
+        street = draw_street(rng)
+        x = street.wall(side) - 1.5 * side
+        alone, among = Canvas(view, light), Canvas(view, light)
+        draw_pedestrian(np.random.default_rng(0), alone, x, z)
+        person = partial(draw_pedestrian, np.random.default_rng(0), among, x, z)
+        sides = compose._sides(rng, among, street, light)
+        compose._draw_from_far_to_near([*sides, (z, person)])
+        expected, found = (split_codes(canvas.finished()[1])[0] for canvas in (alone, among))
+        assert not np.isin(found[expected == PEDESTRIAN], (BUILDING, FENCE)).any()
+
+
+def test_edges_against_the_sky_are_no_brighter_than_both_sides(samples: list) -> None:
+    brighter = edges = 0
+    for sample in samples:
+        rows = np.asarray(sample.image.convert("L"), int)
+        sky = sample.label == dataset_spec("scenes").classes.index("sky")
+        edge = sky[1:-3] & sky[2:-2] & ~sky[3:-1] & ~sky[4:]
+        above, middle, below = rows[1:-3][edge], rows[2:-2][edge], rows[4:][edge]
+        brighter += (middle > np.maximum(above, below) + 8).sum()
+        edges += edge.sum()
+    assert edges > 1000
+    assert brighter < 0.1 * edges
+
+
+@pytest.mark.parametrize("size", [(63, 64), (4097, 64), (64, 65)])
+def test_a_size_that_cannot_be_drawn_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="scenes are"):
+        render(0, 0, size)
 
 
 def test_indices_work_like_a_sequence() -> None:

@@ -1,5 +1,6 @@
 """Composes a scene's picture and labels from a seed and an index."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -55,29 +56,35 @@ def render(
 
     Args:
         seed, index: choose the scene; not negative.
-        size: width, height in pixels, each 64..4096.
+        size: width, height in pixels, each 64..4096, and not higher than wide.
 
     Returns:
         The RGB picture, and H W train ids (255 is void).
     """
     if not all(_LIMIT[0] <= side <= _LIMIT[1] for side in size):
         raise ValueError(f"scenes are {_LIMIT[0]}..{_LIMIT[1]} pixels wide and high, not {size}")
+    if size[0] < size[1]:  # whose lower rows would see the ground too close to the camera
+        raise ValueError(f"scenes are not higher than wide, as {size} is")
     rng = np.random.default_rng([seed, index])
     street, light = draw_street(rng), draw_light(rng)
     view = _draw_view(rng, size, street)
-    canvas = Canvas(view)
-    _draw_sky(canvas)
+    canvas = Canvas(view, light)
+    _draw_sky(canvas, light)
     draw_end(rng, canvas)
     draw_ground(rng, canvas, street)
     drawings = [*_sides(rng, canvas, street, light), *_traffic(rng, canvas, street)]
-    for _, draw in sorted(drawings, key=lambda drawing: -drawing[0]):
-        draw()
+    _draw_from_far_to_near(drawings)
     if rng.random() < 0.15:
         _draw_bonnet(rng, canvas)
     colors, codes, shadow = canvas.finished()
     train_ids, texture, depth = split_codes(codes)
     lit = _shade(rng, view, light, colors, (train_ids, texture, depth), shadow)
     return Image.fromarray(_expose(rng, light, lit)), train_ids
+
+
+def _draw_from_far_to_near(drawings: list[Drawing]) -> None:
+    for _, draw in sorted(drawings, key=lambda drawing: -drawing[0]):
+        draw()
 
 
 def _draw_view(rng: np.random.Generator, size: tuple[int, int], street: Street) -> View:
@@ -95,10 +102,16 @@ def _draw_view(rng: np.random.Generator, size: tuple[int, int], street: Street) 
     )
 
 
-def _draw_sky(canvas: Canvas) -> None:
+def _draw_sky(canvas: Canvas, light: Light) -> None:
+    """From the colour overhead to that of the horizon, and on below it."""
     width, height = canvas.view.size
-    everywhere = (0, 0, width, 0, width, height, 0, height)
-    canvas.flat(everywhere, SKY, Material((255, 255, 255), m.CLOUDS), MAX_DEPTH)
+    steps = 2 * math.ceil(canvas.view.horizon * height)
+    for step in range(steps):
+        share = step / steps
+        color = _rgb(light.sky_top) * (1 - share) + _rgb(light.sky_low) * share
+        top, below = step / 2, height if step == steps - 1 else (step + 1) / 2
+        corners = (0, top, width, top, width, below, 0, below)
+        canvas.flat(corners, SKY, Material(tuple(color.tolist()), m.CLOUDS), MAX_DEPTH)
 
 
 def _draw_bonnet(rng: np.random.Generator, canvas: Canvas) -> None:
@@ -113,7 +126,11 @@ def _draw_bonnet(rng: np.random.Generator, canvas: Canvas) -> None:
 
 
 def _sides(rng: np.random.Generator, canvas: Canvas, street: Street, light: Light) -> list[Drawing]:
-    """Draws both sides of the street: buildings, gardens and open ground."""
+    """Draws both sides of the street: buildings, gardens and open ground.
+
+    What runs along the street is drawn at its far end, before all that stands beside it on the
+    pavement; what is behind it, before that.
+    """
     drawings: list[Drawing] = []
     for side in (-1, 1):
         wall = street.wall(side)
@@ -129,13 +146,10 @@ def _sides(rng: np.random.Generator, canvas: Canvas, street: Street, light: Ligh
             own = np.random.default_rng(rng.integers(2**63))
             if rng.random() < built:
                 if rng.random() < 0.25:
-                    drawings.append(
-                        (
-                            start - 0.02,
-                            partial(draw_fence, own, canvas, wall - side * 0.9, start, end),
-                        )
-                    )
-                drawings.append((start, partial(draw_block, own, canvas, wall, start, end, lit)))
+                    fence = partial(draw_fence, own, canvas, wall - side * 0.9, start, end)
+                    drawings.append((end, fence))
+                block = partial(draw_block, own, canvas, wall, start, end, lit)
+                drawings.append((end + 1e-3, block))
                 if light.sun > 0.3 and side == light.sun_side:
                     reach = -side * rng.uniform(1.5, 6)
                     corners = [
@@ -147,11 +161,11 @@ def _sides(rng: np.random.Generator, canvas: Canvas, street: Street, light: Ligh
                     canvas.shadow(corners, 0.45 * light.sun)
                 continue
             border = draw_fence if rng.random() < 0.6 else draw_hedge
-            drawings.append((start, partial(border, own, canvas, wall, start, end)))
+            drawings.append((end, partial(border, own, canvas, wall, start, end)))
             for _ in range(rng.integers(1, 4)):
                 x = wall + side * rng.uniform(1.0, 5)
                 z = rng.uniform(start, end) + 2.0
-                drawings.append((z, partial(objects.draw_tree, own, canvas, x, z)))
+                drawings.append((end + 1e-3 * z, partial(objects.draw_tree, own, canvas, x, z)))
     return drawings
 
 
@@ -217,24 +231,21 @@ def _shade(
     layers: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32], npt.NDArray[np.int32]],
     shadow: Floats,
 ) -> Floats:
-    """Sky, texture, shadow and fog."""
+    """Texture, shadow, and fog on the ground; what stands on it was drawn with its fog."""
     train_ids, texture, depth = layers
     is_sky, on_ground = train_ids == SKY, depth == GROUND_DEPTH
-    height = view.size[1]
-    rows = np.arange(height, dtype=np.float32)[:, None] / (view.horizon * height)
-    toward_horizon = np.clip(rows, 0, 1)[..., None]
-    sky = _rgb(light.sky_top) * (1 - toward_horizon) + _rgb(light.sky_low) * toward_horizon
     right, ahead = view.ground()
+    distance = np.where(on_ground, ahead, depth.astype(np.float32))
+    clarity = light.clarity(distance)
+    clarity[is_sky] = 1
     grain = _grain(rng, view, texture, on_ground, right, ahead)
     grain *= np.where(is_sky, np.float32(2 * light.clouds), np.float32(1))
+    grain *= np.where(on_ground, np.float32(1), clarity)
     darkness = shadow * on_ground * np.float32(0.45 + 0.55 * light.sun)
     brightness = (1 + grain) * (1 - darkness) * np.float32(light.exposure)
-    distance = np.where(on_ground, ahead, depth.astype(np.float32))
-    clarity = np.exp(-distance / np.float32(light.visibility))
-    clarity[is_sky] = 1
-    base = np.where(is_sky[..., None], sky, colors)
     haze = _rgb(light.sky_low) * np.float32(light.exposure)
-    shaded: Floats = base * (brightness * clarity)[..., None] + haze * (1 - clarity)[..., None]
+    veil = on_ground * (1 - clarity)
+    shaded: Floats = colors * (brightness * (1 - veil))[..., None] + haze * veil[..., None]
     return shaded
 
 

@@ -76,6 +76,11 @@ class Light:
     clouds: float
     visibility: float
 
+    def clarity(self, distance: Floats | float) -> Floats:
+        """The share of light that fog lets through over a distance in metres."""
+        clarity: Floats = np.exp(-np.float32(1 / self.visibility) * distance)
+        return clarity
+
 
 def draw_light(rng: np.random.Generator) -> Light:
     """A time of day and weather: clear, overcast, low sun, fog or dusk."""

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from danet.data.scenes.materials import Floats, Material
+from danet.data.scenes.classes import SKY
+from danet.data.scenes.materials import Floats, Light, Material
 
 NEAREST = 1.6
 """Near clipping distance in metres."""
@@ -73,15 +74,18 @@ class View:
 class Canvas:
     """Draws shapes onto the picture and, with the same corners, onto a map of codes.
 
-    The picture is drawn at twice its size and reduced, so its edges are smooth; the codes are
-    drawn at the picture's own size, so every pixel has exactly one class.
+    Both are drawn at twice the picture's size. Colours are means of four samples, so edges are
+    smooth; the code is that of one of them, so every pixel has exactly one class, which is seen in
+    it. What stands on the ground is drawn with the fog before it.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, light: Light) -> None:
         self.view = view
+        self.light = light
         width, height = view.size
-        self._picture = Image.new("RGB", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
-        self._codes = Image.new("I", view.size)
+        enlarged = (width * _SUPERSAMPLING, height * _SUPERSAMPLING)
+        self._picture = Image.new("RGB", enlarged)
+        self._codes = Image.new("I", enlarged)
         self._shadow = Image.new("L", view.size)
         self._draw = ImageDraw.Draw(self._picture)
         self._draw_code = ImageDraw.Draw(self._codes)
@@ -114,8 +118,9 @@ class Canvas:
         shade: float = 1.0,
     ) -> None:
         """Draws a shape given by pixel coordinates (alternating), at a depth in metres."""
-        self._draw.polygon(_enlarged(corners), fill=_fill(material, shade))
-        self._draw_code.polygon(corners, fill=_code(train_id, material, depth))
+        enlarged = _enlarged(corners)
+        self._draw.polygon(enlarged, fill=self._fill(train_id, material, depth, shade))
+        self._draw_code.polygon(enlarged, fill=_code(train_id, material, depth))
 
     def ellipse(
         self,
@@ -131,35 +136,43 @@ class Canvas:
         column, row = self.view.project([center])
         rx = self.view.pixels(radius_x, center[2])
         ry = self.view.pixels(radius_y, center[2])
-        box = (column - rx, row - ry, column + rx, row + ry)
-        self._draw.ellipse(_enlarged(box), fill=_fill(material, shade))
+        box = _enlarged((column - rx, row - ry, column + rx, row + ry))
+        self._draw.ellipse(box, fill=self._fill(train_id, material, center[2], shade))
         self._draw_code.ellipse(box, fill=_code(train_id, material, center[2]))
 
     def line(
         self, points: Sequence[Point], width: float, train_id: int, material: Material
     ) -> None:
         """A line of a width in metres through points of about the same depth."""
-        corners = self.view.project(points)
+        corners = _enlarged(self.view.project(points))
         depth = points[0][2]
-        pixels = self.view.pixels(width, depth)
-        self._draw.line(
-            _enlarged(corners),
-            fill=_fill(material, 1.0),
-            width=max(1, round(pixels * _SUPERSAMPLING)),
-            joint="curve",
-        )
-        self._draw_code.line(
-            corners, fill=_code(train_id, material, depth), width=max(1, round(pixels))
-        )
+        pixels = max(1, round(self.view.pixels(width, depth) * _SUPERSAMPLING))
+        color = self._fill(train_id, material, depth)
+        code = _code(train_id, material, depth)
+        self._draw.line(corners, fill=color, width=pixels, joint="curve")
+        self._draw_code.line(corners, fill=code, width=pixels, joint="curve")
 
     def shadow(self, points: Sequence[Point], strength: float) -> None:
         """Darkens the ground below a shape by a share 0..1."""
         self._draw_shadow.polygon(self.view.project(points), fill=round(255 * strength))
 
+    def _fill(
+        self, train_id: int, material: Material, depth: float, shade: float = 1.0
+    ) -> tuple[int, int, int]:
+        clarity = 1.0
+        if train_id != SKY and depth != GROUND_DEPTH:
+            clarity = float(self.light.clarity(depth))
+        red, green, blue = (
+            max(0, min(255, round(channel * shade * clarity + haze * (1 - clarity))))
+            for channel, haze in zip(material.color, self.light.sky_low, strict=True)
+        )
+        return red, green, blue
+
     def finished(self) -> tuple[Floats, npt.NDArray[np.int32], Floats]:
         """Colours H W 3 in 0..255, codes H W, and shadow H W in 0..1."""
         colors = np.asarray(self._picture.reduce(_SUPERSAMPLING), dtype=np.float32)
-        codes = np.asarray(self._codes, dtype=np.int32)
+        samples = np.asarray(self._codes, dtype=np.int32)
+        codes = samples[::_SUPERSAMPLING, ::_SUPERSAMPLING]
         shadow = np.asarray(self._shadow, dtype=np.float32) / np.float32(255)
         return colors, codes, shadow
 
@@ -179,8 +192,3 @@ def _enlarged(corners: Sequence[float]) -> list[float]:
 def _code(train_id: int, material: Material, depth: float) -> int:
     metres = min(round(depth), MAX_DEPTH)
     return train_id | material.texture << _TEXTURE_SHIFT | metres << _DEPTH_SHIFT
-
-
-def _fill(material: Material, shade: float) -> tuple[int, int, int]:
-    red, green, blue = (max(0, min(255, round(channel * shade))) for channel in material.color)
-    return red, green, blue

@@ -18,7 +18,7 @@ from danet.model_card import PICTURE_FILE, write_model_card
 NAME = "street-small"
 FOLDER = Path(__file__).parent.parent / "models" / NAME
 NOTE = """\
-Street scenes in the 11 classes of CamVid, small enough for a CPU. Trained from nothing:
+Street scenes in the 11 classes of CamVid, small enough for a CPU. Trained from scratch:
 generated street scenes first, then the 367 training pictures of CamVid (Brostow et al.,
 University of Cambridge) in the split of the SegNet tutorial, at 480x360, then both together,
 at last with noise added. The weights are an average of those that the last runs came to.

@@ -63,7 +63,7 @@ class ModelConfig(Section):
     channel: bool = True
     """The channel attention branch."""
     auxiliary: bool = True
-    """The FCN head on c3."""
+    """The auxiliary FCN head on c3, the output of the third stage; used in training only."""
     multi_grid: tuple[Annotated[int, Field(ge=1, le=64)], ...] | None = Field(None, min_length=1)
     """Absolute dilations of the last ResNet stage's blocks, such as [4, 8, 16]; none: one for
     all."""
@@ -114,10 +114,10 @@ class DataConfig(Section):
     scale_range: tuple[float, float] = (0.5, 2.0)
     """The random scale is uniform between these."""
     crop_size: Size = (512, 512)
-    """Of what the network trains on; smaller pictures are padded, and the padding is ignored."""
+    """Size of the random crops; smaller pictures are padded, and the padding is ignored."""
     class_cap: Fraction = 0.75
-    """A crop is drawn again, up to 10 times, while one class holds as much of its labelled pixels,
-    or all of them; 1 takes every crop."""
+    """A crop is drawn again, up to 10 times, while one class holds at least this share of its
+    labelled pixels, or is the only one; 1 takes every crop."""
     flip: Fraction = 0.5
     """Probability of mirroring left to right."""
     photometric_distortion: bool = True
@@ -156,7 +156,7 @@ class TrainConfig(Section):
     """Forward and backward passes that a device splits its share of the batch into."""
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     """sgd with momentum, as published; adamw; or muon (timm's: orthogonalised momentum for weight
-    tensors and AdamW for the rest), which needs the fewest steps from nothing."""
+    tensors and AdamW for the rest), which needs the fewest steps when training from scratch."""
     lr: float = Field(0.01, gt=0)
     """Learning rate at the start; falls to `lr_min` by a power of the share of steps left."""
     lr_min: float = Field(1e-4, ge=0)
@@ -164,7 +164,7 @@ class TrainConfig(Section):
     lr_power: float = Field(0.9, gt=0)
     """Exponent of the share of steps left."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps in which the learning rate rises linearly."""
+    """First steps, in which the learning rate rises linearly to that of the schedule."""
     head_lr_factor: float = Field(1.0, gt=0)
     """The heads' learning rate over the backbone's."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -192,8 +192,8 @@ class TrainConfig(Section):
     """auto: bfloat16 autocast where the device computes in it."""
     activation_checkpointing: bool | Literal["early"] = False
     """Keep only the inputs of the backbone's stem and blocks; recompute the rest in the backward
-    pass: same result, less memory, more time. early: leave out the last stage, which would take
-    three quarters of the extra time and save a quarter of the memory."""
+    pass: same result, less memory, more time. early: not in the last stage, which saves less memory
+    and costs less time."""
     compile: bool = False
     """Compile backbone and branches at the first step, which takes minutes. For long runs on a GPU:
     the CPUs measured gained nothing."""
@@ -214,7 +214,7 @@ class TrainConfig(Section):
     """Steps between validations; none: only after the last step."""
     validate_images: int | None = Field(None, ge=1)
     """Pictures of the validation split that are scored while training; none: all. After the last
-    step all are, but where the best weights are kept, which are chosen by the same pictures."""
+    step all are, unless keep is best: then the same pictures choose the weights each time."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the run's model: the last, or those that validated best."""
 
@@ -259,14 +259,14 @@ class TestConfig(Section):
     scale: Size | None = None
     """Bounds (long side, short side) that the picture is fitted into; none: its own size."""
     window: Size = (512, 512)
-    """Of mode slide."""
+    """Size of the sliding windows (mode slide)."""
     stride: Size = (341, 341)
     """Steps between sliding windows, right and down."""
     window_border: Literal["shift", "pad"] = "shift"
     """Windows that would cross the border: shifted back to end there, as in mmsegmentation, or
     kept in place and padded with black, as in the authors' code."""
     ratios: tuple[Annotated[float, Field(gt=0, le=16)], ...] = Field((1.0,), min_length=1)
-    """Factors whose softmax scores are averaged."""
+    """Scales to test at, as factors of what `ratios_of` says; the softmax scores are averaged."""
     ratios_of: Literal["scale", "image"] = "scale"
     """What the ratios multiply: the test scale, as in mmsegmentation 0.x and the published scores,
     or the picture's own size, as in 1.x."""

@@ -48,7 +48,7 @@ def choose_device(name: str | torch.device) -> torch.device:
         raise UserError(f"device {name!r} is unknown; use auto, {', '.join(counts)}")
     count = counts[kind]
     if not count:
-        raise UserError(f"device {name}: PyTorch sees none on this machine; use auto or cpu")
+        raise UserError(f"device {name}: PyTorch finds none on this machine; use auto or cpu")
     if not colon:
         return torch.device(kind)
     if not (index.isdecimal() and int(index) < count):

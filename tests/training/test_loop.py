@@ -143,7 +143,7 @@ def test_the_average_follows_the_first_steps_closely(
 
 
 def test_the_batch_must_divide(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train\.batch_size=2 does not divide by 3"):
+    with pytest.raises(UserError, match=r"train\.batch_size=2 is not divisible by 3"):
         run(tmp_path / "run", "train.accumulate=3")
 
 

@@ -15,7 +15,8 @@ def bench(
     size: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="WIDTHxHEIGHT", help="Of the pictures; the recipe's crop unless given."
+            metavar="WIDTHxHEIGHT",
+            help="Size of the pictures; the recipe's crop size unless given.",
         ),
     ] = None,
     batch: Annotated[
@@ -41,7 +42,7 @@ def bench(
         int | None, typer.Option(min=1, help="Timed runs in each process; 3 unless given.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",

@@ -12,7 +12,7 @@ from danet.errors import UserError, printable
 if TYPE_CHECKING:
     from danet.data.check import SplitCheck
 
-app = typer.Typer(no_args_is_help=True, help="Datasets.")
+app = typer.Typer(no_args_is_help=True, help="List and check datasets.")
 
 
 @app.command("list")

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 def evaluate(
     model: ModelOrFile,
     data: Annotated[str | None, typer.Option(help="Dataset; the model's own unless given.")] = None,
-    root: Annotated[Path | None, folder_option("The folder of the dataset.")] = None,
+    root: Annotated[Path | None, folder_option("Its folder; the run's own unless given.")] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "val",
-    mode: Annotated[TestMode | None, typer.Option(help="whole or slide.")] = None,
+    mode: Annotated[
+        TestMode | None, typer.Option(help="Whole pictures or sliding windows.")
+    ] = None,
     multi_scale: Annotated[
         bool, typer.Option("--multi-scale", help="Average over the six published scales.")
     ] = False,
@@ -45,7 +47,7 @@ def evaluate(
         bool, typer.Option("--branches", help="Score each branch's classifier too.")
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the scores.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write an HTML report with pictures.")

@@ -47,7 +47,9 @@ def export(
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="Of mmsegmentation or of the authors.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint of mmsegmentation or the authors.")
+    ],
     out: Annotated[Path, folder_option("The model folder to write.")],
     data: Annotated[
         str | None, typer.Option(help="The dataset whose classes it has, if it names none.")

@@ -23,9 +23,10 @@ ModelOrFile = Annotated[
 ]
 Recipe = Annotated[str, typer.Argument(help="A built-in recipe (danet recipes) or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's key.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[choices.Precision, typer.Option(help="auto, fp32 or bf16.")]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the network first: for many pictures on a GPU.")

@@ -16,8 +16,8 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Another name that visitors use, as behind a proxy."),
     ] = None,
-    megabytes: Annotated[int, typer.Option(min=1, help="Of one file, at most.")] = 20,
-    megapixels: Annotated[int, typer.Option(min=1, help="Of one picture, at most.")] = 12,
+    megabytes: Annotated[int, typer.Option(min=1, help="Largest upload, in MB.")] = 20,
+    megapixels: Annotated[int, typer.Option(min=1, help="Largest picture, in megapixels.")] = 12,
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in the browser.")
     ] = False,

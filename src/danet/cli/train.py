@@ -13,7 +13,7 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     out: Annotated[Path | None, folder_option("The run folder; runs/RECIPE unless given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in it.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
     """Train a network by a recipe."""
     from lightning_fabric.utilities import rank_zero_only

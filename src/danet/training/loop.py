@@ -337,6 +337,6 @@ def _check_batch_size(settings: TrainConfig, processes: int) -> None:
     passes = processes * settings.accumulate
     if settings.batch_size % passes:
         raise UserError(
-            f"train.batch_size={settings.batch_size} does not divide by {passes} "
+            f"train.batch_size={settings.batch_size} is not divisible by {passes} "
             "(processes times train.accumulate); choose a multiple"
         )

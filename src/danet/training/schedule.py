@@ -6,8 +6,8 @@ from danet.config import TrainConfig
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Poly schedule per step with a floor, after an optional linear warm-up.
 
-    lr(t) = (lr - lr_min) (1 - t / steps)^power + lr_min, as mmsegmentation's PolyLR; with
-    lr_min = 0 it is the authors'.
+    lr(t) = (lr - lr_min) (1 - t / steps)^power + lr_min, as mmcv's PolyLrUpdaterHook, which
+    the published models used; with lr_min = 0 it is the authors'.
 
     Args:
         step: 0-based.

@@ -67,6 +67,7 @@ def test_a_recipe_extends_another_and_states_what_differs(tmp_path: Path) -> Non
         (["train.steps=[1"], "not valid YAML"),
         (["data.extra=[{name: scenes, imges: 3}]"], r"extra\.0\.imges: .* did you mean images\?$"),
         (["data.crop_size=96x96"], r"crop_size: write a list in brackets, such as \[1, 2\]$"),
+        (["data.crop_size=[96]"], "data.crop_size: has too few values$"),
         (["train.activation_checkpointing=x"], r"checkpointing: Input .* boolean.*, or .*'early'$"),
     ],
 )

@@ -101,8 +101,8 @@ class Backbone(nn.Module):
             if not self._takes_any_size(made_for):
                 if made_for is None:
                     raise UserError(
-                        f"model.backbone: {name} takes pictures of one size only, and says not "
-                        "which"
+                        f"model.backbone: {name} takes pictures of one size only, and does not say "
+                        "which; choose another backbone"
                     )
                 self.fixed_size = made_for
         if multi_grid is not None:

@@ -221,7 +221,8 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     except Exception as error:
         reason = first_line(error)
         raise UserError(
-            f"{not_here}, and it could not be fetched from the hub ({reason})"
+            f"{not_here}, and it could not be fetched from the hub ({reason}); check the name, or "
+            "give a local folder"
         ) from error
 
 

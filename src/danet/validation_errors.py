@@ -21,9 +21,13 @@ def validation_message(error: ValidationError, schema: type[BaseModel]) -> str:
             message = f"unknown key; {hint}"
         elif detail["type"] == "model_type":
             message = "must be a mapping of keys to values"
+        elif detail["type"] == "missing" and path[-1].isdecimal():
+            path, message = path[:-1], "has too few values"
         elif detail["type"] == "tuple_type":
             message = "write a list in brackets, such as [1, 2]"
-        findings.setdefault(".".join(path), []).append(message)
+        said = findings.setdefault(".".join(path), [])
+        if message not in said:
+            said.append(message)
     return "; ".join(
         ": ".join(filter(None, (path, ", or ".join(said)))) for path, said in findings.items()
     )

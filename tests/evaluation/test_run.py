@@ -71,7 +71,9 @@ def test_the_runs_recipe_says_where_its_dataset_is(
         evaluate_model(model)
     moved = RunConfig(data=DataConfig(name="folder", root=Path("elsewhere")))
     (tmp_path / RECIPE_FILE).write_text(moved.to_yaml())
-    with pytest.raises(UserError, match=r"recipe\.yaml: data\.root=elsewhere is not there.*--root"):
+    with pytest.raises(
+        UserError, match=r"recipe\.yaml: data\.root=elsewhere does not exist.*--root"
+    ):
         evaluate_model(model, run=tmp_path)
 
 

@@ -19,7 +19,7 @@ from danet.data.images import (
     open_upright,
 )
 from danet.data.spec import IGNORE_INDEX, DatasetSpec, Sample
-from danet.errors import UserError, explaining_lookup
+from danet.errors import UserError, explaining_lookup, explaining_os_error
 
 
 class LabelMap(NamedTuple):
@@ -101,22 +101,23 @@ def require_root(name: str, root: Path | None) -> Location:
     """The dataset's folder or .zip archive; raises a UserError if there is none."""
     if root is None:
         raise UserError(
-            f"dataset {name} is read from disk: say where it is with data.root=DIR (--root)"
+            f"dataset {name} is read from disk; say where it is: --root DIR, or in danet train "
+            "--set data.root=DIR"
         )
-    with explaining_lookup(f"data.root: {root}"):
+    with explaining_lookup(root):
         if is_zip(root):
             return ZipPath(root)
         if not root.is_dir():
-            raise UserError(
-                f"data.root: {root} is not a folder or .zip file; give that of dataset {name}"
-            )
+            raise UserError(f"{root} is not a folder or .zip file; give that of dataset {name}")
     return root
 
 
 def list_images(folder: Location) -> list[Location]:
     """The image files directly in a folder, sorted by name, without hidden files."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; check data.root and the split's name")
+        raise UserError(
+            f"{folder} is not a folder; check the dataset's folder and the split's name"
+        )
     images: list[Location] = [path for path in folder.iterdir() if is_picture_name(path.name)]
     return sorted(images, key=str)
 
@@ -131,7 +132,7 @@ def find_folder(root: Location, *candidates: str) -> Location:
         folder = locate(root, candidate)
         if folder.is_dir():
             return folder
-    raise UserError(f"{root} holds none of {', '.join(candidates)}; check data.root")
+    raise UserError(f"{root} holds none of {', '.join(candidates)}; check the dataset's folder")
 
 
 def read_names(listing: Location) -> list[str]:
@@ -140,10 +141,13 @@ def read_names(listing: Location) -> list[str]:
     Raises:
         UserError: the file is missing or not UTF-8 text.
     """
-    try:
-        return listing.read_text(encoding="utf-8-sig").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{listing}: cannot be read as the split's list ({error})") from error
+    with explaining_os_error(
+        str(listing), "cannot be read as the split's list", "check the dataset's folder"
+    ):
+        try:
+            return listing.read_text(encoding="utf-8-sig").split()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{listing}: the split's list is not UTF-8 text ({error})") from error
 
 
 def pair_by_stem(

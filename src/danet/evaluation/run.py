@@ -263,8 +263,8 @@ def _dataset_of(
     found = trained_with.root if trained_with.name == name else None
     if found is not None and not found.exists():
         raise UserError(
-            f"{run / RECIPE_FILE}: data.root={found} is not there, from here at least; give the "
-            "dataset's folder with --root DIR"
+            f"{run / RECIPE_FILE}: data.root={found} does not exist (relative paths start at the "
+            "current folder); give the dataset's folder with --root DIR"
         )
     return name, found
 

@@ -57,7 +57,8 @@ def _build(path: Path, translated: Translated, spec: DatasetSpec | None) -> DANe
         # timm averages 2x2 pixels in the shortcuts of dilated stages; the others' code does not.
         raise UserError(
             f"{path}: its {translated.backbone} at output stride {translated.output_stride} cannot "
-            "be converted: timm's dilated ResNet-D computes something else; only stride 32 can"
+            "be converted: timm's dilated ResNet-D computes something else; only output stride 32 "
+            "can"
         )
     build = partial(
         DANet,

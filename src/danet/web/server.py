@@ -113,7 +113,7 @@ def _listen(host: str, port: int) -> socket.socket:
                 "127.0.0.1, or 0.0.0.0 for all of its addresses"
             ) from error
         raise UserError(
-            f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port, "
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, "
             "or 0 for a free one"
         ) from error
 

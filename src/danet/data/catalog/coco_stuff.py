@@ -66,7 +66,8 @@ def _open_split(root: Path | None, split: str) -> PairedFiles:
         return _open_164k(folder, split)
     if any(locate(folder, place).is_dir() for place in _labels_164k(split)):
         raise UserError(
-            f"{folder} holds the labels of both versions, 10k and 164k; keep them in folders apart"
+            f"{folder} holds the labels of both versions, 10k and 164k; keep them in separate "
+            "folders"
         )
     return _open_10k_converted(folder, split)
 

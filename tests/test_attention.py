@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -525,6 +526,44 @@ def test_products_are_not_in_bfloat16_where_that_is_slow(
     monkeypatch.setattr(blocks, "multiplies_bfloat16_fast", lambda: fast)
     assert blocks._product_dtype(torch.bfloat16, torch.device("cpu")) == dtype
     assert blocks._product_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+
+
+def test_gradients_are_as_exact_as_those_of_the_plain_form() -> None:
+    """Of scores that are far apart, as a trained network's, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    widths = ((64, 3.0), (64, 3.0), (128, 1.0), (128, 1.0))
+    drawn = [
+        torch.randn(1, w, 700, generator=generator, dtype=torch.float64) * s for w, s in widths
+    ]
+    *inputs, grad = (tensor.float().double() for tensor in drawn)
+
+    def gradients(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        return list(torch.autograd.grad(attend(*leaves), leaves, grad.to(dtype)))
+
+    expected = gradients(kernels._plain, torch.float64)
+    plain, found = (gradients(a, torch.float32) for a in (kernels._plain, position_attention))
+    for ours, theirs, exact in zip(found, plain, expected, strict=True):
+        assert (ours - exact).norm() < 1.5 * (theirs - exact).norm()
+
+
+def test_the_log_sum_exp_has_no_gradient() -> None:
+    inputs = [tensor.requires_grad_() for tensor in random_inputs()]
+    output, logsumexp = kernels.attend(*inputs)
+    assert output.requires_grad
+    assert not logsumexp.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchDynamo")
+def test_torchs_fused_attention_is_compiled_without_a_break(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attend = partial(attend_by_heads, backends=[SDPBackend.MATH])
+    monkeypatch.setattr(kernels, "fused_attention_fits", lambda *_: True)
+    monkeypatch.setattr(kernels, "attend_by_heads", attend)
+    inputs = [torch.randn(1, width, 16) for width in (8, 8, 16)]
+    compiled = torch.compile(position_attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), position_attention(*inputs))
 
 
 def test_torchs_fused_attention_gets_tensors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

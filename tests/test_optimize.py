@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 
 import danet
 from danet.convolution import ConvReLU2d, ResidualBlock
@@ -197,7 +198,8 @@ def test_other_relus_stay() -> None:
 @pytest.mark.parametrize(
     "path",
     ["backbone.body.conv1", "backbone.body.bn1", "backbone.body.act1", "backbone.body.layer3.0"]
-    + [f"backbone.body.layer3.0.{name}" for name in ("conv2", "act2", "act3", "conv3")],
+    + [f"backbone.body.layer3.0.{name}" for name in ("conv2", "act2", "act3", "conv3")]
+    + ["backbone.body.layer3.0.drop_block"],
 )
 @torch.no_grad()
 def test_layers_with_hooks_stay(path: str) -> None:
@@ -214,6 +216,45 @@ def test_layers_with_hooks_stay(path: str) -> None:
     torch.testing.assert_close(fast(images).fused, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(read[-1], read[0], rtol=1e-5, atol=1e-5)
     assert len(read) > 1
+
+
+@pytest.mark.parametrize("part", ["reduce.1", "reduce.2"])
+@torch.no_grad()
+def test_hooks_of_a_branch_keep_its_reduction_apart(part: str) -> None:
+    """Of wide branches, whose reductions are joined otherwise."""
+    model = danet.DANet(5, "resnet18", pretrained_backbone=False, head_channels=256).eval()
+    layer = model.head.channel_branch.get_submodule(part)
+    layer.register_forward_hook(lambda _module, _inputs, output: 1.5 * output)
+    images = torch.randn(1, 3, 64, 64)
+    expected = model(images)
+    fast = optimize_for_inference(copy.deepcopy(model), bfloat16=False, compile_graph=False)
+    for logits, reference in zip(fast(images)[:3], expected[:3], strict=True):
+        torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
+
+
+class ShiftedBatchNorm(nn.BatchNorm2d):
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features) + 1
+
+
+@pytest.mark.parametrize("change", ["subclass", "own forward", "convolution's forward", "pruned"])
+@torch.no_grad()
+def test_layers_that_compute_something_else_stay(change: str) -> None:
+    model = network("test_resnet")
+    convolution, norm, _ = model.head.position_branch.refine
+    if change == "subclass":
+        norm.__class__ = ShiftedBatchNorm
+    elif change == "pruned":
+        prune.l1_unstructured(convolution, "weight", 0.3)
+        convolution.weight = convolution.weight.detach()  # as the first pass leaves it
+    else:
+        layer = norm if change == "own forward" else convolution
+        plain = layer.forward
+        layer.forward = lambda features: plain(features) + 1
+    images = torch.randn(1, 3, 64, 64)
+    expected = model(images).position
+    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    torch.testing.assert_close(fast(images).position, expected, rtol=1e-5, atol=1e-5)
 
 
 # In the last one a stage's first block has no downsample: its shortcut is what the stage reads.

@@ -38,9 +38,9 @@ def _pads_with_zeros(convolution: nn.Conv2d) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether something else takes part in its call, which what replaces it would not call.
 
-    So timm reads the features of some backbones, and so can users.
+    So timm reads the features of some backbones, and so can users; some assign a forward instead.
     """
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class Conv2dStandIn(nn.Module):
@@ -136,11 +136,11 @@ class ResidualBlock(nn.Module):
             last, norms, activation = block.conv2, [block.bn1, block.bn2], block.act2
         else:
             return None
+        dropped = [*norms, block.drop_block, block.drop_path]
         if (
             not can_rectify(last, dtype)
             or type(activation) is not nn.ReLU
-            or has_hooks(activation)
-            or has_hooks(block)
+            or any(has_hooks(part) for part in (block, activation, *dropped) if part is not None)
             or block.se is not None
             or any(type(norm) is not nn.Identity for norm in norms)
         ):

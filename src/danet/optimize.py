@@ -37,6 +37,7 @@ _PROBE_SIDE = 96
 """Of a picture that every backbone takes: inception_v3 none below 75."""
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 """Exactly these: other subclasses compute their weight anew in every pass."""
+_NORM_FORWARDS = (nn.BatchNorm2d.forward, BatchNormAct2d.forward)
 Follower = TypeVar("Follower", bound=nn.Module)
 
 
@@ -133,8 +134,7 @@ def _join_reductions(head: DualAttentionHead, dtype: torch.dtype) -> None:
             not (isinstance(convolution, nn.Conv2d) and winograd.pays(convolution, dtype))
             or type(norm) is not nn.Identity
             or type(activation) is not nn.ReLU
-            or has_hooks(branch)
-            or has_hooks(branch.reduce)
+            or any(has_hooks(part) for part in (branch, branch.reduce, norm, activation))
         ):
             return
         convolutions.append(convolution)
@@ -179,6 +179,8 @@ def fold_batch_norms(model: DANet) -> None:
     for convolution, norm in _pairs(model, nn.BatchNorm2d):
         if norm.running_mean is None or norm.running_var is None:
             continue
+        if not _can_be_folded(convolution, norm):
+            continue
         weight, bias = fuse_conv_bn_weights(
             convolution.weight,
             convolution.bias,
@@ -193,6 +195,16 @@ def fold_batch_norms(model: DANet) -> None:
         if isinstance(norm, BatchNormAct2d):
             replaced[norm] = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
     _replace(model, replaced)
+
+
+def _can_be_folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether both compute what their classes say, from numbers that no pass changes."""
+    return (
+        type(norm).forward in _NORM_FORWARDS
+        and "forward" not in vars(convolution)
+        # Pruning and weight norm compute them anew before every pass.
+        and convolution._parameters.keys() >= {"weight", "bias"}
+    )
 
 
 def _pairs(model: DANet, kind: type[Follower]) -> list[tuple[nn.Conv2d, Follower]]:

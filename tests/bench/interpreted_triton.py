@@ -118,6 +118,16 @@ def main() -> None:
     output = position_attention(query, key, torch.full_like(value, 30), choices)
     output.backward(torch.full_like(grad, 100))
     found["large rowsums, not finite"] = [float((~query.grad.isfinite()).sum())]
+    # As of the matrix product with softmax(scores): whatever a pixel's weights meet.
+    query, key, value, grad = random_inputs(torch.bfloat16, small)
+    query[0, 0, 0] = torch.nan
+    value.requires_grad_()
+    position_attention(query, key, value, choices).backward(grad)
+    spoilt = torch.zeros_like(value)
+    spoilt[0] = torch.nan
+    found["a query that is not a number"] = [
+        float((value.grad.isnan() != spoilt.isnan()).sum()),
+    ]
     print(json.dumps(found))
 
 

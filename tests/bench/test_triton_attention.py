@@ -25,6 +25,7 @@ CASES = (
     "one query",
     "huge scores, not finite",
     "large rowsums, not finite",
+    "a query that is not a number",
 )
 
 

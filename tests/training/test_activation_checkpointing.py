@@ -43,6 +43,16 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(
         assert torch.equal(ours, theirs), name
 
 
+def test_a_copy_of_a_checkpointed_network_has_weights_of_its_own() -> None:
+    model = danet.DANet(3, "test_resnet", pretrained_backbone=False, head_channels=16)
+    prepare_for_training(model, TrainConfig(activation_checkpointing=True))
+    copied = copy.deepcopy(model)
+    for parameter in copied.backbone.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert not copied.backbone(torch.randn(1, 3, 32, 32)).c4.any()
+    assert model.backbone(torch.randn(1, 3, 32, 32)).c4.any()
+
+
 def test_early_blocks_are_those_before_the_last_stage() -> None:
     backbone = danet.DANet(3, "resnet50c", pretrained_backbone=False).backbone
     assert backbone.early_blocks() == backbone.blocks()[: 3 + 4 + 6]

@@ -62,7 +62,10 @@ def _plain(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> Tensor:
 
 @torch.library.custom_op("danet::position_attention", mutates_args=())
 def attend(query_BDN: Tensor, key_BDM: Tensor, value_BCM: Tensor) -> tuple[Tensor, Tensor]:
-    """Output B C N in the value's dtype, and the log-sum-exp B N of each row of scores."""
+    """Output B C N in the value's dtype, and the log-sum-exp B N of each row of scores.
+
+    The log-sum-exp has no gradient.
+    """
     if hopper_kernels_fit(query_BDN, value_BCM):
         found = run_hopper_kernels("forward", query_BDN, key_BDM, value_BCM)
         if found is not None:
@@ -123,6 +126,7 @@ def _save_for_backward(
     output: tuple[Tensor, Tensor],
 ) -> None:
     ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(

@@ -7,6 +7,7 @@ for the price of forming the scores once a head.
 Shapes: B batch, D key width, C value width, E heads, N query positions, M key positions.
 """
 
+import contextlib
 import threading
 
 import torch
@@ -52,7 +53,9 @@ def attend_by_heads(
     channels = value_BCM.shape[1]
     heads = -(-channels // head_channels)
     width = -(-channels // (heads * _ALIGNMENT)) * _ALIGNMENT
-    with _settings, sdpa_kernel(backends, set_priority=True):
+    # Compilers do not trace locks, and take the setting into the graph.
+    alone = contextlib.nullcontext() if torch.compiler.is_compiling() else _settings
+    with alone, sdpa_kernel(backends, set_priority=True):
         return attend_spread(query_BDN, key_BDM, value_BCM, width)
 
 

@@ -54,8 +54,8 @@ def run_hopper_kernels(function: str, *tensors: Tensor) -> tuple[Tensor, ...] | 
         _state["usable"] = False
         warnings.warn(
             f"Triton does not run here ({first_line(error)}), so position attention takes another "
-            "way, as exact but slower; install a C compiler, or set TRITON_CACHE_DIR to a "
-            "writable folder",
+            "way, as exact but slower; it needs a C compiler, and a writable folder "
+            "(TRITON_CACHE_DIR)",
             RuntimeWarning,
             stacklevel=2,
         )

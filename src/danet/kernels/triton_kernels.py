@@ -267,7 +267,8 @@ def key_value_kernel(
         row_dot_n = tl.load(row_dots_SBN + plane * queries + row, mask=row < queries, other=0.0)
         scores_mn = product(key_mD, tl.trans(query_nD), None)
         # Exactly computed it is never positive; of huge scores, rounding leaves more.
-        exponent_mn = tl.minimum(scores_mn * LOG2_E - (logsumexp_n * LOG2_E)[None, :], 0.0)
+        exponent_mn = scores_mn * LOG2_E - (logsumexp_n * LOG2_E)[None, :]
+        exponent_mn = tl.minimum(exponent_mn, 0.0, tl.PropagateNan.ALL)
         weights_mn = tl.exp2(exponent_mn)
         grad_value_mc = product(weights_mn.to(grad_nc.dtype), grad_nc, grad_value_mc)
         grad_weights_mn = product(value_mc, tl.trans(grad_nc), None)
@@ -336,7 +337,8 @@ def query_kernel(
             values_at, value_row, keys, start, channel, CHANNELS, COLUMNS, WIDTH, EVEN, TMA
         )
         scores_nm = product(query_nD, tl.trans(key_mD), None)
-        exponent_nm = tl.minimum(scores_nm * LOG2_E - (logsumexp_n * LOG2_E)[:, None], 0.0)
+        exponent_nm = scores_nm * LOG2_E - (logsumexp_n * LOG2_E)[:, None]
+        exponent_nm = tl.minimum(exponent_nm, 0.0, tl.PropagateNan.ALL)
         weights_nm = tl.exp2(exponent_nm)
         if not EVEN:
             # Such keys are zeros, but a row's rowsum may be infinite in half precision.

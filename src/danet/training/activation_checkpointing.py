@@ -1,7 +1,8 @@
 """Less memory in training: a backbone's activations are forgotten, and recomputed when needed."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,26 +45,33 @@ def checkpoint_activations(*modules: nn.Module) -> None:
     forwards = [module.forward for module in modules]
     norms = [part for each in modules for part in each.modules() if isinstance(part, _BatchNorm)]
 
-    def compute(*inputs: Any, **named: Any) -> Any:
-        output = forwards[0](*inputs, **named)
-        for forward in forwards[1:]:
-            output = forward(output)
-        return output
-
-    def forget(*inputs: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return compute(*inputs, **named)
-        return checkpoint(
-            compute,
-            *inputs,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(norms)),
-            **named,
-        )
-
-    first.forward = forget
+    # Not a function defined here, which a copy of the network would share.
+    first.forward = functools.partial(_forget, forwards, norms)
     for module in others:
         module.forward = _unchanged
+
+
+def _forget(
+    forwards: list[Callable[..., Any]], norms: list[_BatchNorm], *inputs: Any, **named: Any
+) -> Any:
+    compute = functools.partial(_compute, forwards)
+    if not torch.is_grad_enabled():
+        return compute(*inputs, **named)
+    return checkpoint(
+        compute,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(norms)),
+        **named,
+    )
+
+
+def _compute(forwards: list[Callable[..., Any]], *inputs: Any, **named: Any) -> Any:
+    first, *others = forwards
+    output = first(*inputs, **named)
+    for forward in others:
+        output = forward(output)
+    return output
 
 
 def _unchanged(features: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from danet.winograd.tiles import TiledConvolution
 _LARGE_DILATION = 8
 """From here on small features have phases that are smaller than a tile."""
 _OVERHEADS = {torch.float32: (120, 8.0), torch.bfloat16: (80, 3.5)}
-"""What one so dilated and each of its tiles take, in pixels of features of a direct convolution."""
+"""For `saves_time`, of convolutions of such dilations."""
 _MIN_CHANNELS = {torch.float32: 256, torch.bfloat16: 512}
 """Below, what is saved does not pay for the transforms."""
 

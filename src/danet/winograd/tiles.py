@@ -21,9 +21,9 @@ from danet.kernels.precision import fast_exact_float32
 from danet.winograd.transforms import FourByFour, Transforms, TwoByTwo
 
 _STRIP_ELEMENTS = 12 << 20
-"""Transformed inputs and outputs held at a time,"""
+"""Transformed inputs and outputs held at a time."""
 _LEAST_TILES = 128
-"""but these at least: the weights of fewer take longer to fetch than to multiply with."""
+"""In a strip, even if that is more: the weights of fewer take longer to fetch than to multiply."""
 _FILTERS_TOGETHER = 64 << 10
 """Transformed at a time: all of them in float32 would be several times the weight."""
 _GRADIENT_CHANNELS = 256
@@ -110,6 +110,8 @@ class TiledConvolution:
         # Not a view, to which autograd could not add another gradient in place.
         strides = (height * width * out_channels, 1, width * out_channels, out_channels)
         output = features.new_empty_strided((batch, out_channels, height, width), strides)
+        if batch == 0:
+            return output
         input_BHWC, output_BHWO = features.permute(0, 2, 3, 1), output.permute(0, 2, 3, 1)
         with self.pool.borrow(input_BHWC) as memory:
             for strip in self._strips(input_BHWC, output_BHWO, input_BHWC.shape[3]):

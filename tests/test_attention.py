@@ -471,6 +471,17 @@ def test_position_module_commutes_with_permuting_pixels() -> None:
     torch.testing.assert_close(module(features[..., order]), module(features)[..., order])
 
 
+@pytest.mark.parametrize("module", [danet.PositionAttention(16), danet.ChannelAttention()])
+def test_modules_reset_all_that_they_own(module: torch.nn.Module) -> None:
+    """As FSDP asks of modules that were built without data."""
+    emptied = module.to("meta").to_empty(device="cpu")
+    for part in emptied.modules():
+        if any(True for _ in part.parameters(recurse=False)):
+            part.reset_parameters()
+    features = torch.randn(1, 16, 3, 4)
+    assert torch.equal(emptied(features), features)
+
+
 def test_key_width_defaults_to_an_eighth() -> None:
     assert danet.PositionAttention(64).query.out_channels == 8
     assert danet.PositionAttention(4).query.out_channels == 1

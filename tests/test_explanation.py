@@ -102,6 +102,12 @@ def test_received_attention_is_the_mean_of_all_rows(seen: Inspection, image: Ima
     assert seen.received_attention().sum() == pytest.approx(1)
 
 
+def test_attention_is_as_exact_within_autocast(seen: Inspection) -> None:
+    expected = seen.attention((30, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(seen.attention((30, 20)), expected)
+
+
 def test_received_attention_does_not_depend_on_the_block(
     seen: Inspection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,6 +230,19 @@ def test_numpys_whole_numbers_count_classes() -> None:
             {"multi_grid": ()},
             "multi_grid: Tuple should have at least 1 item after validation, not 0",
         ),
+        (11, {"multi_grid": 4}, "multi_grid: write a list in brackets, such as [1, 2]"),
+        (11, {"multi_grid": "48"}, "multi_grid: write a list in brackets, such as [1, 2]"),
+        (11, {"metadata": {}}, "metadata is {}; it must be a danet.model_folder.Metadata"),
+        (
+            11,
+            {"backbone_weights": 5},
+            "backbone_weights: Input is not a valid path for <class 'pathlib.Path'>",
+        ),
+        (
+            11,
+            {"pretrained_backbone": "maybe"},
+            "pretrained_backbone: Input should be a valid boolean, unable to interpret input",
+        ),
         (11, {"output_stride": 7}, "output_stride: Input should be 8, 16 or 32"),
         (
             11,
@@ -243,7 +256,7 @@ def test_an_argument_out_of_range_is_named_in_one_line(
     num_classes: int, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        danet.DANet(num_classes, "test_resnet", pretrained_backbone=False, **options)
+        danet.DANet(num_classes, "test_resnet", **{"pretrained_backbone": False, **options})
     assert str(caught.value) == message
 
 
@@ -268,6 +281,27 @@ def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
             model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
     danet.DANet.from_pretrained(tmp_path)
+
+
+def test_an_empty_name_is_not_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what a shell makes of a variable that is not set."""
+    build().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="name is empty"):
+        danet.DANet.from_pretrained("")
+    with pytest.raises(UserError, match="empty name"):
+        build().save_pretrained("")
+
+
+def test_weights_of_another_kind_of_number_are_refused(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    name = "head.fused_classifier.1.weight"
+    save_file({**stored, name: stored[name].cfloat()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"{name} is torch\.complex64, not torch\.float32"):
+        danet.DANet.from_pretrained(tmp_path)
 
 
 def test_a_network_is_what_its_config_says() -> None:

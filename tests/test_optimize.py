@@ -75,6 +75,14 @@ def test_tensors_without_data_are_folded_as_well() -> None:
     assert batch_norms(fast) == kinds(fast, nn.ReLU) == 0
 
 
+@torch.no_grad()
+def test_an_empty_batch_stays_one() -> None:
+    model = danet.DANet(5, "resnet18", pretrained_backbone=False, head_channels=256)
+    fast = optimize_for_inference(model, bfloat16=False, compile_graph=False)
+    assert kinds(fast, WinogradConv2d) > 0
+    assert fast(torch.zeros(0, 3, 64, 64)).fused.shape == (0, 5, 8, 8)
+
+
 def test_a_convolution_that_is_read_twice_keeps_its_norm() -> None:
     class ReadTwice(nn.Module):
         def __init__(self) -> None:

@@ -154,6 +154,18 @@ def test_probabilities_are_of_the_upright_picture(predictor: danet.Predictor) ->
     np.testing.assert_array_equal(scores, predictor(image, probabilities=True).probabilities)
 
 
+def test_torchs_default_device_is_not_the_predictors(predictor: danet.Predictor) -> None:
+    """In a notebook it may be a GPU, and the predictor's not."""
+    expected = predictor(noise(), probabilities=True)
+    explained = danet.explain(predictor, noise(), (20, 10))
+    with torch.device("meta"):
+        found = predictor(noise(), probabilities=True)
+        again = danet.explain(predictor, noise(), (20, 10))
+    np.testing.assert_array_equal(found.classes, expected.classes)
+    np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+    np.testing.assert_array_equal(again.attention, explained.attention)
+
+
 def test_unknown_precision() -> None:
     with pytest.raises(UserError, match="auto, fp32 or bf16"):
         danet.Predictor(tiny_danet(), device="cpu", precision="fp16")

@@ -83,7 +83,7 @@ def channel_attention(features: Tensor, affinity: Affinity = "reference") -> Ten
         affinity="paper":      x_j = softmax(e_j)
         affinity="reference":  x_j = softmax(max(e_j) - e_j), as every released network has it
 
-    Energies are sums over N products, so they are formed in float32 whatever the input's dtype.
+    Energies are sums over N products, so they are formed in float32 or wider.
 
     Args:
         features: B C N, any floating dtype.
@@ -92,11 +92,12 @@ def channel_attention(features: Tensor, affinity: Affinity = "reference") -> Ten
         B C N in the input's dtype (autocast's where it is on).
 
     Raises:
-        ValueError: not three axes, not floating, or an unknown affinity.
+        ValueError: not three axes, not floating, no channels, or an unknown affinity.
     """
-    if features.ndim != 3 or not features.is_floating_point():
+    if features.ndim != 3 or not features.is_floating_point() or features.shape[1] == 0:
         raise ValueError(
-            f"channel attention takes floating B C N, not {features.dtype} {tuple(features.shape)}"
+            f"channel attention takes floating B C N, C at least 1, not {features.dtype} "
+            f"{tuple(features.shape)}"
         )
     attention_BCC = channel_affinities(features, affinity).to(features.dtype)
     if features.stride(1) == 1:
@@ -154,7 +155,12 @@ class PositionAttention(nn.Module):
         self.key = nn.Conv2d(channels, key_channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = position_attention
-        self.residual_weight = nn.Parameter(torch.zeros(1))
+        self.residual_weight = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets alpha to 0; the convolutions have methods of their own."""
+        nn.init.zeros_(self.residual_weight)
 
     def forward(self, features: Tensor) -> Tensor:
         _check_features(features)
@@ -182,7 +188,12 @@ class ChannelAttention(nn.Module):
         super().__init__()
         _check_affinity(affinity)
         self.affinity: Affinity = affinity
-        self.residual_weight = nn.Parameter(torch.zeros(1))
+        self.residual_weight = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets beta to 0."""
+        nn.init.zeros_(self.residual_weight)
 
     def forward(self, features: Tensor) -> Tensor:
         _check_features(features)

@@ -103,7 +103,7 @@ def explain(
     has_position = seen.has_position_attention
     return Explanation(
         image=seen.image,
-        point=point,
+        point=seen.pixel(point),
         score=seen.score(point),
         class_names=seen.metadata.classes,
         palette=seen.metadata.palette,

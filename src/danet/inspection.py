@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as TF
 
 from danet.attention import ChannelAttention, PositionAttention, channel_affinities
 from danet.devices import autocast
 from danet.errors import UserError
-from danet.evaluation.inference import views
+from danet.evaluation.inference import pixels_of, views
 from danet.evaluation.strips import most_likely_classes
 from danet.heads import Branch
+from danet.kernels.precision import without_autocast
 from danet.predict import Predictor
 from danet.segmentation import ImageSource, Segmentation, as_rgb
 
@@ -95,7 +95,7 @@ class Inspection:
         self._received: FloatMap | None = None
         self._receiving = threading.Lock()
         names = predictor.model.branches
-        pixels = TF.pil_to_tensor(self.image).to(predictor.device)
+        pixels = pixels_of(self.image).to(predictor.device)
         test = predictor.test.model_copy(
             update={"mode": "whole", "ratios": (1.0,), "ratios_of": "scale", "flip": False}
         )
@@ -145,7 +145,7 @@ class Inspection:
     @torch.inference_mode()
     def score(self, point: Point) -> PixelScore:
         """The fused prediction of one pixel."""
-        column, row = self._check(point)
+        column, row = self.pixel(point)
         scores_K = self._logits.rows(row, row + 1)[0, :, 0, column].softmax(0)
         class_id = int(self.branches["fused"][row, column])
         return PixelScore(class_id, scores_K[class_id].item())
@@ -159,11 +159,12 @@ class Inspection:
         Raises:
             UserError: the pixel is outside the picture, or there is no position attention.
         """
-        column, row = self._check(point)
+        column, row = self.pixel(point)
         query_DN, key_DN = self._position()
         height, width = self._grid
         cell = row * height // self.image.height * width + column * width // self.image.width
-        return self._as_map((query_DN[:, cell] @ key_DN).softmax(0))
+        with without_autocast(key_DN.device.type):
+            return self._as_map((query_DN[:, cell] @ key_DN).softmax(0))
 
     @torch.inference_mode()
     def received_attention(self) -> FloatMap:
@@ -173,7 +174,7 @@ class Inspection:
             UserError: there is no position attention.
         """
         query_DN, key_DN = self._position()
-        with self._receiving:
+        with self._receiving, without_autocast(key_DN.device.type):
             if self._received is None:
                 received_N = torch.zeros_like(key_DN[0])
                 for some_DQ in torch.split(query_DN, _QUERY_BLOCK, dim=1):
@@ -224,7 +225,12 @@ class Inspection:
             )
         return self._query_DN, self._key_DN
 
-    def _check(self, point: Point) -> Point:
+    def pixel(self, point: Point) -> Point:
+        """The point in Python's own numbers.
+
+        Raises:
+            UserError: it is none of the picture's.
+        """
         try:
             column, row = map(operator.index, point)
         except (TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ import operator
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,12 +92,13 @@ class DANet(nn.Module):
         try:
             config = ModelConfig(
                 backbone=backbone,
-                pretrained_backbone=False,  # of a network that is built again by this config
+                pretrained_backbone=pretrained_backbone,
+                backbone_weights=cast(Any, backbone_weights),
                 output_stride=output_stride,
                 head_channels=head_channels,
                 key_channels=key_channels,
                 channel_affinity=channel_affinity,
-                multi_grid=None if multi_grid is None else tuple(multi_grid),
+                multi_grid=cast(Any, multi_grid),
                 auxiliary=auxiliary,
                 align_corners=align_corners,
                 position=position,
@@ -105,7 +106,9 @@ class DANet(nn.Module):
             )
         except ValidationError as error:
             raise UserError(validation_message(error, ModelConfig)) from error
-        self.config = config
+        if not isinstance(metadata, Metadata | None):
+            raise UserError(f"metadata is {metadata!r}; it must be a danet.model_folder.Metadata")
+        self.config = config.without_backbone_weights()  # by which the network is built again
         self.metadata = Metadata.placeholder(num_classes) if metadata is None else metadata
         self.optimized = False
         """Changed for inference by `danet.optimize`, which cannot be undone."""
@@ -116,10 +119,10 @@ class DANet(nn.Module):
             )
         self.backbone = Backbone(
             config.backbone,
-            pretrained=pretrained_backbone,
+            pretrained=config.pretrained_backbone,
             output_stride=config.output_stride,
             multi_grid=config.multi_grid,
-            weights=backbone_weights,
+            weights=config.backbone_weights,
         )
         self.head = DualAttentionHead(
             self.backbone.c4_channels,
@@ -218,6 +221,8 @@ class DANet(nn.Module):
                 or its layers are not those of its config and metadata.
         """
         self.require_original("save")
+        if folder == "":
+            raise UserError("the folder to save in has an empty name")
         state = self.state_dict()
         self._require_described(folder, state)
         write_folder(Path(folder), self.config, self.metadata, state, half=half)
@@ -229,8 +234,8 @@ class DANet(nn.Module):
         if problems := misfits(state, described):
             raise UserError(
                 f"{folder}: not saved, because it could not be loaded again: {problems[0]}, by the "
-                "network's config and metadata; for other classes build a DANet with that "
-                "num_classes, and copy the weights that fit"
+                "network's config and metadata; undo what was changed in its layers (pruning, "
+                "wrappers, other classifiers), or build a DANet so and copy the weights that fit"
             )
 
     def push_to_hub(

@@ -148,6 +148,11 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
             for name, tensor in wanted.items()
             if name in state and state[name].shape != tensor.shape
         ),
+        *(
+            f"{name} is {state[name].dtype}, not {tensor.dtype}"
+            for name, tensor in wanted.items()
+            if name in state and tensor.is_floating_point() > state[name].is_floating_point()
+        ),
     ]
 
 
@@ -188,6 +193,8 @@ def locate(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """
     folder = Path(folder_or_hub_id)
     name = str(folder_or_hub_id)
+    if not name:  # of an unset variable of a shell, say; Path("") is the working folder
+        raise UserError("the model's name is empty; give a folder or a hub id")
     with explaining_lookup(f"model {name}"):
         if revision is not None and (folder.is_dir() or name in shipped_models()):
             raise UserError(f"model {name}: is local; only the hub's models have revisions")

@@ -10,12 +10,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torchvision.transforms.v2 import functional as TF
 
 from danet.config import TestConfig
 from danet.devices import autocast, choose_device, uses_bfloat16, warn_of_slow_bfloat16
 from danet.errors import UserError
-from danet.evaluation.inference import predict_probabilities, views
+from danet.evaluation.inference import pixels_of, predict_probabilities, views
 from danet.evaluation.strips import most_likely_classes
 from danet.model import DANet
 from danet.model_folder import Metadata
@@ -138,7 +137,7 @@ class Predictor:
         Raises:
             UserError: it is not a readable picture.
         """
-        pixels = TF.pil_to_tensor(as_rgb(image)).to(self.device)
+        pixels = pixels_of(as_rgb(image)).to(self.device)
         with autocast(self.precision, self.device):
             scores = predict_probabilities(self.model, pixels, self.test)
         found: npt.NDArray[np.float32] = scores.float().cpu().numpy()

@@ -172,6 +172,13 @@ def test_one_pixel(model: danet.DANet) -> None:
     assert predict_classes(model, pixel, test).shape == (1, 1, 1)
 
 
+@torch.no_grad()
+def test_a_view_of_one_pixel(model: danet.DANet) -> None:
+    image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    labels = predict_classes(model, image, TestConfig(ratios=(0.02,), ratios_of="image"))
+    assert labels.shape == (1, 5, 7)
+
+
 def test_windows_over_the_border_are_filled_with_black(model: danet.DANet, image: Tensor) -> None:
     """The authors' form: one grid, and pixels of value 0 beyond the picture."""
     total, count = torch.zeros(4, 50, 70), torch.zeros(50, 70)

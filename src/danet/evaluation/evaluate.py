@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from danet.config import TestConfig
 from danet.data.spec import DatasetSpec, Sample, SegmentationDataset
 from danet.devices import autocast
 from danet.errors import UserError
-from danet.evaluation.inference import predict_classes
+from danet.evaluation.inference import pixels_of, predict_classes
 from danet.evaluation.metrics import Scores, confusion_matrix, scores
 from danet.heads import Branch
 from danet.model import DANet
@@ -112,7 +111,7 @@ def segment_with(
 
     @torch.inference_mode()
     def segment(sample: Sample) -> Sequence[Tensor]:
-        image = TF.pil_to_tensor(sample.image)
+        image = pixels_of(sample.image)
         with autocast(precision, device):
             return list(predict_classes(model, image.to(device), test, branches))
 

@@ -7,7 +7,9 @@ Shapes: P pictures, R branches, K classes, V views, H W the picture, h w the fea
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -25,6 +27,11 @@ from danet.evaluation.strips import (
 )
 from danet.heads import Branch
 from danet.model import DANet
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """RGB -> uint8 3 H W on the CPU, whichever torch's default device is."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 @torch.no_grad()
@@ -74,6 +81,8 @@ def views(
         LogitsNotFinite: the weights are damaged, or the precision is too low for them.
     """
     metadata = model.metadata
+    # As photos come; of others torch's resize refuses to make a single pixel.
+    images = images.contiguous(memory_format=torch.channels_last)
     own_height, own_width = images.shape[-2:]
     align_corners = model.config.align_corners
     found: list[list[LogitRows]] = [[] for _ in images]

@@ -76,10 +76,10 @@ class Resized:
 
     def _source_rows(self) -> Tensor:
         """The fractional source row of each output row, by torch's convention."""
-        row = torch.arange(self.height, dtype=torch.float32)
+        row = torch.arange(self.height, dtype=torch.float32, device="cpu")
         if self.align_corners:
-            return row * torch.tensor((self.source.height - 1) / max(self.height - 1, 1))
-        return ((row + 0.5) * torch.tensor(self.source.height / self.height) - 0.5).clamp(min=0)
+            return row * row.new_tensor((self.source.height - 1) / max(self.height - 1, 1))
+        return ((row + 0.5) * row.new_tensor(self.source.height / self.height) - 0.5).clamp(min=0)
 
     def rows(self, first: int, last: int) -> Tensor:
         if (first, last) == (0, self.height):  # one pass; equal up to rounding
@@ -233,7 +233,7 @@ def _largest(planes: Sequence[Tensor] | Iterator[Tensor], classes: Sequence[int]
     for class_id, plane in zip(classes, planes, strict=True):
         if best is None:
             best = plane.clone()
-            winner = torch.full(plane.shape, class_id, dtype=torch.uint8)
+            winner = torch.full_like(plane, class_id, dtype=torch.uint8)
         else:
             winner.masked_fill_(plane > best, class_id)
             torch.maximum(best, plane, out=best)

@@ -94,12 +94,12 @@ def test_scores_of_another_protocol_do_not_count(
     settings = ("train.validate_every=2", "train.keep=best")
     validate_with(monkeypatch, 0.9, 0.2, 0.3, 0.3)
     folder = run(tmp_path / "run", "train.steps=2", *settings)
-    assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.9}
+    assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.9, "pictures": 1}
     run(tmp_path / "run", "train.steps=2", other, *settings, resume=True)
-    assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.2}
+    assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.2, "pictures": 1}
     run(tmp_path / "run", "train.steps=6", other, *settings, resume=True)
     # The first of two that are equally good.
-    assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.3}
+    assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.3, "pictures": 1}
 
 
 def test_the_best_weights_of_a_finished_run_can_be_had(

@@ -73,7 +73,7 @@ def test_the_best_weights_are_chosen_by_the_same_pictures(
     folder = run(tmp_path / "run", "train.validate_every=2", "train.keep=best")
     assert len(scored) == 3
     assert len(set(scored)) == 1
-    assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.3}
+    assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.3, "pictures": 1}
     assert "NaN" not in folder.metrics.read_text()
 
 
@@ -172,6 +172,19 @@ def test_scores_of_few_pictures_do_not_count_beside_those_of_all(
     validate_with(monkeypatch, 0.3, 0.9, again)
     settings = ("train.validate_every=2", "train.validate_images=1", "train.steps=4")
     folder = run(tmp_path / "run", *settings, "train.keep=last")
-    assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.3}
+    assert load_checkpoint(folder.best)["best"] == {"step": 2, "mIoU": 0.3, "pictures": 1}
     run(tmp_path / "run", *settings, "train.keep=best", resume=True)
     assert load_checkpoint(folder.best)["step"] == best
+
+
+def test_a_score_of_all_pictures_does_not_count_beside_later_ones_of_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate_with(monkeypatch, 0.9, 0.2)
+    settings = ("train.validate_every=null", "train.validate_images=1")
+    folder = run(tmp_path / "run", *settings, "train.steps=4", "train.keep=last")
+    assert load_checkpoint(folder.best)["best"] == {"step": 4, "mIoU": 0.9, "pictures": 2}
+    run(tmp_path / "run", *settings, "train.steps=6", "train.keep=best", resume=True)
+    assert load_checkpoint(folder.best)["best"] == {"step": 6, "mIoU": 0.2, "pictures": 1}
+    counts = [row["val/images"] for row in folder.read_metrics() if "val/images" in row]
+    assert counts == [2, 1]

@@ -297,25 +297,34 @@ class _Trainer:
                 "val/mIoU": result.mean_iou,
                 "val/mAcc": result.mean_accuracy,
                 "val/aAcc": result.overall_accuracy,
+                "val/images": count,
             }
         )
         self.progress.say(
             f"step {done}: mIoU {result.mean_iou:.4f} on {count} pictures of "
             f"{config.data.name} {config.data.val_split}"
         )
-        # No score is larger than an undefined one, of pictures without any label. The best are
-        # chosen by the same pictures at every step.
-        former = math.nan if state.best is None else state.best["mIoU"]
-        compares = count == validation.usual_count or state.best is None
-        is_best = compares and (math.isnan(former) or result.mean_iou > former)
+        is_best = self._is_best(result.mean_iou, count)
         if is_best:
-            state.best = {"step": done, "mIoU": result.mean_iou}
+            state.best = {"step": done, "mIoU": result.mean_iou, "pictures": count}
         state.validated_step = done
         checkpoint = state.checkpoint(done)
         if self.fabric.is_global_zero:
             if is_best:
                 save_checkpoint(self.run.best, checkpoint)
             self.run.renew_last(checkpoint)
+
+    def _is_best(self, mean_iou: float, count: int) -> bool:
+        """Whether weights with this score are the best so far, by the same pictures."""
+        best = self.state.best
+        if best is None:
+            return True
+        if best.get("pictures", count) != count:
+            # The last score, of all pictures, does not count beside those of few before it; it may
+            # be the former best, of a run that goes on.
+            return count == self.validation.usual_count
+        # No score is larger than an undefined one, of pictures without any label.
+        return math.isnan(best["mIoU"]) or mean_iou > best["mIoU"]
 
     # Saving
 

@@ -24,7 +24,7 @@ class TrainingState:
         network: `model` as Fabric calls it in a step.
         dropout: what dropout draws from where several processes share a batch.
         average: the moving average of the weights, where the recipe keeps one.
-        best: `step` and `mIoU` of the best validation.
+        best: `step` and `mIoU` of the best validation, and of how many `pictures` it was.
         validated_step: after how many steps the last validation was.
     """
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from results_file import RESULTS, commit, renew_rows
+from results_file import add_results_option, commit, renew_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,11 +125,12 @@ def main(args: argparse.Namespace) -> None:
                 row |= {"seconds": round(seconds, 4), "peak_MiB": round(peak)}
                 rows.append({**row, "hardware": hardware("cpu")})
                 print(rows[-1], flush=True)
-    renew_rows(RESULTS / "export.csv", rows, ("model", "form", "width", "height", "hardware"))
+    renew_rows(args.results / "export.csv", rows, ("model", "form", "width", "height", "hardware"))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_results_option(parser)
     parser.add_argument("model", help='a model, or "random R50"')
     parser.add_argument("--sizes", nargs="+", default=["480x360"], help="WIDTHxHEIGHT")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))

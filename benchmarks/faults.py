@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from results_file import RESULTS, commit, renew_rows
+from results_file import add_results_option, commit, renew_rows
 
 import danet
 from danet.data.scenes import render
 from danet.training.checkpoint import load_checkpoint
 
+WORKS = ("training", "prediction", "evaluation", "export")
 PICTURES = 400
 RUN = """
 import danet.data.catalog.scenes as scenes
@@ -233,8 +234,9 @@ def every_file(out: Path) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_results_option(parser)
     parser.add_argument("--kills", type=int, default=30, help="of each kind")
-    parser.add_argument("--only", nargs="+", help="these works")
+    parser.add_argument("--only", nargs="+", choices=WORKS, default=WORKS, help="these works")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     rows = []
@@ -255,7 +257,7 @@ def main() -> None:
             "export": Work(export(model), None, 16.0, check_export, lambda _: {}),
         }
         for title, work in works.items():
-            if args.only and title not in args.only:
+            if title not in args.only:
                 continue
             for kind in (signal.SIGKILL, signal.SIGTERM):
                 few = title in ("evaluation", "export")
@@ -265,7 +267,7 @@ def main() -> None:
                 row = {"work": title, "signal": kind.name, **found._asdict(), "commit": commit()}
                 print(row, flush=True)
                 rows.append(row)
-    renew_rows(RESULTS / "faults.csv", rows, case=("work", "signal"))
+    renew_rows(args.results / "faults.csv", rows, case=("work", "signal"))
 
 
 if __name__ == "__main__":

@@ -42,13 +42,12 @@ with atheris.instrument_imports(include=["danet", "PIL", "yaml", "tarfile", "zip
     from danet.recipes import load_recipe, recipe_names
     from danet.training import checkpoint
 
-from results_file import RESULTS, commit, read_rows, write_rows
+from results_file import add_results_option, commit, read_rows, write_rows
 
 from danet.data.scenes import render
 from danet.errors import UserError
 from danet.inputs import Input
 
-RESULT = RESULTS / "fuzz.csv"
 SECONDS, MEBIBYTES = 20, 8192
 RUNS_OF_A_PROCESS = 20_000  # the fuzzer's own memory grows
 
@@ -316,6 +315,7 @@ def fuzz(reader: Reader, runs: int, seed: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_results_option(parser)
     parser.add_argument("--runs", type=int, default=100_000, help="of each reader")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
@@ -350,8 +350,9 @@ def main() -> None:
         else:
             shutil.rmtree(place)
         rows.append(row)
-    before = [row for row in read_rows(RESULT) if row["reader"] not in args.readers]
-    write_rows(RESULT, [*before, *rows])
+    path = args.results / "fuzz.csv"
+    before = [row for row in read_rows(path) if row["reader"] not in args.readers]
+    write_rows(path, [*before, *rows])
     sys.exit(any(row["faults"] for row in rows))
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from results_file import RESULTS, write_rows
+from results_file import add_results_option, write_rows
 
 SIZE = (1024, 2048)
 FORMS = ("full size", "danet")
@@ -67,11 +67,12 @@ def compare(args: argparse.Namespace) -> None:
                 row["peak_MiB"] = round(statistics.median(run[1] for run in results) / 2**20, 1)
                 rows.append(row)
                 print(row, flush=True)
-    write_rows(RESULTS / "logits_to_labels.csv", rows)
+    write_rows(args.results / "logits_to_labels.csv", rows)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_results_option(parser)
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each form")
     parser.add_argument("--repeats", type=int, default=5, help="runs timed in each process")
     parser.add_argument("--measure", choices=FORMS, help=argparse.SUPPRESS)

@@ -235,6 +235,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--label", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    if not Path(PEER[0]).exists():
+        parser.error(f"{PEER[0]} is not there; make .parity-venv/ready installs mmsegmentation")
     return parser.parse_args()
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
-from results_file import RESULTS, commit, write_rows
+from results_file import add_results_option, commit, write_rows
 
 from danet.bench.report import hardware
 from danet.data.scenes import render
@@ -48,6 +48,7 @@ def click(page: Page, share: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_results_option(parser)
     parser.add_argument("model")
     parser.add_argument("--loads", type=int, default=5)
     parser.add_argument("--clicks", type=int, default=20)
@@ -86,7 +87,7 @@ def main() -> None:
         row |= {"median_ms": round(statistics.median(values)), "largest_ms": round(max(values))}
         rows.append({**row, "runs": len(values), "hardware": hardware("cpu")})
         print(rows[-1], flush=True)
-    write_rows(RESULTS / "page.csv", rows)
+    write_rows(args.results / "page.csv", rows)
 
 
 if __name__ == "__main__":

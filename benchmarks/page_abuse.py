@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
-from results_file import RESULTS, commit, write_rows
+from results_file import add_results_option, commit, write_rows
 
 from danet.bench.report import hardware
 from danet.data.scenes import render
@@ -190,6 +190,7 @@ async def attack(address: str, process: int, minutes: float) -> dict[str, object
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_results_option(parser)
     parser.add_argument("model")
     parser.add_argument("--minutes", type=float, default=60)
     args = parser.parse_args()
@@ -210,7 +211,7 @@ def main() -> None:
         print(errors.read()[-2000:])
     row = {"model": args.model, **found, "hardware": hardware("cpu"), "commit": commit()}
     print(row)
-    write_rows(RESULTS / "page_abuse.csv", [row])
+    write_rows(args.results / "page_abuse.csv", [row])
 
 
 if __name__ == "__main__":

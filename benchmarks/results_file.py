@@ -1,11 +1,23 @@
 """Rows of a results file."""
 
+import argparse
 import csv
 import subprocess
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def add_results_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --results, for a try that must not replace the rows that are kept."""
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="where the rows go, instead of benchmarks/results",
+    )
 
 
 def commit() -> str:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from results_file import RESULTS, commit, write_rows
+from results_file import add_results_option, commit, write_rows
 
 SETTINGS = (
     "train.steps=1000000",
@@ -49,6 +49,7 @@ def proportional_mebibytes(process: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_results_option(parser)
     parser.add_argument("--minutes", type=float, default=30)
     args = parser.parse_args()
     samples: list[tuple[float, float]] = []
@@ -57,13 +58,17 @@ def main() -> None:
         command = [sys.executable, "-m", "danet", "train", "demo", "--out", str(out)]
         command += [f"--set={setting}" for setting in SETTINGS]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        start = time.monotonic()
-        while (now := time.monotonic() - start) < 60 * args.minutes:
-            time.sleep(5)
-            assert process.poll() is None, "training ended"
-            samples.append((now / 60, proportional_mebibytes(process.pid)))
-        process.send_signal(signal.SIGTERM)
-        status = process.wait()
+        try:
+            start = time.monotonic()
+            while (now := time.monotonic() - start) < 60 * args.minutes:
+                time.sleep(5)
+                if process.poll() is not None:
+                    sys.exit(f"training ended with status {process.returncode}")
+                samples.append((now / 60, proportional_mebibytes(process.pid)))
+            process.send_signal(signal.SIGTERM)
+            status = process.wait()
+        finally:
+            process.kill()
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     # The first tenth fills caches and the heap.
     settled = [sample for sample in samples if sample[0] >= args.minutes / 10]
@@ -81,7 +86,7 @@ def main() -> None:
         "commit": commit(),
     }
     print(row)
-    write_rows(RESULTS / "soak.csv", [row])
+    write_rows(args.results / "soak.csv", [row])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from results_file import RESULTS, commit, write_rows
+from results_file import add_results_option, commit, write_rows
 
 import danet
 from danet.bench.measure import resident_bytes
@@ -66,6 +66,7 @@ def calibration(predictor: danet.Predictor, args: argparse.Namespace) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_results_option(parser)
     parser.add_argument("model")
     parser.add_argument("--root", type=Path, required=True, help="the folder of CamVid")
     args = parser.parse_args()
@@ -87,8 +88,8 @@ def main() -> None:
         row = {"commit": commit(), "model": args.model, "protocol": protocol, **scores}
         rows.append({**row, **cost, "hardware": hardware("cpu")})
         print(rows[-1], flush=True)
-    write_rows(RESULTS / "street.csv", rows)
-    write_rows(RESULTS / "street_calibration.csv", calibration(predictor, args))
+    write_rows(args.results / "street.csv", rows)
+    write_rows(args.results / "street_calibration.csv", calibration(predictor, args))
 
 
 if __name__ == "__main__":

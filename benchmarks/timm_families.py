@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 import timm
 import torch
-from results_file import RESULTS, read_rows, write_rows
+from results_file import add_results_option, read_rows, write_rows
 
 import danet
 from danet.optimize import optimize_for_inference
@@ -83,7 +83,14 @@ def try_family(name: str, results: Connection) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--families", nargs="+", help="renew only these modules of timm.models")
+    add_results_option(parser)
+    parser.add_argument(
+        "--families",
+        nargs="+",
+        choices=timm.list_modules(),
+        metavar="FAMILY",
+        help="renew only these modules of timm.models",
+    )
     args = parser.parse_args()
     context = multiprocessing.get_context("fork")
     rows = []
@@ -104,7 +111,7 @@ def main() -> None:
         row |= dict(zip(("sizes", "result", "note"), outcome, strict=True))
         rows.append(row | {"timm": timm.__version__, "torch": torch.__version__})
         print(*rows[-1].values(), flush=True)
-    path = RESULTS / "timm_families.csv"
+    path = args.results / "timm_families.csv"
     kept = {row["family"]: row for row in read_rows(path)} if args.families else {}
     kept |= {row["family"]: row for row in rows}
     write_rows(path, [kept[family] for family in sorted(kept)])

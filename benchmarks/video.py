@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
-from results_file import RESULTS, commit, write_rows
+from results_file import add_results_option, commit, write_rows
 
 import danet
 from danet.bench.report import hardware
@@ -33,6 +33,7 @@ def make_video(path: Path, pictures: list[np.ndarray]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_results_option(parser)
     parser.add_argument("model")
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
@@ -62,7 +63,7 @@ def main() -> None:
         row |= {"frames_per_second": round(statistics.median(values), 2), "rounds": args.rounds}
         rows.append({**row, "hardware": hardware("cpu")})
         print(rows[-1], flush=True)
-    write_rows(RESULTS / "video.csv", rows)
+    write_rows(args.results / "video.csv", rows)
 
 
 if __name__ == "__main__":

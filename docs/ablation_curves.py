@@ -3,6 +3,8 @@
 Reads benchmarks/results/ablation_curves.csv, which `make ablation` writes.
 """
 
+import argparse
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from tables import DOCS, rows_of
@@ -19,6 +21,7 @@ COLORS = {
 
 def main() -> None:
     """One row a data set: loss, position attention's weight, channel attention's weight."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     mpl.use("Agg")
     rows = rows_of("ablation_curves")
     sets = list(dict.fromkeys(row["data"] for row in rows))

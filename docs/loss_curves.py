@@ -4,6 +4,7 @@ Reads benchmarks/results/parity_losses_*.csv, which `DANET_RECORD=benchmarks/res
 writes.
 """
 
+import argparse
 import csv
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def losses(dtype: str) -> tuple[list[float], list[float]]:
 
 def main() -> None:
     """Draw both curves, and their difference below."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     mpl.use("Agg")
     figure, (curves, differences) = plt.subplots(2, 1, figsize=(7, 6), sharex=True)
     theirs, ours = losses("float64")
@@ -37,7 +39,8 @@ def main() -> None:
     for dtype, color in COLORS.items():
         theirs, ours = losses(dtype)
         relative = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
-        differences.semilogy(steps, relative, "o-", color=color, markersize=3, label=dtype)
+        differences.plot(steps, relative, "o-", color=color, markersize=3, label=dtype)
+    differences.set_yscale("symlog", linthresh=1e-14)  # the first differences are 0
     differences.set_xlabel("step")
     differences.set_ylabel("relative difference")
     differences.legend(frameon=False)

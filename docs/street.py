@@ -4,14 +4,17 @@ calibration.png from benchmarks/results/street_calibration.csv; best_and_worst.p
 explained.png from the model itself.
 """
 
+import argparse
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from tables import DOCS, rows_of
 
 import danet
-from danet.figure import attention_overlay, draw_explanation
+from danet.figure import draw_explanation
 from danet.inspection import Inspection
+from danet.overlay import attention_overlay
 from danet.palette import colored
 
 MODEL = "street-small"
@@ -91,6 +94,7 @@ def draw_gallery(predictor: danet.Predictor) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     mpl.use("Agg")
     draw_calibration()
     predictor = danet.Predictor(MODEL)

@@ -5,6 +5,7 @@ names, make them. With --check nothing is written and the status is 1 where a pa
 The status is 1 too where a recipe's header has another score than published.csv or scores.csv.
 """
 
+import argparse
 import csv
 import re
 import statistics
@@ -337,7 +338,9 @@ MAKERS = {
 
 def main() -> int:
     """Bring every page up to date, or say which is not."""
-    check = "--check" in sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, say what is stale")
+    check = parser.parse_args().check
     stale = []
     for page in sorted(DOCS.glob("*.md")):
         text = page.read_text(encoding="utf-8")

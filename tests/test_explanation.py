@@ -15,8 +15,9 @@ from danet import inspection
 from danet.cli import app
 from danet.errors import UserError
 from danet.evaluation.strips import LogitRows
-from danet.figure import SMALLEST_TIMES_EVEN, attention_overlay, draw_explanation
+from danet.figure import draw_explanation
 from danet.inspection import Inspection
+from danet.overlay import SMALLEST_TIMES_EVEN, attention_overlay
 
 WIDTH, HEIGHT = 50, 37
 

@@ -4,6 +4,7 @@ Attention is drawn in cividis, which looks alike to everybody, and classes in a 
 colour-blind readers tell apart (Paul Tol's "muted") as long as it reaches, else in their own.
 """
 
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image, ImageColor, ImageDraw
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageColor
 
 from danet.atomic import replacing
 from danet.errors import UserError
-from danet.inspection import ChannelMap, FloatMap, Point, share_by_class
+from danet.inspection import ChannelMap, FloatMap, share_by_class
+from danet.overlay import DISAGREEMENT_COLOR, HEAT, HEAT_OPACITY, log_times_even
 from danet.palette import highlighted
 
 if TYPE_CHECKING:
@@ -31,27 +34,25 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 MAX_SIDE = 1024
 """Pictures are shrunk to this for drawing."""
-SMALLEST_TIMES_EVEN = 1e-3
-"""Shares below this, against an even spread over all positions, are drawn alike."""
 
 _TOL_MUTED = (
     *("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255"),
     *("#44AA99", "#999933", "#AA4499", "#BBBBBB", "#000000"),
 )
 _drawing = threading.Lock()
-_HEAT = "cividis"
-_HEAT_OPACITY = 0.75
 _FONTS = (
     *("DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "PingFang SC"),
     *("Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS"),
 )
 _PANEL_INCHES = 3.0
+_LONGEST_NAME = 24
+"""Letters of a class's name that fit a panel."""
+_SHORT_NAME = 16
+"""Letters of names of which six fit a row of the legend."""
 _TALLEST = 3
 """Height over width from which on a picture is drawn narrower instead of taller."""
 _FLATTEST = 1 / 3
 """Height over width of the lowest panel, for its texts to have room."""
-DISAGREEMENT_COLOR = (213, 94, 0)
-"""RGB, where the branches are not of one opinion."""
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -88,14 +89,16 @@ def _text_settings() -> Iterator[None]:
 
 
 def _drawn_names(names: Sequence[str]) -> list[str]:
-    """The classes' names, or their ids where no font has all letters of a name."""
+    """The classes' names, shortened, or their ids where no font has all letters of a name."""
     letters = {
         code
         for font in _fonts()
         for code in font_manager.get_font(font_manager.findfont(font)).get_charmap()
     }
     return [
-        name if letters.issuperset(map(ord, name)) else f"class {index}"
+        textwrap.shorten(name, _LONGEST_NAME, placeholder="…")
+        if letters.issuperset(map(ord, name))
+        else f"class {index}"
         for index, name in enumerate(names)
     ]
 
@@ -119,7 +122,7 @@ def _draw(picture: "_Picture") -> Figure:
     if picture.explanation.strongest_channels:
         rows += [_strongest_panels, _selective_panels]
     shape = max(_height_over_width(picture.shown), _FLATTEST)
-    panel_height = _PANEL_INCHES * shape + 0.75
+    panel_height = _PANEL_INCHES * shape + 1.0
     figure = Figure(
         figsize=(4 * _PANEL_INCHES, len(rows) * panel_height + 0.6), layout="constrained"
     )
@@ -133,7 +136,7 @@ def _draw(picture: "_Picture") -> Figure:
     figure.legend(
         handles=picture.legend(),
         loc="outside lower center",
-        ncols=6,
+        ncols=6 if max(map(len, picture.names)) <= _SHORT_NAME else 4,
         frameon=False,
         fontsize="small",
         title="classes, by their share of the picture",
@@ -196,47 +199,21 @@ class _Picture:
         axes.imshow(self.grey, cmap="gray", vmin=0, vmax=255)
         extent = (-0.5, self.shown.width - 0.5, self.shown.height - 0.5, -0.5)
         drawn = axes.imshow(
-            values, cmap=_HEAT, alpha=_HEAT_OPACITY, extent=extent, interpolation="bilinear"
+            values, cmap=HEAT, alpha=HEAT_OPACITY, extent=extent, interpolation="bilinear"
         )
         figure = axes.figure
         # As high on every picture.
         inch = 1 / (_PANEL_INCHES * _height_over_width(self.shown))
-        below = axes.inset_axes((0.15, -0.21 * inch, 0.7, 0.1 * inch))
-        bar = figure.colorbar(drawn, cax=below, orientation="horizontal")
+        # As wide as on pictures that are not drawn narrower than their panel.
+        width = 0.7 * max(1.0, self.shown.height / self.shown.width / _TALLEST)
+        below = axes.inset_axes((0.5 - width / 2, -0.21 * inch, width, 0.1 * inch))
+        ticks = MaxNLocator(nbins=4)
+        bar = figure.colorbar(drawn, cax=below, orientation="horizontal", ticks=ticks)
         bar.ax.tick_params(labelsize="x-small")
+        bar.ax.xaxis.get_offset_text().set_fontsize("x-small")
         bar.set_label(label, fontsize="x-small")
         if bar.solids is not None:
             bar.solids.set(alpha=1)
-
-
-def attention_overlay(image: Image.Image, shares: FloatMap, point: Point | None) -> Image.Image:
-    """Attention over the grey picture, as in the figure, at the picture's size.
-
-    Args:
-        shares: h w, summing to 1.
-        point: column and row of the pixel to mark, if any.
-    """
-    heat = _logarithm(shares)
-    low, high = np.log10(SMALLEST_TIMES_EVEN), max(float(heat.max()), 1.0)
-    levels = Image.fromarray(((heat - low) / (high - low)).astype(np.float32))
-    spread = np.asarray(levels.resize(image.size, Image.Resampling.BILINEAR))
-    index = (spread.clip(0, 1) * 255).astype(np.uint8)
-    table = (mpl.colormaps[_HEAT](np.arange(256))[:, :3] * 255).astype(np.uint8)
-    drawn = image.convert("L").convert("RGB")
-    # Where there is little attention the picture shines through.
-    opacity = Image.fromarray((255 * _HEAT_OPACITY * (0.4 + 0.6 * index / 255)).astype(np.uint8))
-    drawn.paste(Image.fromarray(table[index]), mask=opacity)
-    if point is not None:
-        _draw_cross(drawn, *point)
-    return drawn
-
-
-def _draw_cross(image: Image.Image, column: int, row: int) -> None:
-    arm = max(6, min(image.size) // 50)
-    drawing = ImageDraw.Draw(image)
-    for color, width in (("white", max(3, arm // 3)), ("black", max(1, arm // 8))):
-        drawing.line((column - arm, row, column + arm, row), fill=color, width=width)
-        drawing.line((column, row - arm, column, row + arm), fill=color, width=width)
 
 
 def _position_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
@@ -246,35 +223,31 @@ def _position_panels(picture: _Picture, axes: Sequence[Axes]) -> None:
     picture.mark_point(axes[0])
     column, row = found.point
     axes[0].set_title(
-        f"pixel {column},{row}: {name} ({100 * found.score.probability:.0f} %)", fontsize="medium"
+        f"pixel {column},{row}:\n{name} ({100 * found.score.probability:.0f} %)",
+        fontsize="medium",
     )
     if found.attention is None or found.received_attention is None:
         axes[1].set_title("(no position attention)", fontsize="medium")
         return
     label = "log10 of times an even share"
-    picture.heat(axes[1], _logarithm(found.attention), label)
+    picture.heat(axes[1], log_times_even(found.attention), label)
     picture.mark_point(axes[1])
     axes[1].set_title("where this pixel looks", fontsize="medium")
-    picture.heat(axes[2], _logarithm(found.received_attention), label)
+    picture.heat(axes[2], log_times_even(found.received_attention), label)
     axes[2].set_title("where all pixels look", fontsize="medium")
     by_class = share_by_class(found.attention, found.branches["fused"], len(found.class_names))
     _draw_shares(picture, axes[3], by_class)
 
 
-def _logarithm(shares: FloatMap) -> FloatMap:
-    """log10 of how many times as much as an even share: trained attention spans many decades."""
-    times: FloatMap = np.log10((shares * shares.size).clip(min=SMALLEST_TIMES_EVEN))
-    return times
-
-
 def _draw_shares(picture: _Picture, axes: Axes, shares: npt.NDArray[np.float64]) -> None:
     axes.axis("on")
     order = sorted(picture.present, key=lambda index: -shares[index])[:8][::-1]
-    names = [picture.names[index] for index in order]
+    places = range(len(order))  # not names, which may be equal when shortened
     colors = [picture.colors[index] / 255 for index in order]
     axes.barh(
-        names, [100 * shares[index] for index in order], color=colors, edgecolor="black", lw=0.4
+        places, [100 * shares[index] for index in order], color=colors, edgecolor="black", lw=0.4
     )
+    axes.set_yticks(places, [picture.names[index] for index in order])
     axes.set_xlabel("% of its attention", fontsize="small")
     axes.tick_params(labelsize="small")
     axes.spines[["top", "right"]].set_visible(False)

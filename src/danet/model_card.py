@@ -1,5 +1,6 @@
 """The card of a shared model: what it is, what it was trained by and on, how it scores."""
 
+import html
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from pydantic import BaseModel
 
 from danet.config import ModelConfig, RunConfig, TestConfig
-from danet.errors import UserError
+from danet.errors import UserError, printable
 from danet.jsonl import read_metrics
 from danet.model_folder import BEST_CHECKPOINT, METRICS_FILE, RECIPE_FILE, Metadata
 from danet.recipes import load_recipe
@@ -86,7 +87,8 @@ def _facts(model: ModelConfig, metadata: Metadata, scores: dict[str, float], sco
         "tested": _protocol(metadata.test),
         **{name: f"{value:.2f} on {scored_on}" for name, value in scores.items()},
     }
-    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    cells = {key: html.escape(printable(value)).replace("|", r"\|") for key, value in rows.items()}
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {cell} |" for key, cell in cells.items())
 
 
 def _protocol(test: TestConfig) -> str:

@@ -58,6 +58,7 @@ def measure(
     for _ in range(rounds):
         for form in forms:
             if form.name in failed:
+                on_run()
                 continue
             # A process that has used a lot of memory is no measure of the next one's need.
             with ProcessPoolExecutor(

@@ -8,9 +8,9 @@ from pydantic import BaseModel
 
 from danet.data.images import require_jpeg_size
 from danet.errors import UserError
-from danet.figure import DISAGREEMENT_COLOR, attention_overlay
 from danet.heads import Branch
 from danet.inspection import Inspection, Point
+from danet.overlay import DISAGREEMENT_COLOR, attention_overlay
 from danet.palette import hex_color, highlighted
 from danet.segmentation import OVERLAY_OPACITY
 

@@ -27,3 +27,12 @@ def tiny_danet(classes: int = 5, **settings: Any) -> danet.DANet:
     torch.manual_seed(1)
     sizes = {"head_channels": 16, "key_channels": 4, **settings}
     return danet.DANet(classes, "test_resnet", pretrained_backbone=False, **sizes).eval()
+
+
+def attentive_danet(position: bool = True, channel: bool = True) -> danet.DANet:
+    """As `tiny_danet`, with attention that has an effect."""
+    model = tiny_danet(position=position, channel=channel)
+    for name, parameter in model.named_parameters():
+        if name.endswith("residual_weight"):
+            torch.nn.init.constant_(parameter, 0.5)
+    return model

@@ -1,4 +1,4 @@
-"""Which way a GPU takes, without one: tests/bench runs and compiles our Triton kernels."""
+"""Which way a GPU takes, without one: tests/benchmarks runs and compiles our Triton kernels."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -20,17 +20,13 @@ from danet.model_folder import Metadata
 from danet.palette import default_palette
 from danet.segmentation import write_segmentation
 from networks import tiny_danet
+from pictures import noise
 
 
 @pytest.fixture(scope="module")
 def predictor() -> danet.Predictor:
     model = tiny_danet()
     return danet.Predictor(model, device="cpu")
-
-
-def noise(width: int = 50, height: int = 30, mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "1", "I", "I;16", "LA"])
@@ -41,7 +37,7 @@ def test_every_mode_is_segmented_at_its_own_size(predictor: danet.Predictor, mod
         image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256)
     expected = predictor((grey if mode in ("LA", "I", "I;16") else image).convert("RGB"))
     segmentation = predictor(image)
-    assert segmentation.classes.shape == (30, 50)
+    assert segmentation.classes.shape == (37, 50)
     assert segmentation.classes.dtype == np.uint8
     np.testing.assert_array_equal(segmentation.classes, expected.classes)
 
@@ -78,14 +74,14 @@ def test_exif_orientation_of_a_picture_in_memory(predictor: danet.Predictor) -> 
     image = noise()
     image.getexif()[0x0112] = 6
     segmentation = predictor(image)
-    assert segmentation.classes.shape == (50, 30)
-    assert segmentation.overlay(image).size == (30, 50)
+    assert segmentation.classes.shape == (50, 37)
+    assert segmentation.overlay(image).size == (37, 50)
 
 
 def test_probabilities_when_asked_for_at_once_or_later(predictor: danet.Predictor) -> None:
     segmentation = predictor(noise(), probabilities=True)
     np.testing.assert_array_equal(predictor(noise()).probabilities, segmentation.probabilities)
-    assert segmentation.probabilities.shape == (5, 30, 50)
+    assert segmentation.probabilities.shape == (5, 37, 50)
     np.testing.assert_allclose(segmentation.probabilities.sum(0), 1, rtol=1e-4)
     np.testing.assert_array_equal(segmentation.probabilities.argmax(0), segmentation.classes)
 
@@ -150,7 +146,7 @@ def test_probabilities_are_of_the_upright_picture(predictor: danet.Predictor) ->
     image = noise()
     image.getexif()[0x0112] = 6  # lies on its side
     scores = predictor.probabilities(image)
-    assert scores.shape == (5, 50, 30)
+    assert scores.shape == (5, 50, 37)
     np.testing.assert_array_equal(scores, predictor(image, probabilities=True).probabilities)
 
 
@@ -256,7 +252,7 @@ def test_a_device_that_is_not_there() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_networks_of_any_dtype(dtype: torch.dtype) -> None:
     predictor = danet.Predictor(tiny_danet().to(dtype), "cpu", precision="fp32")
-    assert predictor(noise()).classes.shape == (30, 50)
+    assert predictor(noise()).classes.shape == (37, 50)
 
 
 def test_batches(predictor: danet.Predictor) -> None:

@@ -17,21 +17,14 @@ from danet.model_folder import Metadata, read_folder, shipped_models
 from danet.palette import default_palette
 from danet.recipes import load_recipe
 from hub import serving_hub
+from networks import tiny_danet
 
 
 def network() -> danet.DANet:
-    torch.manual_seed(0)
     metadata = Metadata(
         classes=("sky", "road"), palette=default_palette(2), dataset="camvid", std=(60, 61, 62)
     )
-    return danet.DANet(
-        2,
-        "test_resnet",
-        pretrained_backbone=False,
-        head_channels=16,
-        key_channels=4,
-        metadata=metadata,
-    ).eval()
+    return tiny_danet(2, metadata=metadata)
 
 
 def test_a_model_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
@@ -170,3 +163,13 @@ def test_a_card_tells_no_paths(tmp_path: Path) -> None:
     card = (tmp_path / "model/README.md").read_text()
     assert "images: 5" in card
     assert str(tmp_path) not in card
+
+
+def test_a_card_shows_odd_names_as_text(tmp_path: Path) -> None:
+    names = ("a|b", "c\nd", "<b>x</b>")
+    metadata = Metadata(classes=names, palette=default_palette(3))
+    tiny_danet(3, metadata=metadata).save_pretrained(tmp_path)
+    stored, _ = read_folder(tmp_path)
+    write_model_card(tmp_path, "m", stored.model, stored.metadata)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert r"| classes | 3: a\|b, c d, &lt;b&gt;x&lt;/b&gt; |" in lines

@@ -197,7 +197,7 @@ def test_config_prints_the_resolved_recipe(run: Command) -> None:
     assert set(tree) == {"model", "data", "train", "test"}
 
 
-def test_lists(run: Command) -> None:
+def test_recipes_and_datasets_are_listed(run: Command) -> None:
     assert {"camvid", "folder", "scenes"} <= set(run("data", "list").stdout.split())
     assert "demo" in run("recipes").stdout
 
@@ -274,7 +274,7 @@ def test_mistakes_are_one_line_and_status_2(
         (("--data", "camvid"), "data.root"),
     ],
 )
-def test_evaluate_mistakes(
+def test_mistakes_in_evaluating_are_told_in_one_line(
     model: Path, options: tuple[str, ...], message: str, fails: Callable[..., str]
 ) -> None:
     assert message in fails("evaluate", model, *options)
@@ -442,7 +442,7 @@ def test_mistakes_on_the_command_line(
     assert len(said.splitlines()) == 1
 
 
-def test_version(run: Command) -> None:
+def test_the_version_is_the_packages(run: Command) -> None:
     assert run("--version").stdout == f"{danet.__version__}\n"
     assert danet.__version__[0].isdecimal()
 

@@ -332,7 +332,7 @@ def test_a_large_picture_stays_in_bounded_memory(
     assert float(done.stdout) < 3
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_export_writes_a_file_or_says_why_not(tmp_path: Path) -> None:
     network().save_pretrained(tmp_path / "model")
     Image.new("RGB", (80, 60), (90, 120, 200)).save(tmp_path / "a.png")
     (tmp_path / "own.bin").touch()

@@ -149,7 +149,7 @@ def test_memory_holds_a_few_frames(
     assert sizes == [4, 4, 3]
 
 
-def test_the_command(model: danet.DANet, tmp_path: Path) -> None:
+def test_predict_writes_overlays_and_masks_of_a_video(model: danet.DANet, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     make_video(tmp_path / "good.mp4", frames=3)
     (tmp_path / "bad.mp4").write_bytes(b"no video")

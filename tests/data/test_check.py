@@ -95,7 +95,7 @@ def remove_faults(root: Path) -> None:
             (root / f"{kind}/train/{index}.png").unlink()
 
 
-def test_the_command(root: Path) -> None:
+def test_findings_are_errors_and_exit_with_2(root: Path) -> None:
     status, printed, complaints = check(root)
     assert status == 2
     assert "train: 9 pictures" in printed
@@ -104,7 +104,7 @@ def test_the_command(root: Path) -> None:
     assert any(line.startswith("note: test: ") for line in complaints)
 
 
-def test_the_command_on_sound_data(root: Path) -> None:
+def test_sound_data_passes_with_its_frequencies(root: Path) -> None:
     remove_faults(root)
     status, printed, complaints = check(root)
     assert status == 0

@@ -178,7 +178,7 @@ def test_a_dataset_is_indexed_as_a_sequence_of_single_items(name: str, tmp_path:
         dataset[:2]
 
 
-def test_names() -> None:
+def test_unknown_names_are_told_with_the_known_ones() -> None:
     assert {"camvid", "folder", "scenes"} <= set(dataset_names())
     with pytest.raises(UserError, match="no dataset named 'cityscape'"):
         open_dataset("cityscape")

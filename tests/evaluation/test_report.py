@@ -144,7 +144,7 @@ def test_any_number_of_classes(tmp_path: Path, num_classes: int) -> None:
     assert len(page) < 200_000
 
 
-def test_nothing_labelled(tmp_path: Path) -> None:
+def test_a_report_of_pictures_without_labels(tmp_path: Path) -> None:
     WellFormed(report(tmp_path, confusion=torch.zeros(2, 2).long()))
 
 

@@ -147,7 +147,7 @@ class TestHardExamples:
         expected = F.cross_entropy(logits, target, ignore_index=255, reduction="sum")
         torch.testing.assert_close(found, expected / labels.numel())
 
-    def test_nothing_labelled(self) -> None:
+    def test_pixels_without_labels_are_never_hard(self) -> None:
         target = torch.full((1, 1, 5), 255)
         assert not hard_examples(torch.randn(1, 2, 1, 5), target, 0.7, 1).any()
 

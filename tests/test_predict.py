@@ -122,7 +122,7 @@ def test_masks_are_palette_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)]
 )
-def test_arrays_that_are_no_rgb_pictures_are_refused(
+def test_arrays_must_be_rgb_pictures(
     predictor: danet.Predictor, image: np.ndarray
 ) -> None:
     with pytest.raises(UserError, match="H W 3 uint8"):
@@ -257,7 +257,7 @@ def test_networks_of_any_dtype(dtype: torch.dtype) -> None:
     assert predictor(noise()).classes.shape == (37, 50)
 
 
-def test_arrays_that_are_no_batch_of_pictures_are_refused(predictor: danet.Predictor) -> None:
+def test_batches_must_be_of_rgb_pictures(predictor: danet.Predictor) -> None:
     assert predictor.segment_batch(np.zeros((0, 30, 50, 3), np.uint8)) == []
     for wrong in (np.zeros((1, 30, 50, 3), np.float32), np.zeros((30, 50, 3), np.uint8)):
         with pytest.raises(UserError, match="P H W 3 uint8"):

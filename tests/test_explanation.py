@@ -66,9 +66,7 @@ def test_figures_and_arrays(
         np.testing.assert_array_equal(arrays["attention"], explanation.attention)
 
 
-def test_explain_writes_its_files_or_says_why_not(
-    image: Image.Image, tmp_path: Path
-) -> None:
+def test_explain_writes_its_files_or_says_why_not(image: Image.Image, tmp_path: Path) -> None:
     attentive_danet().save_pretrained(tmp_path / "model")
     image.save(tmp_path / "a.png")
     run = CliRunner()

@@ -122,9 +122,7 @@ def test_masks_are_palette_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)]
 )
-def test_arrays_must_be_rgb_pictures(
-    predictor: danet.Predictor, image: np.ndarray
-) -> None:
+def test_arrays_must_be_rgb_pictures(predictor: danet.Predictor, image: np.ndarray) -> None:
     with pytest.raises(UserError, match="H W 3 uint8"):
         predictor(image)
 

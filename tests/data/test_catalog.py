@@ -49,9 +49,7 @@ def labels(name: str, root: Path, split: str) -> dict[str, list[int]]:
         ("camvid", 11, "sky", "bicyclist"),
     ],
 )
-def test_classes_are_the_official_ones(
-    name: str, count: int, first: str, last: str
-) -> None:
+def test_classes_are_the_official_ones(name: str, count: int, first: str, last: str) -> None:
     spec = dataset_spec(name)
     assert (spec.num_classes, spec.classes[0], spec.classes[-1]) == (count, first, last)
     assert spec.name == name

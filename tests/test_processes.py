@@ -169,6 +169,22 @@ def test_a_run_goes_on_with_and_without_sharded_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_backbone_whose_features_are_read_inside_it_is_sharded_too(tmp_path: Path) -> None:
+    settings = ("model.backbone=pit_ti_224", "train.optimizer=adamw", "train.ema_decay=null")
+    expected, losses = (
+        [
+            row["loss"]
+            for row in train(
+                tmp_path / strategy, 2, *settings, "train.steps=3", f"train.strategy={strategy}"
+            )
+            if "loss" in row
+        ]
+        for strategy in ("ddp", "fsdp")
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_evaluation_counts_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     options = {"head_channels": 8, "key_channels": 4, "auxiliary": False}

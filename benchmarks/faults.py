@@ -256,9 +256,9 @@ def main() -> None:
             "evaluation": Work(evaluate(model), None, 9.0, check_scores, every_file),
             "export": Work(export(model), None, 16.0, check_export, lambda _: {}),
         }
-        for title, work in works.items():
-            if title not in args.only:
-                continue
+        assert works.keys() == set(WORKS)
+        for title in args.only:
+            work = works[title]
             for kind in (signal.SIGKILL, signal.SIGTERM):
                 few = title in ("evaluation", "export")
                 kills = args.kills // 3 if few else args.kills

@@ -12,9 +12,9 @@ import numpy as np
 from tables import DOCS, rows_of
 
 import danet
+from danet.attention_overlay import attention_overlay
 from danet.figure import draw_explanation
 from danet.inspection import Inspection
-from danet.overlay import attention_overlay
 from danet.palette import colored
 
 MODEL = "street-small"

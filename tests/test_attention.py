@@ -475,6 +475,8 @@ def test_position_module_commutes_with_permuting_pixels() -> None:
 def test_modules_reset_all_that_they_own(module: torch.nn.Module) -> None:
     """As FSDP asks of modules that were built without data."""
     emptied = module.to("meta").to_empty(device="cpu")
+    for parameter in emptied.parameters():  # whatever was in that memory
+        torch.nn.init.constant_(parameter, torch.nan)
     for part in emptied.modules():
         if any(True for _ in part.parameters(recurse=False)):
             part.reset_parameters()

@@ -236,7 +236,7 @@ def test_numpys_whole_numbers_count_classes() -> None:
         (
             11,
             {"backbone_weights": 5},
-            "backbone_weights: Input is not a valid path for <class 'pathlib.Path'>",
+            "backbone_weights: give a file's path",
         ),
         (
             11,

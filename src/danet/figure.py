@@ -4,7 +4,6 @@ Attention is drawn in cividis, which looks alike to everybody, and classes in a 
 colour-blind readers tell apart (Paul Tol's "muted") as long as it reaches, else in their own.
 """
 
-import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageColor
 
 from danet.atomic import replacing
+from danet.attention_overlay import DISAGREEMENT_COLOR, HEAT, HEAT_OPACITY, log_times_even
 from danet.errors import UserError
 from danet.inspection import ChannelMap, FloatMap, share_by_class
-from danet.overlay import DISAGREEMENT_COLOR, HEAT, HEAT_OPACITY, log_times_even
 from danet.palette import highlighted
 
 if TYPE_CHECKING:
@@ -96,11 +95,15 @@ def _drawn_names(names: Sequence[str]) -> list[str]:
         for code in font_manager.get_font(font_manager.findfont(font)).get_charmap()
     }
     return [
-        textwrap.shorten(name, _LONGEST_NAME, placeholder="…")
-        if letters.issuperset(map(ord, name))
-        else f"class {index}"
+        _shortened(name) if letters.issuperset(map(ord, name)) else f"class {index}"
         for index, name in enumerate(names)
     ]
+
+
+def _shortened(name: str) -> str:
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME - 1].rstrip()}\N{HORIZONTAL ELLIPSIS}"
 
 
 def check_figure_path(path: Path) -> None:

@@ -235,7 +235,8 @@ class DANet(nn.Module):
             raise UserError(
                 f"{folder}: not saved, because it could not be loaded again: {problems[0]}, by the "
                 "network's config and metadata; undo what was changed in its layers (pruning, "
-                "wrappers, other classifiers), or build a DANet so and copy the weights that fit"
+                "wrappers), or for other classes build a DANet with that num_classes and copy the "
+                "weights that fit"
             )
 
     def push_to_hub(

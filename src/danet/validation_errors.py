@@ -23,6 +23,8 @@ def validation_message(error: ValidationError, schema: type[BaseModel]) -> str:
             message = "must be a mapping of keys to values"
         elif detail["type"] == "missing" and path[-1].isdecimal():
             path, message = path[:-1], "has too few values"
+        elif detail["type"] == "path_type":
+            message = "give a file's path"
         elif detail["type"] == "tuple_type":
             message = "write a list in brackets, such as [1, 2]"
         said = findings.setdefault(".".join(path), [])

@@ -10,7 +10,7 @@ import pytest
 from danet.data import dataset_spec, open_dataset
 from danet.data.scenes import compose, render
 from danet.data.scenes.classes import BUILDING, FENCE, PEDESTRIAN
-from danet.data.scenes.materials import Light
+from danet.data.scenes.materials import Light, Material
 from danet.data.scenes.objects import draw_pedestrian
 from danet.data.scenes.street import draw_street
 from danet.data.scenes.view import Canvas, View, split_codes
@@ -102,6 +102,18 @@ def test_nothing_beside_a_person_on_the_pavement_hides_them() -> None:
         compose._draw_from_far_to_near([*sides, (z, person)])
         expected, found = (split_codes(canvas.finished()[1])[0] for canvas in (alone, among))
         assert not np.isin(found[expected == PEDESTRIAN], (BUILDING, FENCE)).any()
+
+
+def test_fog_hides_what_is_far() -> None:
+    haze = (200.0, 210.0, 220.0)
+    view = View((480, 360), 1, 0.4, 0.5, 1.8, 0, curve=0)
+    canvas = Canvas(view, Light(0, 1, (1, 1, 1), 1, haze, haze, 0, visibility=50))
+    for left, depth in ((-1.0, 2.5), (40.0, 100.0)):
+        square = [(left, 1, depth), (left + 9, 1, depth), (left + 9, 3, depth), (left, 3, depth)]
+        canvas.polygon(square, BUILDING, Material((10.0, 20.0, 30.0)))
+    near, far = (canvas.finished()[0][142, column] for column in (240, 450))
+    np.testing.assert_allclose(near, np.array([10, 20, 30]) * 0.95 + np.array(haze) * 0.05, atol=1)
+    np.testing.assert_allclose(far, np.array([10, 20, 30]) * 0.135 + np.array(haze) * 0.865, atol=1)
 
 
 def test_edges_against_the_sky_are_no_brighter_than_both_sides(samples: list) -> None:

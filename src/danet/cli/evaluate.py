@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def evaluate(
     model: ModelOrFile,
     data: Annotated[str | None, typer.Option(help="Dataset; the model's own unless given.")] = None,
-    root: Annotated[Path | None, folder_option("Its folder; the run's own unless given.")] = None,
+    root: Annotated[
+        Path | None, folder_option("The dataset's folder; the run's own unless given.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split to score.")] = "val",
     mode: Annotated[
         TestMode | None, typer.Option(help="Whole pictures or sliding windows.")

@@ -81,7 +81,7 @@ def views(
         LogitsNotFinite: the weights are damaged, or the precision is too low for them.
     """
     metadata = model.metadata
-    # As photos come; of others torch's resize refuses to make a single pixel.
+    # Torch's resize of contiguous uint8 pictures to a single pixel fails with an internal assert.
     images = images.contiguous(memory_format=torch.channels_last)
     own_height, own_width = images.shape[-2:]
     align_corners = model.config.align_corners

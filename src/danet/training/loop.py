@@ -319,10 +319,11 @@ class _Trainer:
         best = self.state.best
         if best is None:
             return True
-        if best.get("pictures", count) != count:
+        usual = self.validation.usual_count
+        if best.get("pictures", usual) != count:  # older checkpoints do not say
             # The last score, of all pictures, does not count beside those of few before it; it may
             # be the former best, of a run that goes on.
-            return count == self.validation.usual_count
+            return count == usual
         # No score is larger than an undefined one, of pictures without any label.
         return math.isnan(best["mIoU"]) or mean_iou > best["mIoU"]
 

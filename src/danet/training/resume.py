@@ -45,7 +45,7 @@ def read_checkpoint(
         on_damaged: called with a note on each checkpoint that cannot be read.
 
     Raises:
-        UserError: there is a run without a checkpoint, or it has taken more steps.
+        UserError: there are results but no checkpoint, or the run has taken more steps.
     """
     checkpoint = run.last_checkpoint(on_damaged)
     if checkpoint is None:

@@ -48,28 +48,28 @@ class Validation:
 
         Args:
             model: whole, in every process.
-            on_picture: called after each picture with the number of those that all processes have
-                scored; may raise.
+            on_picture: called after each picture of this process with how many there are in all
+                processes, about; may raise.
 
         Raises:
             LogitsNotFinite: in every process, if the logits of any picture were not finite.
             UserError: a picture or label cannot be read.
             OutOfMemory: a picture is too large.
         """
-        fabric, config = self.fabric, self.config
+        fabric, config, count = self.fabric, self.config, self.count(done)
         scored = 0
 
         def count_picture() -> None:
             nonlocal scored
             scored += fabric.world_size
-            on_picture(scored)
+            on_picture(min(scored, count))
 
         diverged: LogitsNotFinite | None = None
         try:
             evaluation = evaluate(
                 segment_with(model.eval(), config.test, config.train.precision),
                 self.pictures,
-                indices=range(fabric.global_rank, self.count(done), fabric.world_size),
+                indices=range(fabric.global_rank, count, fabric.world_size),
                 on_picture=count_picture,
             )
         except LogitsNotFinite as error:

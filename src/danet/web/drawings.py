@@ -6,11 +6,11 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel
 
+from danet.attention_overlay import DISAGREEMENT_COLOR, attention_overlay
 from danet.data.images import require_jpeg_size
 from danet.errors import UserError
 from danet.heads import Branch
 from danet.inspection import Inspection, Point
-from danet.overlay import DISAGREEMENT_COLOR, attention_overlay
 from danet.palette import hex_color, highlighted
 from danet.segmentation import OVERLAY_OPACITY
 

@@ -129,7 +129,8 @@ def _sides(rng: np.random.Generator, canvas: Canvas, street: Street, light: Ligh
     """Draws both sides of the street: buildings, gardens and open ground.
 
     What runs along the street is drawn at its far end, before all that stands beside it on the
-    pavement; what is behind it, before that.
+    pavement (and before the few who stand between a fence and its house); what is behind it, before
+    that.
     """
     drawings: list[Drawing] = []
     for side in (-1, 1):

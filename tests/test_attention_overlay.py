@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from danet.overlay import SMALLEST_TIMES_EVEN, attention_overlay
+from danet.attention_overlay import SMALLEST_TIMES_EVEN, attention_overlay
 
 
 def test_overlay_is_brightest_where_attention_is() -> None:

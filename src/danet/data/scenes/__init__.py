@@ -2,7 +2,7 @@
 
 A scene is a street in metres (x right, y up, z forward from the camera) seen by a pinhole camera,
 drawn from far to near onto the picture and, with the same corners, onto a map of codes from which
-label, texture and fog are read.
+label and texture are read.
 """
 
 from danet.data.scenes.compose import render

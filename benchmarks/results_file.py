@@ -9,14 +9,16 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def add_results_option(parser: argparse.ArgumentParser) -> None:
+def add_results_option(
+    parser: argparse.ArgumentParser, help_text: str = "where the rows go; %(default)s"
+) -> None:
     """Adds --results, for a try that must not replace the rows that are kept."""
     parser.add_argument(
         "--results",
         type=Path,
         default=RESULTS,
         metavar="DIR",
-        help="where the rows go, instead of benchmarks/results",
+        help=help_text,
     )
 
 

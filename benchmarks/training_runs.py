@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from results_file import RESULTS, read_rows
+from results_file import add_results_option, read_rows
 
 from danet.bench.report import hardware
 from danet.devices import choose_device
@@ -22,12 +22,8 @@ def runs_parser(
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants))
     parser.add_argument("--out", type=Path, default=Path(out), help="run folders")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=RESULTS,
-        metavar="DIR",
-        help="where rows go; runs that have theirs there are not run again; %(default)s",
+    add_results_option(
+        parser, "where rows go; runs that have theirs there are not run again; %(default)s"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe's key"

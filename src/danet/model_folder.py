@@ -149,9 +149,11 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
             if name in state and state[name].shape != tensor.shape
         ),
         *(
-            f"{name} is {state[name].dtype}, not {tensor.dtype}"
-            for name, tensor in wanted.items()
-            if name in state and tensor.is_floating_point() > state[name].is_floating_point()
+            f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating point"
+            for name, tensor in state.items()
+            if name in wanted
+            and wanted[name].is_floating_point()
+            and not tensor.is_floating_point()
         ),
     ]
 

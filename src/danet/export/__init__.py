@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as TF
 
 from danet.atomic import staging
 from danet.choices import ExportFormat
 from danet.data.images import open_image
 from danet.devices import is_out_of_memory
 from danet.errors import ExportDiffers, UserError, first_line
+from danet.evaluation.inference import pixels_of
 from danet.export.files import SMALLEST_SIDE, SUFFIXES, Engine, load, write
 from danet.export.graph import WholePicture
 from danet.inputs import find_inputs
@@ -170,7 +170,7 @@ def calibration_pictures(inputs: Sequence[str]) -> list[Tensor]:
         image = open_image(one.path)
         image.thumbnail((CALIBRATION_SIDE, CALIBRATION_SIDE))
         if min(image.size) >= SMALLEST_SIDE:
-            pictures.append(TF.pil_to_tensor(image).float() / 255)
+            pictures.append(pixels_of(image).float() / 255)
     if not pictures:
         raise UserError(f"--calibration: no picture of at least {SMALLEST_SIDE} pixels a side")
     return pictures

@@ -98,16 +98,10 @@ def _require_fit(path: Path, translated: Translated, wanted: Mapping[str, Tensor
     state = translated.state
     problems = [f"{name} is not known" for name in translated.unknown]
     problems += misfits(state, wanted)
-    known = {name: tensor for name, tensor in state.items() if name in wanted}
-    problems += [
-        f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating point"
-        for name, tensor in known.items()
-        if wanted[name].is_floating_point() and not tensor.is_floating_point()
-    ]
     problems += [
         f"{name} holds nan or infinite numbers"
-        for name, tensor in known.items()
-        if not tensor.isfinite().all()
+        for name, tensor in state.items()
+        if name in wanted and not tensor.isfinite().all()
     ]
     if problems:
         shown = "; ".join(problems[:_NAMES_SHOWN])

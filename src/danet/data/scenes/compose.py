@@ -32,6 +32,7 @@ from danet.data.scenes.street import (
 from danet.data.scenes.view import (
     GROUND_DEPTH,
     MAX_DEPTH,
+    SUPERSAMPLING,
     Canvas,
     View,
     split_codes,
@@ -104,14 +105,12 @@ def _draw_view(rng: np.random.Generator, size: tuple[int, int], street: Street) 
 
 def _draw_sky(canvas: Canvas, light: Light) -> None:
     """From the colour overhead to that of the horizon, and on below it."""
-    width, height = canvas.view.size
-    steps = 2 * math.ceil(canvas.view.horizon * height)
-    for step in range(steps):
-        share = step / steps
-        color = _rgb(light.sky_top) * (1 - share) + _rgb(light.sky_low) * share
-        top, below = step / 2, height if step == steps - 1 else (step + 1) / 2
-        corners = (0, top, width, top, width, below, 0, below)
-        canvas.flat(corners, SKY, Material(tuple(color.tolist()), m.CLOUDS), MAX_DEPTH)
+    height = canvas.view.size[1]
+    steps = SUPERSAMPLING * math.ceil(canvas.view.horizon * height)
+    share = np.arange(SUPERSAMPLING * height)[:, None].clip(max=steps - 1) / steps
+    top, low = (1 - share).astype(np.float32), share.astype(np.float32)
+    colors = _rgb(light.sky_top) * top + _rgb(light.sky_low) * low
+    canvas.fill(colors, SKY, Material(light.sky_low, m.CLOUDS), MAX_DEPTH)
 
 
 def _draw_bonnet(rng: np.random.Generator, canvas: Canvas) -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from danet.data.scenes.classes import SKY
 from danet.data.scenes.materials import Floats, Light, Material
 
 NEAREST = 1.6
@@ -16,7 +15,8 @@ NEAREST = 1.6
 Point = tuple[float, float, float]
 """x right, y up, z forward, in metres."""
 
-_SUPERSAMPLING = 2
+SUPERSAMPLING = 2
+"""Samples of a pixel each way."""
 _TEXTURE_SHIFT, _DEPTH_SHIFT = 8, 16
 GROUND_DEPTH = 0
 """Depth code of surfaces whose depth follows from the row."""
@@ -83,13 +83,24 @@ class Canvas:
         self.view = view
         self.light = light
         width, height = view.size
-        enlarged = (width * _SUPERSAMPLING, height * _SUPERSAMPLING)
+        enlarged = (width * SUPERSAMPLING, height * SUPERSAMPLING)
         self._picture = Image.new("RGB", enlarged)
         self._codes = Image.new("I", enlarged)
         self._shadow = Image.new("L", view.size)
         self._draw = ImageDraw.Draw(self._picture)
         self._draw_code = ImageDraw.Draw(self._codes)
         self._draw_shadow = ImageDraw.Draw(self._shadow)
+
+    def fill(self, colors: Floats, train_id: int, material: Material, depth: float) -> None:
+        """Covers everything, with a colour for each row of samples.
+
+        Args:
+            colors: SUPERSAMPLING * H rows of RGB in 0..255.
+            material: its texture counts, not its colour.
+        """
+        rows = Image.fromarray(np.rint(colors).astype(np.uint8)[:, None])
+        self._picture.paste(rows.resize(self._picture.size, Image.Resampling.NEAREST))
+        self._codes.paste(_code(train_id, material, depth), (0, 0, *self._codes.size))
 
     def polygon(
         self,
@@ -119,7 +130,7 @@ class Canvas:
     ) -> None:
         """Draws a shape given by pixel coordinates (alternating), at a depth in metres."""
         enlarged = _enlarged(corners)
-        self._draw.polygon(enlarged, fill=self._fill(train_id, material, depth, shade))
+        self._draw.polygon(enlarged, fill=self._fill(material, depth, shade))
         self._draw_code.polygon(enlarged, fill=_code(train_id, material, depth))
 
     def ellipse(
@@ -137,7 +148,7 @@ class Canvas:
         rx = self.view.pixels(radius_x, center[2])
         ry = self.view.pixels(radius_y, center[2])
         box = _enlarged((column - rx, row - ry, column + rx, row + ry))
-        self._draw.ellipse(box, fill=self._fill(train_id, material, center[2], shade))
+        self._draw.ellipse(box, fill=self._fill(material, center[2], shade))
         self._draw_code.ellipse(box, fill=_code(train_id, material, center[2]))
 
     def line(
@@ -146,9 +157,8 @@ class Canvas:
         """A line of a width in metres through points of about the same depth."""
         corners = _enlarged(self.view.project(points))
         depth = points[0][2]
-        pixels = max(1, round(self.view.pixels(width, depth) * _SUPERSAMPLING))
-        color = self._fill(train_id, material, depth)
-        code = _code(train_id, material, depth)
+        pixels = max(1, round(self.view.pixels(width, depth) * SUPERSAMPLING))
+        color, code = self._fill(material, depth), _code(train_id, material, depth)
         self._draw.line(corners, fill=color, width=pixels, joint="curve")
         self._draw_code.line(corners, fill=code, width=pixels, joint="curve")
 
@@ -156,12 +166,8 @@ class Canvas:
         """Darkens the ground below a shape by a share 0..1."""
         self._draw_shadow.polygon(self.view.project(points), fill=round(255 * strength))
 
-    def _fill(
-        self, train_id: int, material: Material, depth: float, shade: float = 1.0
-    ) -> tuple[int, int, int]:
-        clarity = 1.0
-        if train_id != SKY and depth != GROUND_DEPTH:
-            clarity = float(self.light.clarity(depth))
+    def _fill(self, material: Material, depth: float, shade: float = 1.0) -> tuple[int, int, int]:
+        clarity = 1.0 if depth == GROUND_DEPTH else float(self.light.clarity(depth))
         red, green, blue = (
             max(0, min(255, round(channel * shade * clarity + haze * (1 - clarity))))
             for channel, haze in zip(material.color, self.light.sky_low, strict=True)
@@ -170,9 +176,9 @@ class Canvas:
 
     def finished(self) -> tuple[Floats, npt.NDArray[np.int32], Floats]:
         """Colours H W 3 in 0..255, codes H W, and shadow H W in 0..1."""
-        colors = np.asarray(self._picture.reduce(_SUPERSAMPLING), dtype=np.float32)
+        colors = np.asarray(self._picture.reduce(SUPERSAMPLING), dtype=np.float32)
         samples = np.asarray(self._codes, dtype=np.int32)
-        codes = samples[::_SUPERSAMPLING, ::_SUPERSAMPLING]
+        codes = samples[::SUPERSAMPLING, ::SUPERSAMPLING]
         shadow = np.asarray(self._shadow, dtype=np.float32) / np.float32(255)
         return colors, codes, shadow
 
@@ -186,7 +192,7 @@ def split_codes(
 
 
 def _enlarged(corners: Sequence[float]) -> list[float]:
-    return [coordinate * _SUPERSAMPLING for coordinate in corners]
+    return [coordinate * SUPERSAMPLING for coordinate in corners]
 
 
 def _code(train_id: int, material: Material, depth: float) -> int:

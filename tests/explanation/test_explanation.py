@@ -9,17 +9,6 @@ import danet
 from danet.cli import app
 from danet.errors import UserError
 from networks import attentive_danet
-from pictures import noise
-
-
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    return noise()
-
-
-@pytest.fixture(scope="module")
-def predictor() -> danet.Predictor:
-    return danet.Predictor(attentive_danet(), device="cpu", precision="fp32")
 
 
 @pytest.mark.parametrize("point", [(-1, 0), (50, 0), (0, 37)])

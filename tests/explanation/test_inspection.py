@@ -12,17 +12,7 @@ from danet import inspection
 from danet.evaluation.strips import LogitRows
 from danet.inspection import Inspection
 from networks import attentive_danet
-from pictures import HEIGHT, WIDTH, noise
-
-
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    return noise()
-
-
-@pytest.fixture(scope="module")
-def predictor() -> danet.Predictor:
-    return danet.Predictor(attentive_danet(), device="cpu", precision="fp32")
+from pictures import HEIGHT, WIDTH
 
 
 @pytest.fixture(scope="module")

@@ -2,29 +2,29 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pytest
 from matplotlib.text import Text
 from PIL import Image
 
 import danet
 from danet.figure import draw_explanation
 from networks import attentive_danet
-from pictures import WIDTH, noise
+from pictures import WIDTH
 
 
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    return noise()
+def explained_with_every_class(image: Image.Image, names: tuple[str, ...]) -> danet.Explanation:
+    """Of five classes with these names, each of which has pixels in every branch."""
+    model = attentive_danet()
+    model.metadata = model.metadata.model_copy(update={"classes": names})
+    explanation = danet.explain(model, image, (20, 30))
+    for branch in explanation.branches.values():
+        branch[:2] = np.arange(2 * WIDTH).reshape(2, WIDTH) % 5
+    return explanation
 
 
 def test_class_names_of_any_letters_are_drawn(image: Image.Image, tmp_path: Path) -> None:
     """As plain text; as an id where no font has a letter."""
-    model = attentive_danet()
     names = (r"$\frac$", "_road_", "мост", "\U000103a0", "car")
-    model.metadata = model.metadata.model_copy(update={"classes": names})
-    explanation = danet.explain(model, image, (20, 30))
-    for branch in explanation.branches.values():  # every class is there
-        branch[:2] = np.arange(2 * WIDTH).reshape(2, WIDTH) % 5
+    explanation = explained_with_every_class(image, names)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         explanation.save(tmp_path / "figure.svg")
@@ -35,12 +35,8 @@ def test_class_names_of_any_letters_are_drawn(image: Image.Image, tmp_path: Path
 
 
 def test_long_names_are_shortened_and_keep_their_bars_apart(image: Image.Image) -> None:
-    model = attentive_danet()
     names = tuple(f"a_kind_of thing whose name says a lot, the {n}th" for n in range(5))
-    model.metadata = model.metadata.model_copy(update={"classes": names})
-    explanation = danet.explain(model, image, (20, 30))
-    for branch in explanation.branches.values():  # every class is there
-        branch[:2] = np.arange(2 * WIDTH).reshape(2, WIDTH) % 5
+    explanation = explained_with_every_class(image, names)
     figure = draw_explanation(explanation)
     texts = [text.get_text() for text in figure.findobj(Text)]
     assert not any("says a lot" in text for text in texts)
